@@ -1,0 +1,50 @@
+# make demo    distil the digits teacher into a four-step model and draw with it (no accelerator needed)
+# make test    the whole test suite, lint and types, as CI runs it
+# make teacher train the digits teacher itself again (hours on two cores)
+# PYTHON=python3.12 make …  chooses the interpreter (3.11 or newer) that .venv is made with
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUNS ?= runs
+
+.PHONY: demo test lint teacher clean
+
+demo: .venv/demo
+	$(BIN)/python -m lcm_jax.train --config=configs/digits.py --workdir=$(RUNS)/digits
+	$(BIN)/python -m lcm_jax.export --workdir=$(RUNS)/digits --out=$(RUNS)/digits/lcm
+	$(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm --prompt="a red seven on a blue background" --steps=4 --seed=0 --out=seven.png
+	@echo
+	@echo "The model: $(RUNS)/digits/lcm   its picture: seven.png   samples while training: $(RUNS)/digits/samples"
+	@echo "More: $(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm --prompt='a yellow three on a black background' --out=three.png"
+
+test: .venv/test lint
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# The teacher: a blank folder in SD's own shape, its autoencoder, then its UNet and text encoder.
+teacher: .venv/demo
+	$(BIN)/python -m lcm_jax.blank --preset=digits --out=$(RUNS)/teacher/blank
+	$(BIN)/python -m lcm_jax.train --config=configs/digits_teacher.py:vae --workdir=$(RUNS)/teacher/vae --config.model.folder=$(RUNS)/teacher/blank
+	$(BIN)/python -m lcm_jax.export --workdir=$(RUNS)/teacher/vae --out=$(RUNS)/teacher/with_vae
+	$(BIN)/python -m lcm_jax.train --config=configs/digits_teacher.py --workdir=$(RUNS)/teacher/unet --config.model.folder=$(RUNS)/teacher/with_vae
+	$(BIN)/python -m lcm_jax.export --workdir=$(RUNS)/teacher/unet --out=$(RUNS)/teacher/digits_teacher --dtype=float16
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: PYTHON=python3.12 make $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+.venv/test: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[test]'
+	@touch $@ .venv/demo
+
+clean:
+	rm -rf .venv .cache runs data

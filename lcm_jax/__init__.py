@@ -1,0 +1,29 @@
+"""lcm_jax: distil latent diffusion models into latent consistency models, in JAX.
+
+import lcm_jax
+pipe = lcm_jax.load_pipeline("path/to/diffusers/folder")
+images = pipe(["a red seven on a blue background"], steps=4, seed=0)
+pipe.save("folder")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lcm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from lcm_jax.pipeline import Pipeline, load_pipeline
+
+__all__ = ["Pipeline", "UserError", "load_pipeline"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports jax and the networks only when they are asked for: the commands' --help should be quick."""
+    if name in ("Pipeline", "load_pipeline"):
+        from lcm_jax import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'lcm_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,32 @@
+"""lcm-jax <command> …: the same as `python -m lcm_jax.<command> …`."""
+
+import importlib
+import sys
+
+from lcm_jax import cli
+from lcm_jax.errors import nearest
+
+COMMANDS = {
+    "train": "train what a config file says: a consistency model, its teacher, an autoencoder",
+    "export": "write a trained model as a folder that diffusers loads",
+    "sample": "draw pictures for prompts",
+    "blank": "write a folder with random weights, to train from nothing",
+}
+
+
+def main() -> int:
+    """Runs the command that the first argument names; returns its exit code."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("usage: lcm-jax <command> …; lcm-jax <command> --help says more\n")
+        for name, what in COMMANDS.items():
+            print(f"  {name:8} {what}")
+        return 0 if len(sys.argv) > 1 else 2
+    command, argv = sys.argv[1], sys.argv[2:]
+    if command not in COMMANDS:
+        print(f"lcm-jax: error: there is no command {command!r}{nearest(command, COMMANDS)}", file=sys.stderr)
+        return 2
+    return cli.run(importlib.import_module(f"lcm_jax.{command}").main, argv, command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""A run's whole state on disk: Orbax, a checksum for each array, and a way past a damaged checkpoint.
+
+    <workdir>/checkpoints/<step>/params ema opt_state counters     Orbax items
+                                /meta                              JSON: each leaf's shape, dtype and checksum, and the
+                                                                   data position, under a checksum of their own
+
+Orbax itself does not notice a flipped bit. A damaged checkpoint that has been passed over is kept as `<step>.damaged`.
+"""
+
+import json
+import logging
+import pathlib
+import shutil
+import sys
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+from lcm_jax.errors import UserError
+
+FOLDER = "checkpoints"
+COUNTERS = ("step", "skipped")
+Leaves = dict[str, tuple[tuple[int, ...], str]]
+
+
+class Damaged(Exception):
+    """Why a checkpoint can't be used."""
+
+
+@jax.jit
+def checksums(tree: Any) -> list[jax.Array]:
+    """Returns one uint32 a leaf: the sum of its 32-bit words, each times an odd number that depends on its place.
+
+    Integer sums don't depend on order, so the value is the same however an array is sharded, and it is computed where
+    the array lies. An odd factor has an inverse modulo 2^32: any change of a single word changes the sum.
+    """
+    return [_checksum(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    bits = jnp.dtype(x.dtype).itemsize * 8
+    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")) if x.dtype != jnp.bool_ else x
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    mixed = (place ^ (place >> 15)) * jnp.uint32(0x9E3779B1)
+    return jnp.sum(words.astype(jnp.uint32) * (mixed << 1 | 1), dtype=jnp.uint32)
+
+
+def _items(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as Orbax items: what can be read alone; empty ones are left out."""
+    items = {name: state[name] for name in ("params", "ema", "opt_state") if jax.tree.leaves(state[name])}
+    return {**items, "counters": {name: state[name] for name in COUNTERS}}
+
+
+def _leaves(items: dict[str, Any]) -> Leaves:
+    paths = jax.tree.leaves_with_path(items)
+    return {jax.tree_util.keystr(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in paths}
+
+
+def _crc(content: Any) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+class Checkpoints:
+    """Saves and restores a run's state in `<workdir>/checkpoints`."""
+
+    def __init__(self, workdir: str | pathlib.Path, *, keep_last: int = 3, keep_every: int = 0) -> None:
+        """Args: the run's folder; how many of the newest are kept; also each multiple of keep_every (0: none)."""
+        self.folder = pathlib.Path(workdir).absolute() / FOLDER
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last, keep_period=keep_every or None, create=True, cleanup_tmp_directories=True
+        )
+        self._open: ocp.CheckpointManager | None = None
+        absl_logging.set_verbosity(absl_logging.ERROR)
+        logging.getLogger("orbax").setLevel(logging.ERROR)
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        if self._open is None:
+            try:
+                self._open = ocp.CheckpointManager(self.folder, options=self._options)
+            except OSError as error:
+                raise UserError(f"{self.folder} can't be written: {error.strerror or error}") from None
+        return self._open
+
+    def newest_step(self) -> int | None:
+        """Returns the newest step on disk."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: dict[str, Any], data_state: dict[str, Any]) -> None:
+        """Copies the state to the host and writes it in the background; does nothing if the step is there already.
+
+        Raises: UserError if this save could not be started, or the one before it failed.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = _items(state)
+        sums = jax.device_get(checksums(items))
+        leaves = {
+            name: [*description, int(value)]
+            for (name, description), value in zip(_leaves(items).items(), sums, strict=True)
+        }
+        content = {"leaves": leaves, "data": data_state}
+        arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        arguments["meta"] = ocp.args.JsonSave({"content": content, "crc": _crc(content)})
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+        except Exception as error:
+            raise self._failed(error) from None
+
+    def wait(self) -> None:
+        """Waits until everything is on disk. Raises UserError if writing failed; older checkpoints stay good."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from None
+
+    def close(self) -> None:
+        """Waits, and ends the writing threads."""
+        self.wait()
+        self._manager.close()
+
+    def _failed(self, error: Exception) -> UserError:
+        good = good_steps(self.folder)
+        rest = f"the checkpoint of step {good[0]} is good" if good else "there is no older one"
+        return UserError(f"a checkpoint could not be written to {self.folder}: {_line(error)}; {rest}")
+
+    def restore_newest(self, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int] | None:
+        """Returns (state, data_state, step) of the newest checkpoint that is whole; None if there is none at all.
+
+        Args:
+          like: the state as jax.ShapeDtypeStruct, with the shardings that it shall have.
+
+        Raises:
+          UserError: a checkpoint of another model; checkpoints, but none that is whole.
+        """
+        damaged: dict[int, str] = {}
+        for step in good_steps(self.folder):
+            try:
+                state, data_state = _read(self.folder / str(step), like)
+            except Damaged as error:
+                damaged[step] = str(error)
+                continue
+            for bad, why in damaged.items():
+                print(
+                    f"warning: the checkpoint of step {bad} is damaged ({why}); going on from step {step}; "
+                    f"it is kept as {self._set_aside(bad)}",
+                    file=sys.stderr,
+                )
+            return state, data_state, step
+        if damaged:
+            tried = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+            raise UserError(
+                f"{self.folder}: no checkpoint is whole ({tried}); delete the folder to start from the beginning"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> pathlib.Path:
+        target = self.folder / f"{step}.damaged"
+        if target.exists():
+            shutil.rmtree(target)
+        return (self.folder / str(step)).rename(target)
+
+
+def good_steps(folder: pathlib.Path) -> list[int]:
+    """Returns the steps of the finished checkpoints, newest first; a kill in mid-save leaves another name."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+
+
+def restore_params(
+    workdir: str | pathlib.Path, which: str, step: int | None = None
+) -> tuple[dict[str, dict[str, np.ndarray]], int]:
+    """Reads the weights of a run alone, as host arrays.
+
+    Args:
+      which: "student" (the weights that are trained) or "ema" (their average).
+      step: of the checkpoint; the newest by default, which must be whole.
+
+    Returns: {component: {path: float32 array}}, and the step.
+    Raises: UserError if there is no such checkpoint, it is damaged, or it holds no average.
+    """
+    folder = pathlib.Path(workdir).absolute() / FOLDER
+    steps = good_steps(folder)
+    if not steps:
+        raise UserError(f"{workdir} holds no checkpoint yet; train first")
+    if step is not None and step not in steps:
+        raise UserError(f"{workdir} holds no checkpoint of step {step}; it has {', '.join(map(str, steps[::-1]))}")
+    step = steps[0] if step is None else step
+    item = {"student": "params", "ema": "ema"}[which]
+    path = folder / str(step)
+    try:
+        content = _read_meta(path)
+        prefix = f"['{item}']"
+        like: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+        for name, (shape, dtype, _) in content["leaves"].items():
+            if name.startswith(prefix):
+                component, leaf = name.removeprefix(prefix)[2:-2].split("']['")
+                sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+                like.setdefault(component, {})[leaf] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        if not like:
+            raise UserError(f"{workdir} has no EMA (config.ema.decay is 0); export --which=student")
+        params = _read_items(path, {item: like}, content)[item]
+    except Damaged as error:
+        older = f"; --step={steps[1]} is an older one" if len(steps) > 1 and step == steps[0] else ""
+        raise UserError(f"the checkpoint of step {step} in {workdir} is damaged ({error}){older}") from None
+    return jax.device_get(params), step
+
+
+def _read(path: pathlib.Path, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    content = _read_meta(path)
+    wanted = _items(like)
+    _check_same_model(path, {name: (tuple(s), d) for name, (s, d, _) in content["leaves"].items()}, _leaves(wanted))
+    items = _read_items(path, wanted, content)
+    state = {name: items.get(name, {}) for name in ("params", "ema", "opt_state")}
+    if not jax.tree.leaves(like["opt_state"]):
+        state["opt_state"] = like["opt_state"]
+    return {**state, **items["counters"]}, content["data"]
+
+
+def _read_meta(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        with ocp.CheckpointManager(path.parent, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+            meta = manager.restore(int(path.name), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if _crc(meta["content"]) != meta["crc"]:
+            raise Damaged("its description does not have its checksum")
+    except Damaged:
+        raise
+    except Exception as error:  # Orbax raises many kinds, bare Exception among them
+        raise Damaged(_line(error)) from None
+    return meta["content"]
+
+
+def _read_items(path: pathlib.Path, like: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    arguments = {name: ocp.args.StandardRestore(item) for name, item in like.items()}
+    try:
+        with ocp.CheckpointManager(path.parent, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+            restored = manager.restore(int(path.name), args=ocp.args.Composite(**arguments))
+    except Exception as error:
+        raise Damaged(_line(error)) from None
+    items = {name: restored[name] for name in like}
+    sums = jax.device_get(checksums(items))
+    for (leaf, _), found in zip(_leaves(items).items(), sums, strict=True):
+        if content["leaves"][leaf][2] != int(found):
+            raise Damaged(f"{leaf} does not have its checksum")
+    return items
+
+
+def _check_same_model(path: pathlib.Path, stored: Leaves, wanted: Leaves) -> None:
+    for name in sorted(stored.keys() | wanted.keys()):
+        found, expected = stored.get(name), wanted.get(name)
+        if found != expected:
+            raise UserError(
+                f"{path} is the checkpoint of another model: {name} is {_describe(found)} there, "
+                f"{_describe(expected)} in this run"
+            )
+
+
+def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:
+    return f"{leaf[1]} {leaf[0]}" if leaf else "absent"
+
+
+def _line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -1,0 +1,81 @@
+"""What the commands share: a user's mistake and a warning are one line each on stderr, without traceback."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from lcm_jax.errors import UserError, nearest
+
+Main = Callable[[Sequence[str]], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError in place of printing its usage, and names the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with argparse's own message."""
+        raise UserError(message)
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As in argparse; an option that doesn't exist is named with the one that is nearest to it."""
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [
+                option for action in self._actions for option in action.option_strings if option.startswith("--")
+            ]
+            raise UserError(f"there is no option {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
+        return values
+
+
+def parser(command: str, doc: str | None) -> Parser:
+    """Returns a parser for `lcm-jax <command>` whose --help shows the module's docstring as it is."""
+    return Parser(
+        f"lcm-jax {command}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def run(main: Main, argv: Sequence[str] | None = None, command: str | None = None) -> int:
+    """Calls `main(argv)` and returns the process's exit code: 2 for a user's mistake, 130 for Ctrl-C.
+
+    Args:
+      main: takes the arguments without the program's name and returns the exit code.
+      argv: the command line's own by default.
+      command: the name to print; that of the module in which `main` is by default.
+    """
+    command = command or _module_name(main)
+    try:
+        with one_line_warnings(command):
+            return main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"lcm-jax {command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"lcm-jax {command}: interrupted", file=sys.stderr)
+        return 130
+
+
+@contextmanager
+def one_line_warnings(command: str) -> Iterator[None]:
+    """Prints each UserWarning as one plain line, every time; other warnings stay as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        usual = warnings.showwarning
+
+        def show(message, category, filename, lineno, file=None, line=None):
+            if category is UserWarning:
+                print(f"lcm-jax {command}: warning: {message}", file=sys.stderr)
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
+
+
+def _module_name(main: Main) -> str:
+    spec = getattr(sys.modules.get(main.__module__), "__spec__", None)  # under `python -m` the module is __main__
+    return (spec.name if spec else main.__module__).rpartition(".")[2]

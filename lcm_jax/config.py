@@ -1,0 +1,282 @@
+"""Every option of a run: frozen dataclasses that hold each default and check each value.
+
+A config file (`configs/*.py`) starts from `default_config()`, the same tree as an `ml_collections.ConfigDict`, and
+changes values only; the command line overrides single values (`--config.optimizer.learning_rate=1e-5`). `load()` turns
+the result into a `Config`; nothing below this file sees a ConfigDict. A run stores it in `<workdir>/config.json`.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from lcm_jax.data.pipeline import DataConfig
+from lcm_jax.errors import UserError, nearest, one_of
+from lcm_jax.objectives.autoencoder import AutoencoderConfig
+from lcm_jax.objectives.denoising import DenoisingConfig
+from lcm_jax.objectives.lcd import LCDConfig
+
+OBJECTIVES = ("lcd", "denoising", "autoencoder")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be positive")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise UserError(f"{name} is {getattr(config, name)}; it can't be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What is trained, starting from which folder, and in which numbers it computes."""
+
+    folder: str = ""  # a diffusers folder, or a hub id: the teacher of "lcd", the starting point of the others
+    dtype: str = "float32"  # compute dtype; master weights and EMA are float32 under each: float32 | bfloat16
+    remat: str = "none"  # none | block: recompute each UNet block's activations in the backward pass
+    attention: str = "xla"  # xla | cudnn (GPU, bfloat16)
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            raise UserError("folder is empty; give a diffusers folder or a hub id")
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("remat", self.remat, ("none", "block"))
+        one_of("attention", self.attention, ("xla", "cudnn"))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up, then a constant or cosine learning rate, and clipping by global norm."""
+
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    decay: str = "constant"  # constant | cosine (to zero at the last step)
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # 0: no clipping
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "eps")
+        _not_negative(self, "warmup_steps", "weight_decay", "clip_norm")
+        one_of("decay", self.decay, ("constant", "cosine"))
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class EMAConfig:
+    """The exponential moving average of the weights: the target of LCD, and what is exported."""
+
+    decay: float = 0.95  # 0: no average is kept; LCD's target is then the student itself, its gradient stopped
+    warmup: bool = False  # start with decay (1 + step) / (10 + step), so that the first weights are soon forgotten
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError(f"decay is {self.decay}; it must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run's whole state is written, and how much of it is kept."""
+
+    every: int = 500  # steps
+    keep_last: int = 2
+    keep_every: int = 0  # also keep each checkpoint whose step is a multiple of this; 0: none
+
+    def __post_init__(self) -> None:
+        _positive(self, "every", "keep_last")
+        _not_negative(self, "keep_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is seen of a run while it goes on. Nothing here changes the result."""
+
+    every: int = 10  # steps between TensorBoard scalars
+    samples_every: int = 500  # steps between sample grids; 0: none
+    prompts: tuple[str, ...] = ()
+    sample_steps: int = 4  # network steps for each picture of a grid
+    guidance_scale: float = 8.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "every", "sample_steps")
+        _not_negative(self, "samples_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig
+    objective: str = "lcd"
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 32  # of all devices together
+    max_skipped: int = (
+        5  # steps in a row with a non-finite loss or gradient, whose update is left out, before the run stops
+    )
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    ema: EMAConfig = dataclasses.field(default_factory=EMAConfig)
+    lcd: LCDConfig = dataclasses.field(default_factory=LCDConfig)
+    denoising: DenoisingConfig = dataclasses.field(default_factory=DenoisingConfig)
+    autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        one_of("objective", self.objective, OBJECTIVES)
+        _positive(self, "steps", "batch_size", "max_skipped")
+        _not_negative(self, "seed")
+        for name in OBJECTIVES:
+            section = getattr(self, name)
+            if name != self.objective and section != type(section)():
+                changed = [f.name for f in dataclasses.fields(section) if getattr(section, f.name) != f.default]
+                raise UserError(f"{name}.{changed[0]} has no effect: objective is {self.objective!r}")
+
+
+_SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+_FREE_ON_RESUME = ("steps", "max_skipped", "checkpoint", "log")  # these don't change what a step computes
+
+
+def default_config() -> ConfigDict:
+    """Returns every option with its default, as the ConfigDict that a config file changes and returns."""
+    tree: dict[str, Any] = {}
+    for field in dataclasses.fields(Config):
+        if field.name in _SECTIONS:
+            tree[field.name] = {f.name: f.default for f in dataclasses.fields(_SECTIONS[field.name])}
+        else:
+            tree[field.name] = field.default
+    return ConfigDict(tree)
+
+
+def from_dict(tree: dict[str, Any], where: str = "config") -> Config:
+    """Builds a checked Config from nested plain values; raises UserError that names the option."""
+    known = {f.name for f in dataclasses.fields(Config)}
+    for name in tree:
+        if name not in known:
+            raise UserError(f"{where}.{name} is no option{nearest(name, known)}")
+    values = {name: value for name, value in tree.items() if name not in _SECTIONS}
+    for name, section in _SECTIONS.items():
+        fields = {f.name: f for f in dataclasses.fields(section)}
+        given = dict(tree.get(name, {}))
+        for key, value in given.items():
+            if key not in fields:
+                raise UserError(f"{where}.{name}.{key} is no option{nearest(key, fields)}")
+            if isinstance(value, list):
+                given[key] = tuple(value)
+        try:
+            values[name] = section(**given)
+        except UserError as error:
+            raise UserError(f"{where}.{name}.{error}") from None
+    try:
+        return Config(**values)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
+
+
+def _option_keys(tree: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, ConfigDict):
+            yield from _option_keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def load(file: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file and applies the command line's overrides.
+
+    Args:
+      file: path of a Python file with `get_config(variant="")`; `path:variant` passes the variant.
+      overrides: `--config.<option>=<value>` strings.
+
+    Raises:
+      UserError: no such file or variant, an option that does not exist, a value of the wrong type or out of range.
+    """
+    path = file.split(":")[0]
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--config={file}: there is no file {path}")
+    for override in overrides:
+        if not override.startswith("--config."):
+            raise UserError(
+                f"{override!r} is no option of this command; options of the run are --config.<name>=<value>"
+            )
+        if "=" not in override:
+            raise UserError(f"{override}: a value is missing; write {override}=<value>")
+    known = list(_option_keys(_parse(file, ())))
+    for override in overrides:
+        key = override.removeprefix("--config.").split("=", 1)[0]
+        if key not in known:
+            raise UserError(f"{override}: there is no option config.{key}{_nearest_option(key, known)}")
+    return from_dict(_parse(file, overrides).to_dict())
+
+
+def _parse(file: str, overrides: Sequence[str]) -> ConfigDict:
+    """Runs the config file, which may import its neighbours, and lets config_flags apply the overrides."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    sys.path.insert(0, str(pathlib.Path(file.split(":")[0]).parent.resolve()))
+    try:
+        values(["config", f"--config={file}", *overrides])
+        return values["config"].value
+    except Exception as error:
+        given = " ".join([f"--config={file}", *overrides])
+        raise UserError(f"{given}: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        sys.path.pop(0)
+
+
+def _nearest_option(key: str, known: list[str]) -> str:
+    """The closest option by its whole name, else by its last part."""
+    hint = nearest(key, known)
+    if "did you mean" in hint:
+        return hint
+    by_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return f"; did you mean {by_leaf[0]!r}?" if by_leaf else hint
+
+
+def resolved(config: Config) -> str:
+    """Returns the whole configuration as JSON, the content of `<workdir>/config.json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def load_resolved(workdir: str | pathlib.Path) -> Config:
+    """Reads `<workdir>/config.json`; raises UserError if it isn't a run's folder."""
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        return from_dict(json.loads(path.read_text()), where=str(path))
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is no run of lcm_jax: it has no config.json") from None
+    except (json.JSONDecodeError, OSError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+
+
+def check_same_run(config: Config, stored: Config, workdir: str | pathlib.Path) -> None:
+    """Raises UserError if `config` would compute other steps than the run that `stored` began in `workdir`."""
+    new, old = dataclasses.asdict(config), dataclasses.asdict(stored)
+    for name in new:
+        if name in _FREE_ON_RESUME and not (name == "steps" and config.optimizer.decay == "cosine"):
+            continue
+        pairs = (
+            [(f"{name}.{k}", new[name][k], old[name][k]) for k in new[name]]
+            if name in _SECTIONS
+            else [(name, new[name], old[name])]
+        )
+        for key, now, then in pairs:
+            if now != then:
+                raise UserError(
+                    f"{workdir} holds a run with config.{key}={then!r}, not {now!r}; "
+                    "choose another --workdir, or delete this one to start anew"
+                )

@@ -1,0 +1,193 @@
+"""Captioned digits: real handwritten digits in a named ink on a named paper, as a TFDS builder without TensorFlow.
+
+The pictures are the 1,797 of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak, 1998,
+doi 10.24432/C50P49, CC BY 4.0) that scikit-learn ships. Importing this module registers `captioned_digits` in TFDS.
+"""
+
+import functools
+import io
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from lcm_jax.errors import UserError, one_of
+
+# The corners of the RGB cube.
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "cyan": (0, 255, 255),
+    "magenta": (255, 0, 255),
+}
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PHRASES = (
+    "a {ink} {digit} on a {paper} background",
+    "the digit {digit} in {ink} on {paper}",
+    "a handwritten {ink} {digit}, {paper} background",
+    "{ink} {digit} on {paper}",
+    "a picture of the digit {digit} in {ink} on a {paper} background",
+)
+ALL_PAIRS = tuple((ink, paper) for ink in COLOURS for paper in COLOURS if ink != paper)
+
+SIZE = 32  # pixels a side
+SPLITS = {"train": 1300, "validation": 200, "test": 297}  # pictures
+PAIRS_PER_PICTURE = {"train": 16, "validation": 4, "test": 4}  # colour pairs seen in training
+HELD_OUT_PER_PICTURE = {"train": 0, "validation": 0, "test": 4}  # colour pairs never seen in training
+SEED = 20231006
+
+
+def _held_out_pairs() -> tuple[tuple[str, str], ...]:
+    """Eight of the 56 pairs such that each colour is held out once as ink and once as paper.
+
+    One such permutation without fixed points, drawn by the seed: no colour becomes rare in training, on either side.
+    """
+    names = list(COLOURS)
+    random = np.random.RandomState(SEED)  # its stream is frozen by numpy (NEP 19), so the set never changes
+    while True:
+        papers = random.permutation(len(names))
+        if all(i != p for i, p in enumerate(papers)):
+            return tuple((names[i], names[p]) for i, p in enumerate(papers))
+
+
+HELD_OUT_PAIRS = _held_out_pairs()
+SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT_PAIRS)
+
+
+@functools.cache
+def _upscale(grid: int, size: int) -> np.ndarray:
+    """Bicubic upscaling along one axis as a matrix (size, grid), float32: Pillow's own, applied to the unit vectors."""
+    unit = Image.fromarray(np.eye(grid, dtype=np.float32))
+    return np.asarray(unit.resize((grid, size), Image.Resampling.BICUBIC))
+
+
+def coverage(grid: Float[np.ndarray, "*batch 8 8"], size: int = SIZE) -> Float[np.ndarray, "*batch size size"]:
+    """How much of each pixel is inked, in 0..1, float32: the grid (values 0..16) fills the frame, with a soft edge."""
+    matrix = _upscale(grid.shape[-1], size)
+    ink = matrix @ (np.asarray(grid, np.float32) / 16) @ matrix.T
+    edge = np.clip((ink - 0.3) / (0.7 - 0.3), 0, 1)
+    return edge * edge * (3 - 2 * edge)  # smoothstep(.3, .7)
+
+
+def _colour(cover: np.ndarray, ink: str, paper: str) -> np.ndarray:
+    """Mixes ink into paper by coverage (size, size) -> uint8 (size, size, 3)."""
+    front, back = np.asarray(COLOURS[ink], np.float32), np.asarray(COLOURS[paper], np.float32)
+    return np.rint(back + cover[..., None] * (front - back)).astype(np.uint8)
+
+
+def draw(grid: Float[np.ndarray, "8 8"], ink: str, paper: str, size: int = SIZE) -> UInt8[np.ndarray, "size size 3"]:
+    """Draws one 8 x 8 grid of values 0..16 (16 = full ink) in `ink` on `paper`.
+
+    Returns uint8 RGB (size, size, 3). Raises UserError for a colour that is not in COLOURS.
+    """
+    one_of("ink", ink, COLOURS)
+    one_of("paper", paper, COLOURS)
+    return _colour(coverage(grid, size), ink, paper)
+
+
+def caption(digit: int, ink: str, paper: str, phrase: int = 0) -> str:
+    """The caption of a digit 0..9 in `ink` on `paper`, in phrasing number `phrase` of PHRASES."""
+    one_of("ink", ink, COLOURS)
+    one_of("paper", paper, COLOURS)
+    return PHRASES[phrase].format(digit=DIGIT_NAMES[digit], ink=ink, paper=paper)
+
+
+def load_grids() -> tuple[np.ndarray, np.ndarray]:
+    """The real digits: grids (1797, 8, 8) float64 with values 0..16, and their digits (1797,) int64."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("captioned_digits reads its pictures from scikit-learn: pip install 'lcm_jax[demo]'") from None
+    digits = load_digits()
+    return digits.images, digits.target  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def split_pictures(digits: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    """Divides the pictures among the splits by picture, in equal shares of each digit.
+
+    Args: the digit of each picture, (n,) int. Returns split name -> sorted picture indices; sizes as SPLITS.
+    """
+    digits = np.asarray(digits)
+    random = np.random.RandomState(SEED + 1)
+    place = np.empty(len(digits))
+    for digit in np.unique(digits):
+        members = np.flatnonzero(digits == digit)
+        # Each digit's pictures are spread evenly over 0..1 in random order, so that a cut anywhere is a fair share.
+        place[random.permutation(members)] = (np.arange(len(members)) + random.uniform()) / len(members)
+    ends = np.cumsum(list(SPLITS.values()))
+    parts = np.split(np.argsort(place, kind="stable"), ends[:-1])
+    return {name: np.sort(part) for name, part in zip(SPLITS, parts, strict=True)}
+
+
+def _pairs_of(picture: int, split: str) -> list[tuple[str, str]]:
+    """The colour pairs in which a picture appears, drawn by its number alone."""
+    random = np.random.RandomState([SEED, picture])
+    seen = random.permutation(len(SEEN_PAIRS))[: PAIRS_PER_PICTURE[split]]
+    held_out = random.permutation(len(HELD_OUT_PAIRS))[: HELD_OUT_PER_PICTURE[split]]
+    return [SEEN_PAIRS[i] for i in seen] + [HELD_OUT_PAIRS[i] for i in held_out]
+
+
+def _png(pixels: np.ndarray) -> io.BytesIO:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG", compress_level=6)
+    file.seek(0)
+    return file
+
+
+class CaptionedDigits(tfds.core.GeneratorBasedBuilder):
+    """Handwritten digits with captions, 32 x 32 RGB."""
+
+    name = "captioned_digits"
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = {}  # noqa: RUF012 (nothing is downloaded; TFDS would look for a checksum file beside this one)
+    RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012 (TFDS wants a plain class attribute)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Handwritten digits (UCI, 8 x 8), drawn 32 x 32 in one of eight named inks on another named "
+            "paper, with a caption in one of five phrasings. Eight colour pairs appear in the test split only.",
+            homepage="https://archive.ics.uci.edu/dataset/80",
+            citation="@misc{alpaydin1998optical, title={Optical Recognition of Handwritten Digits}, author={Alpaydin, "
+            "E. and Kaynak, C.}, year={1998}, publisher={UCI Machine Learning Repository}, doi={10.24432/C50P49}}",
+            license="CC BY 4.0",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
+                    "caption": tfds.features.Text(),
+                    "digit": np.int64,
+                    "ink": tfds.features.Text(),
+                    "paper": tfds.features.Text(),
+                    "phrase": np.int64,  # index into PHRASES
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # nothing to download
+        grids, digits = load_grids()
+        covers = coverage(grids)
+        parts = split_pictures(digits)
+        return {split: self._generate_examples(covers, digits, pictures, split) for split, pictures in parts.items()}
+
+    def _generate_examples(self, covers, digits, pictures, split) -> Iterator[tuple[str, dict]]:
+        for picture in pictures:
+            phrases = np.random.RandomState([SEED + 1, picture]).randint(len(PHRASES), size=len(ALL_PAIRS))
+            for (ink, paper), phrase in zip(_pairs_of(int(picture), split), phrases, strict=False):
+                yield (
+                    f"{picture:04d}_{ink}_{paper}",
+                    {
+                        "image": _png(_colour(covers[picture], ink, paper)),
+                        "caption": caption(int(digits[picture]), ink, paper, int(phrase)),
+                        "digit": int(digits[picture]),
+                        "ink": ink,
+                        "paper": paper,
+                        "phrase": int(phrase),
+                    },
+                )

@@ -1,0 +1,181 @@
+"""The input pipeline: batches of pictures and token ids that depend on nothing but the config, the seed and the step.
+
+Grain shuffles and batches record numbers; a batch's numbers and random choices are drawn for the whole batch, and each
+process then reads and decodes only its own rows. So batch n is the same whatever the number of processes or threads,
+and the whole state of the pipeline is one number.
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Int32, UInt8
+from PIL import Image, ImageOps
+
+from lcm_jax.data.sources import Source, open_source
+from lcm_jax.errors import UserError, one_of
+
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+Tokenize = Callable[[list[str]], Int32[np.ndarray, "batch length"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which pictures are read, and what becomes of each. A wrong value raises UserError naming the field."""
+
+    dataset: str = "captioned_digits"  # a registered TFDS builder: "name", "name/config:1.0.0"
+    directory: str = ""  # a prepared ArrayRecord data set's version directory, read in place of `dataset`
+    data_dir: str = ""  # where `dataset` lies or is prepared; "": TFDS's default, ~/tensorflow_datasets
+    split: str = "train"  # a TFDS split expression: "train", "train[:10%]"
+    image_key: str = "image"
+    caption_key: str = "caption"  # "captions/text" for nested features; of several captions one is drawn each time
+    image_size: int = 32  # pixels: the shorter side is resized to it, then a square is cropped
+    resize: str = "lanczos"  # lanczos | bicubic
+    crop: str = "center"  # center | random
+    flip: bool = False  # mirror half of the pictures (their captions stay)
+    shuffle: bool = True  # a new order each epoch; False: as stored
+    threads: int = 4  # batches read and decoded at the same time, ahead of their use; changes no batch
+
+    def __post_init__(self) -> None:
+        if not (self.dataset or self.directory):
+            raise UserError("dataset and directory are both empty; give a TFDS name or a prepared directory")
+        for name in ("split", "image_key", "caption_key"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty; the default is {getattr(DataConfig, name)!r}")
+        for name in ("image_size", "threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        one_of("resize", self.resize, RESAMPLING)
+        one_of("crop", self.crop, ("center", "random"))
+
+
+def prepare_image(
+    encoded: bytes, config: DataConfig, place: float = 0.5, mirror: bool = False
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Decodes one picture, resizes its shorter side to config.image_size and crops a square.
+
+    Args: an encoded picture (PNG, JPEG, …; orientation tags are obeyed, transparency is laid on white); where along the
+    longer side the square lies, 0..1 (0.5 = centre); whether to mirror.
+    Returns uint8 RGB. Raises whatever Pillow raises for a damaged file.
+    """
+    size = config.image_size
+    with Image.open(io.BytesIO(encoded)) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGB")
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), RESAMPLING[config.resize])
+    left, top = int(place * (width - size + 1)), int(place * (height - size + 1))
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    return np.ascontiguousarray(pixels[:, ::-1] if mirror else pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadBatch(grain.transforms.RandomMap):
+    """Turns the record numbers of a global batch into this process's part of the batch."""
+
+    source: Source
+    config: DataConfig
+    tokenize: Tokenize
+    rows: slice  # this process's part of the global batch
+
+    def random_map(self, element: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        config = self.config
+        place, mirror, which = rng.random((3, len(element)))[:, self.rows]  # drawn for all rows, on every process
+        if config.crop == "center":
+            place = np.full(len(place), 0.5)
+        numbers = element[self.rows].tolist()
+        images, texts = [], []
+        for i, (encoded, captions) in enumerate(self.source.read(numbers)):
+            try:
+                images.append(prepare_image(encoded, config, place[i], config.flip and mirror[i] < 0.5))
+            except Exception as error:
+                raise UserError(
+                    f"{self.source.where}: the image of record {numbers[i]} cannot be decoded ({error})"
+                ) from None
+            texts.append(captions[int(which[i] * len(captions))])
+        return {"image": np.stack(images), "input_ids": np.asarray(self.tokenize(texts), np.int32)}
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """An endless iterator of batches {'image': uint8 (B, S, S, 3), 'input_ids': int32 (B, L)}; see `batches`."""
+
+    def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], step: int):
+        self._batches = iter(dataset)
+        self._identity = identity
+        self.set_state({"step": step, **identity})
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns a JSON-able dict: the number of the next batch, and what it depends on."""
+        return {"step": self._batches.get_state()["next_index"], **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to the batch that `state` names. Raises UserError if the state belongs to other batches than these."""
+        for key, value in self._identity.items():
+            if state[key] != value:
+                raise UserError(f"the saved data position has {key} {state[key]!r}, this run {value!r}")
+        self._batches.set_state({"next_index": int(state["step"])})
+
+    def close(self) -> None:
+        """Stops the reading threads."""
+        self._batches.close()
+
+
+def batches(
+    config: DataConfig,
+    *,
+    tokenize: Tokenize,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Iterates over one process's part of the batches, without end.
+
+    Args:
+      config: what to read, and how.
+      tokenize: captions -> token ids (rows, L) int32; called from several threads.
+      batch_size: of all processes together; process i gets rows [i, i + 1) * batch_size / process_count.
+      seed: 0 <= seed < 2**32. Batch n depends on (config, seed, batch_size, n) only.
+      start_step: number of the first batch.
+
+    Returns: iterator of {'image': uint8 (B, S, S, 3), 'input_ids': int32 (B, L)} with get_state, set_state and close;
+      B = batch_size / process_count, S = config.image_size.
+    Raises: UserError for a data set that cannot be opened (see `open_source`), and, while iterating, for a record that
+      cannot be read or decoded, naming it.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch_size is {batch_size}; it must be a positive multiple of the {process_count} processes")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must be in 0..{2**32 - 1}")
+    source = open_source(
+        config.dataset,
+        directory=config.directory,
+        data_dir=config.data_dir,
+        split=config.split,
+        image_key=config.image_key,
+        caption_key=config.caption_key,
+    )
+    part = batch_size // process_count
+    rows = slice(process_index * part, (process_index + 1) * part)
+    numbers = grain.MapDataset.range(len(source)).seed(seed)
+    if config.shuffle:
+        numbers = numbers.shuffle()
+    loaded = (
+        numbers.repeat()
+        .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
+        .random_map(_LoadBatch(source, config, tokenize, rows))
+    )
+    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.threads)
+    identity = {"seed": seed, "batch_size": batch_size, "examples": len(source)}
+    return Batches(loaded.to_iter_dataset(options), identity, start_step)

@@ -1,0 +1,24 @@
+"""The one exception for a user's mistake: a single line that says what is wrong, where, and what would be right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave. Every command prints it as one line, without traceback, and exits with 2."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Returns "; did you mean 'x'?" for the closest of `choices`, else "; choose from a, b, c" (or "")."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(word, choices, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; choose from {', '.join(choices)}" if choices else ""
+
+
+def one_of(what: str, value: str, choices: Iterable[str]) -> None:
+    """Raises UserError unless `value` is one of `choices`; `what` names the option or the file and key."""
+    choices = list(choices)
+    if value not in choices:
+        raise UserError(f"{what} is {value!r}{nearest(str(value), choices)}")

@@ -1,0 +1,122 @@
+"""python -m lcm_jax.export --workdir=runs/digits --out=runs/digits/lcm [--which=ema|student] [--verify]
+
+Writes what a run has trained as a folder that diffusers loads: a consistency model as a
+LatentConsistencyModelPipeline, a diffusion model or an autoencoder in the pipeline it came from. --verify loads the
+folder in diffusers and compares its pictures' latents with ours.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from lcm_jax import checkpoint, cli
+from lcm_jax.config import Config, load_resolved
+from lcm_jax.data.pipeline import batches
+from lcm_jax.errors import UserError
+from lcm_jax.interop.export import DTYPES, Recipe, write_lcm_folder, write_trained_folder
+from lcm_jax.interop.folder import Folder, read_folder
+
+BATCHES, PICTURES = 16, 32  # of the training data, from which an autoencoder's scaling_factor is measured
+
+
+def export(
+    workdir: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    which: str | None = None,
+    step: int | None = None,
+    dtype: str = "float32",
+) -> tuple[int, str]:
+    """Writes the newest good checkpoint (or that of `step`) of the run in `workdir` to the folder `out`.
+
+    Args:
+      which: "ema" or "student"; by default "ema" for a distilled model, and for the others where the run keeps one.
+      dtype: of the trained weights in the new folder.
+
+    Returns:
+      The checkpoint's step, and which weights were written.
+
+    Raises:
+      UserError: no such run, no such checkpoint, no EMA in it, `out` can't be written.
+    """
+    config = load_resolved(workdir)
+    which = which or ("ema" if config.ema.decay or config.objective == "lcd" else "student")
+    if which == "ema" and not config.ema.decay:
+        raise UserError(f"{workdir} has no EMA (its config.ema.decay is 0); export --which=student")
+    source = read_folder(config.model.folder)
+    params, step = checkpoint.restore_params(workdir, which, step)
+    if config.objective == "lcd":
+        write_lcm_folder(source, params["unet"], out, recipe=recipe_of(config, source, which, step), dtype=dtype)
+    else:
+        updates = (
+            {"vae": {"scaling_factor": measured_scaling(config, source, params["vae"])}} if "vae" in params else {}
+        )
+        write_trained_folder(source, params, out, config_updates=updates, dtype=dtype)
+    return step, which
+
+
+def recipe_of(config: Config, teacher: Folder, which: str, step: int) -> Recipe:
+    """Returns what lcm_jax.json says about a distillation."""
+    lcd = config.lcd
+    return Recipe(
+        teacher=config.model.folder,
+        weights=which,
+        guidance_min=lcd.guidance_min,
+        guidance_max=lcd.guidance_max,
+        solver=lcd.solver,
+        skip=lcd.skip,
+        original_inference_steps=teacher.schedule.num_train_timesteps // lcd.skip,
+        timestep_scaling=lcd.timestep_scaling,
+        w_embedding_dim=lcd.w_embedding_dim,
+        distance=lcd.distance,
+        steps=step,
+        batch_size=config.batch_size,
+        learning_rate=config.optimizer.learning_rate,
+        ema_decay=config.ema.decay,
+    )
+
+
+def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarray]) -> float:
+    """Returns the VAE's scaling_factor: 1 / the standard deviation of its latents over some training pictures.
+
+    All channels and places together, draws from the posterior included (arXiv 2112.10752, appendix G).
+    """
+    vae = source.components["vae"].network()
+
+    @jax.jit
+    def moments(params: dict[str, jax.Array], pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, logvar = vae.apply(params, pictures.astype(jnp.float32) / 127.5 - 1.0, method="encode")
+        return jnp.mean(mean), jnp.mean(mean**2 + jnp.exp(logvar))
+
+    def no_tokens(texts: list[str]) -> np.ndarray:
+        return np.zeros((len(texts), 1), np.int32)
+
+    device_params = jax.tree.map(jnp.asarray, params)
+    with contextlib.closing(batches(config.data, tokenize=no_tokens, batch_size=PICTURES, seed=config.seed)) as data:
+        seen = [moments(device_params, next(data)["image"]) for _ in range(BATCHES)]
+    first, second = np.mean(np.asarray(seen, np.float64), axis=0)
+    return float(1.0 / np.sqrt(second - first**2))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; `argv` without the program's name. Returns the exit code."""
+    parser = cli.parser("export", __doc__)
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the folder of the run")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="the new folder")
+    parser.add_argument("--which", choices=("ema", "student"), help="which weights (default: ema)")
+    parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest good one)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the trained weights (default: float32)")
+    parser.add_argument("--verify", action="store_true", help="compare with diffusers; needs lcm_jax[diffusers]")
+    args = parser.parse_args(argv)
+    step, which = export(args.workdir, args.out, which=args.which, step=args.step, dtype=args.dtype)
+    if args.verify:
+        from lcm_jax.interop.verify import verify
+
+        print(f"diffusers loads it; its latents differ from ours by {verify(args.out):.1e} of their maximum.")
+    print(f"{args.out} holds the {which} weights of step {step}. Next:")
+    print(f'  python -m lcm_jax.sample --model={args.out} --prompt="…" --seed=0 --out=picture.png')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

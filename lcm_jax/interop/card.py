@@ -1,0 +1,114 @@
+"""The model card (README.md) of an exported folder: front matter that the hub reads, and the recipe."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from lcm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from lcm_jax.interop.export import Recipe
+
+CARD_FILE = "README.md"
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+def teacher_licence(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the licence keys in the front matter of a folder's model card; {} if it names none.
+
+    Raises UserError if there is a card whose front matter can't be read.
+    """
+    from huggingface_hub import metadata_load  # imported late: it takes time
+
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return {}
+    try:
+        front = metadata_load(path) or {}
+    except Exception as error:  # YAML's own errors are no ValueError
+        raise UserError(
+            f"{path}: its front matter, which may name a licence, can't be read: {str(error).splitlines()[0]}"
+        ) from None
+    return {key: front[key] for key in _LICENCE_KEYS if key in front}
+
+
+def lcm_card(teacher: pathlib.Path, recipe: Recipe) -> str:
+    """Returns the text of the model card of a distilled model.
+
+    The teacher's licence holds for what was distilled from it, so it is stated; a teacher whose card names none is
+    reported as such and no licence is claimed.
+    """
+    from huggingface_hub import ModelCardData
+
+    licence = teacher_licence(teacher)
+    front = ModelCardData(
+        **licence,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["latent-consistency-model", "text-to-image", "lcm_jax"],
+    )
+    if licence:
+        terms = f"The teacher's licence, `{licence.get('license', 'see above')}`, holds for this model too."
+    else:
+        terms = "The teacher's folder names no licence; find its terms before you pass this model on."
+    middle = (recipe.guidance_min + recipe.guidance_max) / 2
+    if recipe.w_embedding_dim:
+        pipeline, scale = "LatentConsistencyModelPipeline", middle
+        guidance = (
+            f"The UNet is told the guidance: `guidance_scale` from {recipe.guidance_min:g} to {recipe.guidance_max:g}, "
+            "at no extra cost. A negative prompt has no effect."
+        )
+    else:
+        pipeline, scale = "StableDiffusionPipeline", 1.0
+        guidance = (
+            f"The UNet has learnt the mean over `guidance_scale` {recipe.guidance_min:g} to {recipe.guidance_max:g} "
+            "and isn't told any: use 1 (off); slightly above it, real guidance is added at twice the cost."
+        )
+    rows = {
+        "teacher": f"`{recipe.teacher}`",
+        "weights": "exponential moving average" if recipe.weights == "ema" else "student",
+        "ODE solver (psi)": recipe.solver,
+        "k, N": f"{recipe.skip}, {recipe.original_inference_steps}",
+        "guidance_scale trained": f"{recipe.guidance_min:g} to {recipe.guidance_max:g}",
+        "distance": recipe.distance,
+        "EMA decay": f"{recipe.ema_decay:g}" if recipe.ema_decay else "none",
+        "steps × batch": f"{recipe.steps} × {recipe.batch_size}",
+        "learning rate": f"{recipe.learning_rate:g}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+{front.to_yaml()}
+---
+
+# A latent consistency model of `{recipe.teacher}`
+
+Draws in 1 to 8 network steps. Distilled with lcm_jax by latent consistency distillation
+([arXiv:2310.04378](https://arxiv.org/abs/2310.04378)).
+
+{terms}
+
+## Use
+
+```python
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("<this folder>")
+image = pipe("<prompt>", num_inference_steps=4, guidance_scale={scale:g}).images[0]
+```
+
+```python
+import lcm_jax
+
+pipe = lcm_jax.load_pipeline("<this folder>")
+images = pipe(["<prompt>"], steps=4, guidance_scale={scale:g}, seed=0)
+```
+
+{guidance}
+
+## Recipe
+
+| | |
+|---|---|
+{table}
+"""

@@ -1,0 +1,188 @@
+"""Writing what was trained as a folder that diffusers loads.
+
+A distilled UNet with a w-embedding becomes a `LatentConsistencyModelPipeline`. One without (w_embedding_dim 0) becomes
+a `StableDiffusionPipeline` with an `LCMScheduler`: LatentConsistencyModelPipeline always embeds the guidance and can't
+run it, StableDiffusionPipeline does, with guidance_scale 1 (off) or real guidance a little above.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lcm_jax.diffusion.schedule import with_defaults
+from lcm_jax.errors import UserError, one_of
+from lcm_jax.interop import card
+from lcm_jax.interop.folder import (
+    Folder,
+    copy_rest,
+    replace_params,
+    replacing,
+    write_component,
+    write_json,
+)
+from lcm_jax.interop.weights import read_json
+
+DTYPES = ("float32", "float16", "bfloat16")
+RECIPE_FILE = "lcm_jax.json"
+_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a consistency model was distilled: the content of lcm_jax.json.
+
+    Attributes:
+      teacher: the folder or hub id that it was distilled from, as the user gave it.
+      weights: "ema" or "student".
+      guidance_min, guidance_max: the trained range of guidance_scale (w + 1).
+      solver: psi, "ddim", "dpm" or "dpmpp".
+      skip: k, the training timesteps that one step of psi crosses.
+      original_inference_steps: N, the number of timesteps on the trained grid.
+      timestep_scaling: of the boundary condition.
+      w_embedding_dim: 0 for a student that isn't told the guidance.
+      distance: the loss's d.
+      steps, batch_size, learning_rate, ema_decay: of the training; ema_decay 0 is none.
+    """
+
+    teacher: str
+    weights: str
+    guidance_min: float
+    guidance_max: float
+    solver: str
+    skip: int
+    original_inference_steps: int
+    timestep_scaling: float
+    w_embedding_dim: int
+    distance: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    ema_decay: float
+
+    @classmethod
+    def read(cls, folder: pathlib.Path) -> "Recipe | None":
+        """Returns the recipe in a model folder, None if it has none; raises UserError if it can't be read."""
+        path = folder / RECIPE_FILE
+        if not path.exists():
+            return None
+        values = read_json(path)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if absent := sorted(names - values.keys()):
+            raise UserError(f"{path} has no {absent[0]}")
+        return cls(**{name: values[name] for name in names})
+
+
+def lcm_scheduler(teacher: Folder, recipe: Recipe) -> dict[str, Any]:
+    """Returns scheduler_config.json of an `LCMScheduler`: the teacher's noise schedule, the trained grid.
+
+    What the teacher's file leaves out is written with the default of its class, which isn't LCMScheduler's. Clipping
+    and thresholding are for pictures, not for latents: they are off.
+    """
+    return {
+        "_class_name": "LCMScheduler",
+        "_diffusers_version": teacher.scheduler.get(
+            "_diffusers_version", teacher.model_index.get("_diffusers_version")
+        ),
+        **with_defaults(teacher.scheduler),
+        "trained_betas": None,
+        "original_inference_steps": recipe.original_inference_steps,
+        "timestep_scaling": recipe.timestep_scaling,
+        "timestep_spacing": "leading",
+        "clip_sample": False,
+        "clip_sample_range": 1.0,
+        "thresholding": False,
+        "dynamic_thresholding_ratio": 0.995,
+        "sample_max_value": 1.0,
+    }
+
+
+def write_lcm_folder(
+    teacher: Folder,
+    unet_params: Mapping[str, np.ndarray | Array],
+    out: str | os.PathLike[str],
+    *,
+    recipe: Recipe,
+    dtype: str = "float32",
+) -> pathlib.Path:
+    """Writes the teacher's folder with the distilled UNet, an LCMScheduler, lcm_jax.json and a model card.
+
+    Args:
+      teacher: the folder that was distilled; text encoder, VAE, tokenizer (and safety checker) are taken over.
+      unet_params: path → array of the student.
+      out: the new folder; an existing model folder is replaced.
+      recipe: what goes into lcm_jax.json and the model card.
+      dtype: of the UNet's weights: float32, float16 or bfloat16. The others keep the teacher's.
+
+    Raises:
+      UserError: the parameters don't fit the UNet; `out` can't be written.
+    """
+    one_of("dtype", dtype, DTYPES)
+    unet = teacher.components["unet"]
+    config = {**unet.config, "time_cond_proj_dim": recipe.w_embedding_dim or None}
+    student = replace_params(unet, unet_params, jnp.dtype(dtype), config)
+    model_index = {
+        **teacher.model_index,
+        "_class_name": "LatentConsistencyModelPipeline" if recipe.w_embedding_dim else "StableDiffusionPipeline",
+        "scheduler": ["diffusers", "LCMScheduler"],
+    }
+    for name in _OPTIONAL:
+        model_index.setdefault(name, [None, None])
+    has_checker = model_index["safety_checker"][1] is not None
+    model_index["requires_safety_checker"] = bool(
+        has_checker and teacher.model_index.get("requires_safety_checker", True)
+    )
+    scheduler = lcm_scheduler(teacher, recipe)
+    folder = Folder(teacher.path, model_index, scheduler, {**teacher.components, "unet": student})
+    text = card.lcm_card(teacher.path, recipe)
+    with replacing(out, teacher.path) as temporary:
+        _write(folder, temporary, replaced=("unet",))
+        write_json(temporary / RECIPE_FILE, dataclasses.asdict(recipe))
+        (temporary / card.CARD_FILE).write_text(text, encoding="utf-8")
+    return pathlib.Path(out)
+
+
+def write_trained_folder(
+    source: Folder,
+    params: Mapping[str, Mapping[str, np.ndarray | Array]],
+    out: str | os.PathLike[str],
+    *,
+    config_updates: Mapping[str, Mapping[str, Any]] | None = None,
+    dtype: str = "float32",
+) -> pathlib.Path:
+    """Writes the source's folder, of the same pipeline class, with some of its components trained.
+
+    Args:
+      source: the folder that training started from.
+      params: component → path → array.
+      out: the new folder; an existing model folder is replaced.
+      config_updates: component → values to change in its config.json, e.g. {"vae": {"scaling_factor": 0.4}}.
+      dtype: of the trained components' weights.
+
+    Raises:
+      UserError: the parameters don't fit; `out` can't be written.
+    """
+    one_of("dtype", dtype, DTYPES)
+    updates = config_updates or {}
+    components = dict(source.components)
+    for name, update in updates.items():
+        components[name] = dataclasses.replace(components[name], config={**components[name].config, **update})
+    for name, flat in params.items():
+        components[name] = replace_params(components[name], flat, jnp.dtype(dtype))
+    folder = dataclasses.replace(source, components=components)
+    with replacing(out, source.path) as temporary:
+        _write(folder, temporary, replaced=tuple(params))
+    return pathlib.Path(out)
+
+
+def _write(folder: Folder, to: pathlib.Path, replaced: tuple[str, ...]) -> None:
+    copy_rest(folder, to, skip_weights_of=replaced)
+    write_json(to / "model_index.json", folder.model_index)
+    write_json(to / "scheduler" / "scheduler_config.json", folder.scheduler)
+    for component in folder.components.values():
+        write_component(component, to)

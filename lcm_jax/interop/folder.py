@@ -1,0 +1,314 @@
+"""Reading and writing a diffusers pipeline folder as a whole.
+
+model_index.json            which component is of which class
+unet/ vae/ text_encoder/    config.json and safetensors: read into arrays, written from arrays
+scheduler/ tokenizer/ …     copied byte for byte
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+
+from lcm_jax.diffusion.schedule import SCHEDULER_CLASSES, Schedule
+from lcm_jax.errors import UserError, nearest
+from lcm_jax.interop import hub, names, weights
+from lcm_jax.models import FP32, MODEL_CLASSES, Network, Policy
+
+Flat = dict[str, np.ndarray]
+
+PIPELINE_CLASSES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+# These are neither run nor changed: their files are copied.
+COPIED_CLASSES = (
+    "StableDiffusionSafetyChecker",
+    "CLIPImageProcessor",
+    "CLIPFeatureExtractor",
+    "CLIPVisionModelWithProjection",
+)
+_REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What of a component's files its parameters don't say: enough to write them back as they were.
+
+    Attributes:
+      keys: our path → key in the file.
+      buffers: tensors of the file that are no parameters, by key.
+      arrangement: the files, and which holds which key.
+    """
+
+    keys: dict[str, str]
+    buffers: Flat
+    arrangement: weights.Arrangement
+
+
+@dataclasses.dataclass
+class Component:
+    """A network's configuration and parameters.
+
+    Attributes:
+      name: the subfolder, e.g. "unet".
+      library_class: the peer's class, e.g. "UNet2DConditionModel".
+      config: config.json as it is.
+      params: path → array, in our names and layout and the file's dtype.
+      source: how the file holds them; None for parameters that no file holds yet.
+    """
+
+    name: str
+    library_class: str
+    config: dict[str, Any]
+    params: Flat
+    source: Source | None = None
+
+    def network(self, *, policy: Policy = FP32, **options: Any) -> Network:
+        """Returns the network of this component; `options` as `lcm_jax.models.Network` takes them."""
+        return make_network(self.library_class, self.config, where=self.name, policy=policy, **options)
+
+
+@dataclasses.dataclass
+class Folder:
+    """A pipeline folder: JSON files as they are, networks as arrays.
+
+    Attributes:
+      path: where it lies; everything that isn't in `components` is copied from there when it is written.
+      model_index, scheduler: model_index.json, scheduler/scheduler_config.json.
+      components: the networks that were read, by name.
+    """
+
+    path: pathlib.Path
+    model_index: dict[str, Any]
+    scheduler: dict[str, Any]
+    components: dict[str, Component]
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule that scheduler_config.json describes; raises UserError if it isn't supported."""
+        try:
+            return Schedule.from_config(self.scheduler)
+        except UserError as error:
+            raise UserError(f"{self.path}/scheduler/scheduler_config.json: {error}") from None
+
+    @property
+    def pipeline_class(self) -> str:
+        """The peer's pipeline class."""
+        return self.model_index["_class_name"]
+
+
+def make_network(
+    library_class: str, config: dict[str, Any], *, where: str, policy: Policy = FP32, **options: Any
+) -> Network:
+    """Returns the network that a config.json describes; a UserError says `where`."""
+    config_class, model_class = MODEL_CLASSES[library_class]
+    try:
+        return Network(model_class, config_class.from_dict(config), policy=policy, **options)
+    except UserError as error:
+        raise UserError(f"{where}/config.json: {error}") from None
+
+
+def read_folder(path_or_hub_id: str | os.PathLike[str], *, only: Collection[str] | None = None) -> Folder:
+    """Reads a folder that `StableDiffusionPipeline` or `LatentConsistencyModelPipeline` writes.
+
+    Args:
+      path_or_hub_id: a folder, or the id of a model on the Hugging Face hub.
+      only: names of the networks whose weights are read; all by default.
+
+    Raises:
+      UserError: no such folder, a missing or broken file, an unsupported class or configuration, weights in pickle
+        files, tensors missing, unexpected or of another shape than config.json says.
+    """
+    path = hub.local_folder(path_or_hub_id)
+    model_index = weights.read_json(path / "model_index.json")
+    classes = _check_classes(path, model_index)
+    scheduler = weights.read_json(path / "scheduler" / "scheduler_config.json")
+    components = {
+        name: _read_component(path / name, name, library_class)
+        for name, library_class in classes.items()
+        if library_class in MODEL_CLASSES and (only is None or name in only)
+    }
+    return Folder(path, model_index, scheduler, components)
+
+
+def _check_classes(path: pathlib.Path, model_index: dict[str, Any]) -> dict[str, str]:
+    """Returns component → class; raises UserError for one that this program doesn't know, or that is missing."""
+    where = path / "model_index.json"
+    pipeline_class = str(model_index.get("_class_name"))
+    if pipeline_class not in PIPELINE_CLASSES:
+        raise UserError(f"{where}: _class_name is {pipeline_class}; supported: {', '.join(PIPELINE_CLASSES)}")
+    classes: dict[str, str] = {}
+    for name, value in model_index.items():
+        if not (isinstance(value, list) and len(value) == 2) or value[1] is None:
+            continue
+        known = (*MODEL_CLASSES, *TOKENIZER_CLASSES, *COPIED_CLASSES)
+        if name == "scheduler":
+            known = tuple(SCHEDULER_CLASSES)
+        if value[1] not in known:
+            raise UserError(f"{where}: the class of {name} is {value[1]}; supported: {', '.join(known)}")
+        classes[name] = value[1]
+    for name in _REQUIRED:
+        if name not in classes:
+            raise UserError(f"{where} names no {name}{nearest(name, classes)}")
+    return classes
+
+
+def _read_component(directory: pathlib.Path, name: str, library_class: str) -> Component:
+    config = weights.read_json(directory / "config.json")
+    network = make_network(library_class, config, where=str(directory))
+    tensors, arrangement = weights.read_weights(directory)
+    wanted = {path: tuple(leaf.shape) for path, leaf in network.shapes.items()}
+    where = f"{directory}/{arrangement.index or next(iter(arrangement.metadata))}"
+    found = names.match(library_class, {key: array.shape for key, array in tensors.items()}, wanted, where)
+    params: Flat = {}
+    written: dict[str, str] = {}  # old → new spelling, where the two differ
+    for path, key in found.keys.items():
+        params[path] = names.from_file(path, tensors[key].reshape(names.file_shape(path, wanted[path])))
+        if library_class == "AutoencoderKL":
+            written[key] = names.file_key(path)
+    source = Source(
+        keys={path: written.get(key, key) for path, key in found.keys.items()},
+        buffers={key: tensors[key] for key in found.buffers},
+        arrangement=arrangement.renamed(written),
+    )
+    return Component(name, library_class, config, params, source)
+
+
+def write_folder(folder: Folder, out: str | os.PathLike[str]) -> pathlib.Path:
+    """Writes the folder: networks from their arrays in the files that they came in, everything else copied.
+
+    Attention weights of old VAE folders get their present names; all other names, dtypes, shards and variants stay.
+    An existing model folder is replaced, in one rename after everything is written.
+
+    Raises:
+      UserError: as `replacing` does.
+    """
+    with replacing(out, folder.path) as temporary:
+        copy_rest(folder, temporary)
+        write_json(temporary / "model_index.json", folder.model_index)
+        write_json(temporary / "scheduler" / "scheduler_config.json", folder.scheduler)
+        for component in folder.components.values():
+            write_component(component, temporary)
+    return pathlib.Path(out)
+
+
+def write_component(component: Component, root: pathlib.Path) -> None:
+    """Writes config.json and weights of one component below `root`."""
+    directory = root / component.name
+    directory.mkdir(exist_ok=True)
+    write_json(directory / "config.json", component.config)
+    source = component.source or new_source(component)
+    tensors = {key: names.to_file(path, component.params[path]) for path, key in source.keys.items()}
+    weights.write_weights(directory, {**tensors, **source.buffers}, source.arrangement)
+
+
+def new_source(component: Component) -> Source:
+    """Returns the usual single file with the usual keys, for parameters that don't come from a file."""
+    stem = "model" if component.library_class.startswith("CLIP") else "diffusion_pytorch_model"
+    keys = {path: names.file_key(path) for path in component.params}
+    return Source(keys, {}, weights.one_file(f"{stem}.safetensors", list(keys.values())))
+
+
+def replace_params(
+    component: Component, params: Flat, dtype: np.dtype, config: dict[str, Any] | None = None
+) -> Component:
+    """Returns the component with other parameters, cast to `dtype`, to be written in one full-precision file.
+
+    The spelling of CLIP's keys and its buffers stay as they were read.
+    """
+    network = make_network(component.library_class, config or component.config, where=component.name)
+    network.check(params, where=component.name)
+    params = {path: np.asarray(params[path]).astype(dtype) for path in params}
+    new = Component(component.name, component.library_class, dict(config or component.config), params)
+    for key in ("dtype", "torch_dtype"):  # transformers loads in the dtype that config.json names
+        if key in new.config:
+            new.config[key] = np.dtype(dtype).name
+    source = new_source(new)
+    if component.source:
+        keys = {**source.keys, **{path: key for path, key in component.source.keys.items() if path in params}}
+        buffers = component.source.buffers
+        (name,) = source.arrangement.metadata
+        source = Source(keys, buffers, weights.one_file(name, [*keys.values(), *buffers]))
+    new.source = source
+    return new
+
+
+def copy_rest(folder: Folder, to: pathlib.Path, skip_weights_of: Collection[str] = ()) -> None:
+    """Copies every file that isn't written from `folder` itself, byte for byte; hidden folders are left behind.
+
+    Args:
+      skip_weights_of: components whose other weight files (variants, pickles) are left behind too: they hold the old
+        parameters.
+    """
+    ours = {"model_index.json", "scheduler/scheduler_config.json"}
+    for component in folder.components.values():
+        ours.add(f"{component.name}/config.json")
+        if component.source:
+            ours.update(f"{component.name}/{name}" for name in component.source.arrangement.file_names)
+    (to / "scheduler").mkdir(exist_ok=True)
+    for root, directories, files in os.walk(folder.path, followlinks=True):
+        directories[:] = sorted(d for d in directories if not d.startswith("."))
+        relative = pathlib.Path(root).relative_to(folder.path)
+        for file in files:
+            name = relative / file
+            if name.as_posix() in ours:
+                continue
+            if name.parts[0] in skip_weights_of and weights.is_weights(file):
+                continue
+            (to / relative).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder.path / name, to / name)
+
+
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object the way the peers do, indented by two."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(out: str | os.PathLike[str], source: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
+    """Gives a new folder beside `out` to write into, and renames it to `out` when all went well.
+
+    Raises:
+      UserError: `out` is `source`, a file, or a folder with something in it that is no model folder; no place to write.
+    """
+    target = pathlib.Path(out).expanduser().absolute()
+    if target.exists():
+        if source is not None and target.resolve() == source.resolve():
+            raise UserError(f"{out} is the folder that the model was read from; choose another one")
+        if not target.is_dir():
+            raise UserError(f"{out} is a file; choose a folder")
+        target = target.resolve()
+        if any(target.iterdir()) and not (target / "model_index.json").is_file():
+            raise UserError(
+                f"{out} has something in it and is no model folder (no model_index.json); choose another one"
+            )
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are for the owner alone
+        yield temporary
+        if target.exists():
+            old = temporary.with_suffix(".old")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+    except OSError as error:
+        raise UserError(f"{out} can't be written: {error.strerror or error}") from None
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

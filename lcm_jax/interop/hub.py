@@ -1,0 +1,41 @@
+"""A folder on this machine for what the user named: a path, or the id of a model on the Hugging Face hub."""
+
+import os
+import pathlib
+import re
+
+from lcm_jax.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# No pickles, no single-file checkpoints of the whole model at the top, and one precision only.
+_ALLOW = ["*.json", "*.txt", "*.md", "LICENSE*", "*/*.safetensors"]
+_IGNORE = ["*.fp16.*", "*.fp16-*", "*non_ema*"]
+
+
+def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the folder of that name, or fetches the hub's model of that name into the hub's own cache.
+
+    Raises:
+      UserError: neither is to be had.
+    """
+    path = pathlib.Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    name = str(path_or_hub_id)
+    if path.exists():
+        raise UserError(f"{name} is a file; give the folder that holds model_index.json")
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(f"there is no folder {name}")
+    # imported late: it takes time, and most models are folders
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = pathlib.Path(snapshot_download(name, allow_patterns=_ALLOW, ignore_patterns=_IGNORE))
+        if not any((folder / "unet").glob("*.safetensors")):  # a model that comes in half precision only
+            folder = pathlib.Path(snapshot_download(name, allow_patterns=_ALLOW))
+        return folder
+    except Exception as error:  # the hub's own errors, and those of an HTTP library that differs between its versions
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise UserError(
+            f"there is no folder {name}, and no model of that name could be fetched from the hub: {reason}"
+        ) from None

@@ -1,0 +1,103 @@
+"""Does diffusers load the folder, and draw what we draw? The only file that imports torch, and only when called."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lcm_jax.errors import UserError
+from lcm_jax.pipeline import Pipeline, load_pipeline
+
+TOLERANCE = 1e-3
+PROMPTS = ("a photograph of a cat", "a red seven on a blue background")
+
+
+def verify(folder: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, steps: int = 4, seed: int = 0) -> float:
+    """Draws the same prompts from the same noise with diffusers and with us, both computing in float32.
+
+    Args:
+      folder: a model folder.
+      prompts, steps, seed: what is drawn.
+
+    Returns:
+      max |difference| / max |diffusers' latents|.
+
+    Raises:
+      UserError: torch or diffusers is missing; a tensor is missing or unexpected there; the difference is above 1e-3.
+    """
+    try:
+        import diffusers
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError(f"verifying needs {error.name}: pip install lcm_jax[diffusers]") from None
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    pipe = load_pipeline(folder)
+    path = pipe.folder.path
+    prompts = list(prompts)
+    scale = pipe.default_guidance
+    draws = np.random.default_rng(seed).standard_normal((steps, *pipe.latent_shape(len(prompts)))).astype(np.float32)
+    noise = draws[1:] if pipe.is_lcm else None
+    ours = pipe(prompts, steps, scale, latents=draws[0], noise=noise, output="latents")
+
+    peer = getattr(diffusers, pipe.folder.pipeline_class).from_pretrained(str(path), **load_networks(pipe))
+    peer.set_progress_bar_config(disable=True)
+    if not pipe.is_lcm:
+        peer.scheduler = diffusers.DDIMScheduler.from_config(
+            peer.scheduler.config, timestep_spacing="trailing", clip_sample=False
+        )
+    nchw = torch.from_numpy(draws).permute(0, 1, 4, 2, 3)
+    with injected_noise(list(nchw[1:])):
+        result = peer(prompts, num_inference_steps=steps, guidance_scale=scale, latents=nchw[0], output_type="latent")
+    theirs = result.images.permute(0, 2, 3, 1).numpy()
+
+    difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"{path}: diffusers' latents differ from ours by {difference:.1e} of their maximum; "
+            f"rounding explains {TOLERANCE:g}"
+        )
+    return difference
+
+
+def load_networks(pipe: Pipeline) -> dict[str, Any]:
+    """Loads each network in its own library; raises UserError if a tensor is missing, unexpected or misshapen there."""
+    import diffusers
+    import torch
+    import transformers
+
+    loaded = {}
+    for name, component in pipe.folder.components.items():
+        if component.library_class.startswith("CLIP"):
+            library, dtype = transformers, {"dtype": torch.float32}
+        else:
+            library, dtype = diffusers, {"torch_dtype": torch.float32}
+        network, info = getattr(library, component.library_class).from_pretrained(
+            str(pipe.folder.path), subfolder=name, output_loading_info=True, **dtype
+        )
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if keys := [str(key) for key in info[what] if not str(key).endswith("position_ids")]:
+                raise UserError(
+                    f"{pipe.folder.path}/{name}: {library.__name__} reports {what}: {', '.join(sorted(keys)[:3])}"
+                )
+        loaded[name] = network
+    return loaded
+
+
+@contextlib.contextmanager
+def injected_noise(noise: list[Any]) -> Iterator[None]:
+    """Makes diffusers' LCMScheduler take its noise from this list of NCHW tensors, in order."""
+    from diffusers.schedulers import scheduling_lcm
+
+    drawn = iter(noise)
+    original = scheduling_lcm.randn_tensor
+    scheduling_lcm.randn_tensor = lambda shape, **_: next(drawn).reshape(shape)
+    try:
+        yield
+    finally:
+        scheduling_lcm.randn_tensor = original

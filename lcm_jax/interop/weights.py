@@ -1,0 +1,143 @@
+"""safetensors files of one component, as diffusers and transformers lay them out.
+
+A component's tensors are in one file (`diffusion_pytorch_model.safetensors`, `model.safetensors`), or in shards that
+an index (`….safetensors.index.json`) lists; either may carry the variant `fp16` in its name. What was read is written
+back in the same arrangement. Pickle files are never read.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lcm_jax.errors import UserError
+
+Tensors = dict[str, np.ndarray]
+
+VARIANTS = ("", "fp16")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_STEMS = ("diffusion_pytorch_model", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """How a component's tensors are spread over files.
+
+    Attributes:
+      shard_of: key → name of the file that holds it.
+      metadata: file name → the metadata of its header (or None).
+      index: name of the index file; "" for one whole file.
+      index_metadata: the index's own metadata (`total_size`).
+    """
+
+    shard_of: dict[str, str]
+    metadata: dict[str, dict[str, str] | None]
+    index: str = ""
+    index_metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The names of all files that this arrangement writes."""
+        return tuple(self.metadata) + ((self.index,) if self.index else ())
+
+    def renamed(self, new_names: dict[str, str]) -> "Arrangement":
+        """Returns the same arrangement with the keys `old → new` renamed."""
+        shard_of = {new_names.get(key, key): name for key, name in self.shard_of.items()}
+        return dataclasses.replace(self, shard_of=shard_of)
+
+
+def one_file(name: str, keys: list[str]) -> Arrangement:
+    """Returns the arrangement of all `keys` in one file, with the header that the peers' loaders ask for."""
+    return Arrangement(dict.fromkeys(keys, name), {name: {"format": "pt"}})
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds a component's weights, or is the index of such files."""
+    return name.endswith((".safetensors", *PICKLES, ".msgpack", ".h5", ".onnx")) or ".safetensors.index." in name
+
+
+def read_weights(directory: pathlib.Path) -> tuple[Tensors, Arrangement]:
+    """Reads a component's tensors, in the file's names, layout and dtypes.
+
+    Full precision goes before `fp16`, one whole file before shards.
+
+    Raises:
+      UserError: no safetensors file there, only pickles, a shard missing, or a file cut short.
+    """
+    for variant in VARIANTS:
+        dotted = f".{variant}" if variant else ""
+        for stem in _STEMS:
+            whole = directory / f"{stem}{dotted}.safetensors"
+            if whole.is_file():
+                tensors, metadata = _read_file(whole)
+                return tensors, Arrangement(dict.fromkeys(tensors, whole.name), {whole.name: metadata})
+            # diffusers and transformers write the variant behind `index`, older versions of diffusers in front
+            for index in (f"{stem}.safetensors.index{dotted}.json", f"{stem}{dotted}.safetensors.index.json"):
+                if (directory / index).is_file():
+                    return _read_shards(directory / index)
+    pickles = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLES)
+    if pickles:
+        raise UserError(
+            f"{directory} holds its weights only as {pickles[0]}, a pickle: reading one can run any code that is in "
+            "it, so it is refused; save the model again with save_pretrained(…, safe_serialization=True)"
+        )
+    raise UserError(f"{directory} holds no weights: expected {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors")
+
+
+def write_weights(directory: pathlib.Path, tensors: Tensors, arrangement: Arrangement) -> None:
+    """Writes tensors (names and layout of the file) in the given arrangement."""
+    for name, metadata in arrangement.metadata.items():
+        # safetensors writes the memory behind a transposed view as it lies: each must be contiguous
+        shard = {key: np.ascontiguousarray(tensors[key]) for key, file in arrangement.shard_of.items() if file == name}
+        save_file(shard, directory / name, metadata=metadata)
+    if arrangement.index:
+        index = {"metadata": arrangement.index_metadata, "weight_map": arrangement.shard_of}
+        (directory / arrangement.index).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _read_file(path: pathlib.Path) -> tuple[Tensors, dict[str, str] | None]:
+    try:
+        with safe_open(path, framework="np") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 (no iterator)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} can't be read as safetensors, it may be cut short: {error}") from None
+
+
+def _read_shards(index_path: pathlib.Path) -> tuple[Tensors, Arrangement]:
+    index = read_json(index_path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index_path} has no weight_map")
+    tensors: Tensors = {}
+    metadata: dict[str, dict[str, str] | None] = {}
+    for name in sorted(set(weight_map.values())):
+        if pathlib.PurePath(name).name != name:
+            raise UserError(f"{index_path}: its weight_map names {name!r}, which is no file beside it")
+        shard, metadata[name] = _read_file(index_path.parent / name)
+        if strangers := [key for key in shard if weight_map.get(key) != name]:
+            raise UserError(
+                f"{index_path}: {name} holds {strangers[0]} ({len(strangers)} in all), which it doesn't list there"
+            )
+        tensors.update(shard)
+    if lost := [key for key in weight_map if key not in tensors]:
+        raise UserError(f"{index_path.parent / weight_map[lost[0]]}: {lost[0]} is missing ({len(lost)} in all)")
+    return tensors, Arrangement(dict(weight_map), metadata, index_path.name, index.get("metadata", {}))
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON object; raises UserError if the file is missing or is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, found {type(value).__name__}")
+    return value

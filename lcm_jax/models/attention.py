@@ -1,0 +1,131 @@
+"""Attention over a flattened grid, and the transformer that the UNet puts after its residual blocks."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lcm_jax.models.layers import GroupNorm, conv
+from lcm_jax.models.policy import Policy
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; keys and values come from `context` where there is one."""
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        heads: int,
+        head_dim: int,
+        *,
+        bias: bool,
+        implementation: str,
+        policy: Policy,
+        rngs: nnx.Rngs,
+    ) -> None:
+        inner, dtype = heads * head_dim, policy.compute
+        self.heads, self.implementation = heads, implementation
+        self.to_q = nnx.Linear(dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_k = nnx.Linear(context_dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_v = nnx.Linear(context_dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([nnx.Linear(inner, dim, dtype=dtype, rngs=rngs)])
+
+    def __call__(self, x: Float[Array, "b n d"], context: Float[Array, "b m e"] | None = None) -> Float[Array, "b n d"]:
+        context = x if context is None else context
+        q, k, v = (
+            y.reshape(*y.shape[:2], self.heads, -1) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        # scores and softmax are float32 inside
+        y = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
+        return self.to_out[0](y.reshape(*y.shape[:2], -1))
+
+
+class GEGLU(nnx.Module):
+    """x * gelu(gate), with the exact GELU."""
+
+    def __init__(self, dim: int, inner: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        self.proj = nnx.Linear(dim, 2 * inner, dtype=policy.compute, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
+        x, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return x * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU and a linear layer; `net` holds the parameters at the places that the file names."""
+
+    def __init__(self, dim: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        linear = nnx.Linear(4 * dim, dim, dtype=policy.compute, rngs=rngs)
+        self.net = nnx.List([GEGLU(dim, 4 * dim, policy=policy, rngs=rngs), nnx.Module(), linear])
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm with float32 statistics."""
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        heads: int,
+        head_dim: int,
+        *,
+        implementation: str,
+        policy: Policy,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options = {"bias": False, "implementation": implementation, "policy": policy, "rngs": rngs}
+        norm = {"epsilon": 1e-5, "dtype": policy.compute, "use_fast_variance": False, "rngs": rngs}
+        self.norm1 = nnx.LayerNorm(dim, **norm)
+        self.attn1 = Attention(dim, dim, heads, head_dim, **options)
+        self.norm2 = nnx.LayerNorm(dim, **norm)
+        self.attn2 = Attention(dim, context_dim, heads, head_dim, **options)
+        self.norm3 = nnx.LayerNorm(dim, **norm)
+        self.ff = FeedForward(dim, policy=policy, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], context: Float[Array, "b m e"]) -> Float[Array, "b n d"]:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """Transformer blocks over the pixels of a feature map, between projections; residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        heads: int,
+        depth: int,
+        *,
+        groups: int,
+        linear: bool,
+        implementation: str,
+        policy: Policy,
+        rngs: nnx.Rngs,
+    ) -> None:
+        dtype = policy.compute
+        self.linear = linear
+        self.norm = GroupNorm(groups, dim, 1e-6, policy=policy)
+        project = nnx.Linear if linear else conv
+        size = () if linear else (1,)
+        self.proj_in = project(dim, dim, *size, dtype=dtype, rngs=rngs)
+        self.transformer_blocks = nnx.List(
+            BasicTransformerBlock(
+                dim, context_dim, heads, dim // heads, implementation=implementation, policy=policy, rngs=rngs
+            )
+            for _ in range(depth)
+        )
+        self.proj_out = project(dim, dim, *size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b m e"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        y = y.reshape(b, h, w, c)
+        return x + self.proj_out(y)

@@ -1,0 +1,153 @@
+"""CLIP's text encoder (arXiv 2103.00020), as Stable Diffusion uses it; parameters are named as transformers 5 does."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lcm_jax.errors import UserError, one_of
+from lcm_jax.models.policy import FP32, Policy
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """The values of a CLIP text encoder's config.json that matter here; names and defaults are transformers'."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "CLIPTextConfig":
+        """Reads a config.json; transformers' other keys there do not change the network. Raises UserError."""
+        one_of("model_type", config.get("model_type", "clip_text_model"), ("clip_text_model",))
+        values = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
+        one_of("hidden_act", values.get("hidden_act", cls.hidden_act), ACTIVATIONS)
+        self = cls(**values)
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"hidden_size is {self.hidden_size}, no multiple of {self.num_attention_heads} heads")
+        return self
+
+
+class _Embeddings(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs) -> None:
+        init = nnx.initializers.normal(0.02)
+        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
+        self.position_embedding = nnx.Embed(
+            config.max_position_embeddings, config.hidden_size, embedding_init=init, rngs=rngs
+        )
+
+    def __call__(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[1]))
+
+
+class _SelfAttention(nnx.Module):
+    """Causal: a token sees those before it and itself."""
+
+    def __init__(self, config: CLIPTextConfig, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        self.heads = config.num_attention_heads
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, nnx.Linear(config.hidden_size, config.hidden_size, dtype=policy.compute, rngs=rngs))
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q_proj, self.k_proj, self.v_proj))
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(y.reshape(x.shape))
+
+
+class _MLP(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=policy.compute, rngs=rngs)
+        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=policy.compute, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def _layer_norm(config: CLIPTextConfig, *, policy: Policy, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.layer_norm_eps, dtype=policy.compute, use_fast_variance=False, rngs=rngs
+    )
+
+
+class _Layer(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        options = {"policy": policy, "rngs": rngs}
+        self.self_attn = _SelfAttention(config, **options)
+        self.layer_norm1 = _layer_norm(config, **options)
+        self.mlp = _MLP(config, **options)
+        self.layer_norm2 = _layer_norm(config, **options)
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class _Encoder(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.List(_Layer(config, policy=policy, rngs=rngs) for _ in range(config.num_hidden_layers))
+
+
+class CLIPTextModel(nnx.Module):
+    """Token ids to one vector a token."""
+
+    def __init__(self, config: CLIPTextConfig, *, policy: Policy = FP32, rngs: nnx.Rngs) -> None:
+        self.config, self.policy = config, policy
+        self.embeddings = _Embeddings(config, rngs=rngs)
+        self.encoder = _Encoder(config, policy=policy, rngs=rngs)
+        self.final_layer_norm = _layer_norm(config, policy=policy, rngs=rngs)
+
+    def __call__(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        """Returns the last layer's features after the final norm: what SD 1.x and 2.x condition on."""
+        return self.final_layer_norm(self._layers(input_ids)[-1])
+
+    def hidden_states(self, input_ids: Int[Array, "b l"]) -> tuple[list[jax.Array], Float[Array, "b d"]]:
+        """Returns the features before the first layer and after each (no final norm), and the pooled vector.
+
+        The pooled vector is the final norm's output at the end token: the first `eos_token_id`, or the largest id
+        where a folder of the old kind says 2.
+        """
+        states = self._layers(input_ids)
+        end = input_ids if self.config.eos_token_id == 2 else (input_ids == self.config.eos_token_id)
+        place = jnp.argmax(end.astype(jnp.int32), axis=-1)
+        pooled = self.final_layer_norm(states[-1])[jnp.arange(len(input_ids)), place]
+        return states, self._project(pooled)
+
+    def _layers(self, input_ids: Int[Array, "b l"]) -> list[jax.Array]:
+        states = [self.embeddings(input_ids).astype(self.policy.compute)]
+        for layer in self.encoder.layers:
+            states.append(layer(states[-1]))
+        return states
+
+    def _project(self, pooled: Float[Array, "b d"]) -> Float[Array, "b p"]:
+        return pooled
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """The same, whose pooled vector goes through a linear map: SDXL's second text encoder."""
+
+    def __init__(self, config: CLIPTextConfig, *, policy: Policy = FP32, rngs: nnx.Rngs) -> None:
+        super().__init__(config, policy=policy, rngs=rngs)
+        self.text_projection = nnx.Linear(
+            config.hidden_size, config.projection_dim, use_bias=False, dtype=policy.compute, rngs=rngs
+        )
+
+    def _project(self, pooled: Float[Array, "b d"]) -> Float[Array, "b p"]:
+        return self.text_projection(pooled)

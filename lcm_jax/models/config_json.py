@@ -1,0 +1,35 @@
+"""Reading the config.json of a diffusers or transformers model: each value is used, has the one value that this
+program implements, or is an error that names it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lcm_jax.errors import UserError
+
+
+def check(config: Mapping[str, Any], used: Sequence[str], fixed: Mapping[str, Any]) -> None:
+    """Raises UserError for a value that would change the model in a way that isn't implemented.
+
+    Args:
+      config: the JSON object; keys that start with "_" are notes of the file's writer.
+      used: keys that the model reads.
+      fixed: keys with the one value, or the tuple of values, that the model implements.
+    """
+    for key, value in config.items():
+        if key.startswith("_") or key in used:
+            continue
+        if key in fixed:
+            allowed = fixed[key] if isinstance(fixed[key], tuple) else (fixed[key],)
+            if value not in allowed:
+                raise UserError(f"{key} is {value!r}; supported: {', '.join(map(repr, allowed))}")
+        elif value not in (None, False):
+            raise UserError(f"{key} is {value!r}, an option that is not supported")
+
+
+def per_level(value: Any, levels: int, key: str) -> tuple[Any, ...]:
+    """Returns one value a level, of a list with as many or of a single value; raises UserError for another length."""
+    if not isinstance(value, (list, tuple)):
+        return (value,) * levels
+    if len(value) != levels:
+        raise UserError(f"{key} has {len(value)} values; block_out_channels has {levels} levels")
+    return tuple(value)

@@ -1,0 +1,101 @@
+"""The pieces that the UNet and the autoencoder share, in NHWC."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Num
+
+from lcm_jax.models.policy import Policy
+
+
+def sinusoid(
+    t: Num[Array, " b"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> Float[Array, "b dim"]:
+    """Sinusoidal features of timesteps, float32 (DDPM, arXiv 2006.11239; order and shift as the config says)."""
+    half = dim // 2
+    frequency = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angle = t.astype(jnp.float32)[:, None] * frequency
+    parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+    return jnp.concatenate(parts, axis=-1)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation over (H, W, C/groups) with float32 statistics."""
+
+    def __init__(self, groups: int, channels: int, eps: float, *, policy: Policy) -> None:
+        self.groups, self.eps, self.policy = groups, eps, policy
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: Float[Array, "b *hw c"]) -> Float[Array, "b *hw c"]:
+        b, c = x.shape[0], x.shape[-1]
+        grouped = x.astype(jnp.float32).reshape(b, -1, self.groups, c // self.groups)
+        mean = grouped.mean((1, 3), keepdims=True)
+        var = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
+        scale = self.scale[...].astype(jnp.float32).reshape(self.groups, -1)
+        bias = self.bias[...].astype(jnp.float32).reshape(self.groups, -1)
+        y = (grouped - mean) * (jax.lax.rsqrt(var + self.eps) * scale) + bias
+        return y.reshape(x.shape).astype(self.policy.compute)
+
+
+def conv(
+    c_in: int, c_out: int, size: int = 3, *, stride: int = 1, padding: Any = None, dtype: Any, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """A square convolution; padding size // 2 keeps the size."""
+    pad = size // 2 if padding is None else padding
+    return nnx.Conv(c_in, c_out, (size, size), strides=stride, padding=pad, dtype=dtype, rngs=rngs)
+
+
+class TimestepEmbedding(nnx.Module):
+    """The two-layer perceptron on sinusoids; `cond_proj` adds the w-embedding before it."""
+
+    def __init__(self, c_in: int, c_out: int, *, cond_dim: int | None = None, policy: Policy, rngs: nnx.Rngs) -> None:
+        dtype = policy.compute
+        self.linear_1 = nnx.Linear(c_in, c_out, dtype=dtype, rngs=rngs)
+        self.linear_2 = nnx.Linear(c_out, c_out, dtype=dtype, rngs=rngs)
+        if cond_dim:
+            zeros = nnx.initializers.zeros_init()
+            self.cond_proj = nnx.Linear(cond_dim, c_in, use_bias=False, dtype=jnp.float32, kernel_init=zeros, rngs=rngs)
+
+    def __call__(
+        self, features: Float[Array, "b c"], condition: Float[Array, "b d"] | None = None
+    ) -> Float[Array, "b e"]:
+        if condition is not None:
+            features = features + self.cond_proj(condition.astype(jnp.float32))
+        return self.linear_2(jax.nn.silu(self.linear_1(features)))
+
+
+class ResnetBlock2D(nnx.Module):
+    """Norm, SiLU, convolution, twice, with the time embedding added between; residual."""
+
+    def __init__(
+        self, c_in: int, c_out: int, *, time_dim: int | None, groups: int, eps: float, policy: Policy, rngs: nnx.Rngs
+    ) -> None:
+        dtype = policy.compute
+        self.norm1 = GroupNorm(groups, c_in, eps, policy=policy)
+        self.conv1 = conv(c_in, c_out, dtype=dtype, rngs=rngs)
+        if time_dim:
+            self.time_emb_proj = nnx.Linear(time_dim, c_out, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(groups, c_out, eps, policy=policy)
+        self.conv2 = conv(c_out, c_out, dtype=dtype, rngs=rngs)
+        if c_in != c_out:
+            self.conv_shortcut = conv(c_in, c_out, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"], time: Float[Array, "b e"] | None = None) -> Float[Array, "b h w d"]:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        if time is not None:
+            y = y + self.time_emb_proj(jax.nn.silu(time))[:, None, None]
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+def enlarge(x: Float[Array, "b h w c"], size: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
+    """Nearest-neighbour enlargement to `size`, twice as large by default; row i comes from row floor(i * h / h2)."""
+    h, w = x.shape[1:3]
+    height, width = size or (2 * h, 2 * w)
+    if (height, width) == (2 * h, 2 * w):
+        return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    return x[:, jnp.arange(height) * h // height][:, :, jnp.arange(width) * w // width]

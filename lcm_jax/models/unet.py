@@ -1,0 +1,287 @@
+"""UNet2DConditionModel, as Stable Diffusion 1.x, 2.x and XL use it, with the w-embedding of consistency models."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Num
+
+from lcm_jax.errors import UserError, one_of
+from lcm_jax.models.attention import Transformer2DModel
+from lcm_jax.models.config_json import check, per_level
+from lcm_jax.models.layers import GroupNorm, ResnetBlock2D, TimestepEmbedding, conv, enlarge, sinusoid
+from lcm_jax.models.policy import FP32, Policy
+
+CROSS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
+# What this port does not vary: any other value in a config.json is an error that names it.
+FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "addition_embed_type_num_heads": 64,
+    "attention_type": "default",
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+    "upcast_attention": (False, True),  # softmax is float32 either way
+    "projection_class_embeddings_input_dim": (None, 2816),  # read off the shapes of add_embedding
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The values of a UNet's config.json that its shape depends on; names and defaults are the file format's."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    sample_size: int | None = None
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
+    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # `attention_head_dim` in the file: a misnomer of the format
+    cross_attention_dim: int = 1280
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    time_cond_proj_dim: int | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "UNetConfig":
+        """Reads a config.json; raises UserError for a value that isn't supported."""
+        names = {field.name for field in dataclasses.fields(cls)} - {"heads"}
+        check(config, [*names, "attention_head_dim", "num_attention_heads"], FIXED)
+        values = {name: config[name] for name in names if name in config}
+        channels = tuple(values.get("block_out_channels", cls.block_out_channels))
+        levels = len(channels)
+        values["block_out_channels"] = channels
+        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+        values["heads"] = per_level(heads, levels, "attention_head_dim")
+        for name, default in (("layers_per_block", 2), ("transformer_layers_per_block", 1)):
+            values[name] = per_level(values.get(name, default), levels, name)
+        for name in ("down_block_types", "up_block_types"):
+            values[name] = per_level(values.get(name, getattr(cls, name)), levels, name)
+            for block in values[name]:
+                one_of(name, block, [b for b in CROSS if name.split("_")[0].title() in b])
+        one_of("addition_embed_type", values.get("addition_embed_type"), (None, "text_time"))
+        for c, n in zip(channels, values["heads"], strict=True):
+            if c % n or c % values.get("norm_num_groups", 32):
+                raise UserError(f"block_out_channels has {c}; it must divide by {n} heads and by norm_num_groups")
+        return cls(**values)
+
+
+class Downsample2D(nnx.Module):
+    """A convolution of stride 2, padded by one on each side."""
+
+    def __init__(self, channels: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        self.conv = conv(channels, channels, stride=2, padding=1, dtype=policy.compute, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Nearest-neighbour enlargement to `size`, then a convolution."""
+
+    def __init__(self, channels: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        self.conv = conv(channels, channels, dtype=policy.compute, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
+        return self.conv(enlarge(x, size))
+
+
+class Block(nnx.Module):
+    """One level: residual blocks, each with a transformer where the level has attention, then a change of size.
+
+    A level of the way down hands every intermediate map to the way up; a level of the way up takes them back.
+    """
+
+    def __init__(
+        self,
+        pairs: list[tuple[int, int]],
+        level: int,
+        config: UNetConfig,
+        *,
+        cross: bool,
+        down: bool,
+        up: bool,
+        attention: str,
+        policy: Policy,
+        rngs: nnx.Rngs,
+    ) -> None:
+        channels, groups = config.block_out_channels[level], config.norm_num_groups
+        time_dim = 4 * config.block_out_channels[0]
+        if cross:
+            self.attentions = nnx.List(
+                Transformer2DModel(
+                    channels,
+                    config.cross_attention_dim,
+                    config.heads[level],
+                    config.transformer_layers_per_block[level],
+                    groups=groups,
+                    linear=config.use_linear_projection,
+                    implementation=attention,
+                    policy=policy,
+                    rngs=rngs,
+                )
+                for _ in pairs
+            )
+        self.cross = cross
+        self.resnets = nnx.List(
+            ResnetBlock2D(i, o, time_dim=time_dim, groups=groups, eps=config.norm_eps, policy=policy, rngs=rngs)
+            for i, o in pairs
+        )
+        if down:
+            self.downsamplers = nnx.List([Downsample2D(channels, policy=policy, rngs=rngs)])
+        if up:
+            self.upsamplers = nnx.List([Upsample2D(channels, policy=policy, rngs=rngs)])
+
+    def down(self, x, time, context):
+        """Returns the map at the end of the level and all maps that the way up wants."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.cross:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+    def up(self, x, skips, time, context, size):
+        """`skips` in the order of use; `size` is that of the next level's maps, None on the last."""
+        for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
+            x = resnet(jnp.concatenate([x, skip], axis=-1), time)
+            if self.cross:
+                x = self.attentions[i](x, context)
+        return self.upsamplers[0](x, size) if hasattr(self, "upsamplers") else x
+
+
+class MidBlock(nnx.Module):
+    """Residual block, transformer, residual block, at the smallest size."""
+
+    def __init__(self, config: UNetConfig, *, attention: str, policy: Policy, rngs: nnx.Rngs) -> None:
+        channels, groups = config.block_out_channels[-1], config.norm_num_groups
+        options = {"time_dim": 4 * config.block_out_channels[0], "groups": groups, "eps": config.norm_eps}
+        self.attentions = nnx.List(
+            [
+                Transformer2DModel(
+                    channels,
+                    config.cross_attention_dim,
+                    config.heads[-1],
+                    config.transformer_layers_per_block[-1],
+                    groups=groups,
+                    linear=config.use_linear_projection,
+                    implementation=attention,
+                    policy=policy,
+                    rngs=rngs,
+                )
+            ]
+        )
+        self.resnets = nnx.List(
+            ResnetBlock2D(channels, channels, **options, policy=policy, rngs=rngs) for _ in range(2)
+        )
+
+    def __call__(self, x, time, context):
+        x = self.attentions[0](self.resnets[0](x, time), context)
+        return self.resnets[1](x, time)
+
+
+class UNet2DConditionModel(nnx.Module):
+    """Predicts noise, velocity or sample (as its scheduler says) from a noisy latent, a time and a text."""
+
+    def __init__(
+        self, config: UNetConfig, *, policy: Policy = FP32, remat: str = "none", attention: str = "xla", rngs: nnx.Rngs
+    ) -> None:
+        self.config, self.policy, self.remat = config, policy, remat
+        channels, dtype, n = config.block_out_channels, policy.compute, len(config.block_out_channels)
+        options = {"attention": attention, "policy": policy, "rngs": rngs}
+        time_dim = 4 * channels[0]
+        self.conv_in = conv(config.in_channels, channels[0], dtype=dtype, rngs=rngs)
+        self.time_embedding = TimestepEmbedding(
+            channels[0], time_dim, cond_dim=config.time_cond_proj_dim, policy=policy, rngs=rngs
+        )
+        if config.addition_embed_type == "text_time":
+            width = config.projection_class_embeddings_input_dim
+            self.add_embedding = TimestepEmbedding(width, time_dim, policy=policy, rngs=rngs)
+        downs, skips = [], [channels[0]]  # channels of the maps that the way up will take, in order
+        for level in range(n):
+            before = channels[max(level - 1, 0)]
+            pairs = [
+                (before if i == 0 else channels[level], channels[level]) for i in range(config.layers_per_block[level])
+            ]
+            last = level == n - 1
+            downs.append(
+                Block(
+                    pairs,
+                    level,
+                    config,
+                    cross=CROSS[config.down_block_types[level]],
+                    down=not last,
+                    up=False,
+                    **options,
+                )
+            )
+            skips += [channels[level]] * (len(pairs) + (not last))
+        self.down_blocks = nnx.List(downs)
+        self.mid_block = MidBlock(config, **options)
+        ups, x = [], channels[-1]
+        for i, level in enumerate(reversed(range(n))):
+            pairs = []
+            for _ in range(config.layers_per_block[level] + 1):
+                pairs.append((x + skips.pop(), channels[level]))
+                x = channels[level]
+            ups.append(
+                Block(pairs, level, config, cross=CROSS[config.up_block_types[i]], down=False, up=level > 0, **options)
+            )
+        self.up_blocks = nnx.List(ups)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps, policy=FP32)
+        self.conv_out = conv(channels[0], config.out_channels, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(
+        self,
+        z: Float[Array, "b h w c"],
+        t: Num[Array, " b"],
+        context: Float[Array, "b l d"],
+        w_embedding: Float[Array, "b e"] | None = None,
+        added: dict[str, Array] | None = None,
+    ) -> Float[Array, "b h w o"]:
+        """Args: latents; timesteps in 0..T-1, int or float32; text features; the guidance's embedding where
+        `time_cond_proj_dim` is set; for SDXL {'text_embeds': (b, p), 'time_ids': (b, 6)}. Returns float32."""
+        config, dtype = self.config, self.policy.compute
+        sinusoids = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
+        time = self.time_embedding(sinusoid(t, config.block_out_channels[0], **sinusoids), w_embedding)
+        if config.addition_embed_type == "text_time":
+            ids = sinusoid(added["time_ids"].reshape(-1), config.addition_time_embed_dim, **sinusoids)
+            ids = ids.reshape(len(z), -1)
+            time = time + self.add_embedding(jnp.concatenate([added["text_embeds"].astype(jnp.float32), ids], axis=-1))
+        time, context = time.astype(dtype), context.astype(dtype)
+
+        run = nnx.remat if self.remat == "block" else lambda f, **_: f
+        x = self.conv_in(z.astype(dtype))
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = run(Block.down)(block, x, time, context)
+            skips += more
+        x = run(MidBlock.__call__)(self.mid_block, x, time, context)
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            skips, taken = skips[:-count], skips[-count:][::-1]
+            size = skips[-1].shape[1:3] if skips else None
+            x = run(Block.up, static_argnums=5)(block, x, taken, time, context, size)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

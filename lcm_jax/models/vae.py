@@ -1,0 +1,233 @@
+"""AutoencoderKL: pictures to latents and back."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lcm_jax.errors import one_of
+from lcm_jax.models.config_json import check, per_level
+from lcm_jax.models.layers import GroupNorm, ResnetBlock2D, conv, enlarge
+from lcm_jax.models.policy import FP32, Policy
+
+EPS = 1e-6  # of every norm in this model
+
+FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "force_upcast": (True, False),  # which parts are float32 is the policy's matter
+    "latents_mean": None,
+    "latents_std": None,
+    "sample_size": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """The values of an AutoencoderKL's config.json that matter here; names and defaults are the file format's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "VAEConfig":
+        """Reads a config.json; raises UserError for a value that isn't supported."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        check(config, [*names, "sample_size"], FIXED)
+        values = {name: config[name] for name in names if name in config}
+        values["block_out_channels"] = tuple(values.get("block_out_channels", cls.block_out_channels))
+        for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            values[name] = per_level(values.get(name, (block,)), len(values["block_out_channels"]), name)
+            for value in values[name]:
+                one_of(name, value, (block,))
+        return cls(**values)
+
+
+class _Downsample(nnx.Module):
+    """A convolution of stride 2, padded by one at the bottom and the right only, unlike the UNet's."""
+
+    def __init__(self, channels: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        self.conv = conv(channels, channels, stride=2, padding=((0, 1), (0, 1)), dtype=policy.compute, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        return self.conv(x)
+
+
+class _Upsample(nnx.Module):
+    def __init__(self, channels: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        self.conv = conv(channels, channels, dtype=policy.compute, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        return self.conv(enlarge(x))
+
+
+class _Attention(nnx.Module):
+    """One head over all pixels, with its own norm; residual. The parts are named as the file names them."""
+
+    def __init__(self, channels: int, groups: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        self.group_norm = GroupNorm(groups, channels, EPS, policy=policy)
+        options = {"dtype": policy.compute, "rngs": rngs}
+        self.to_q = nnx.Linear(channels, channels, **options)
+        self.to_k = nnx.Linear(channels, channels, **options)
+        self.to_v = nnx.Linear(channels, channels, **options)
+        self.to_out = nnx.List([nnx.Linear(channels, channels, **options)])
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        y = self.group_norm(x).reshape(b, h * w, c)
+        q, k, v = (f(y)[:, :, None] for f in (self.to_q, self.to_k, self.to_v))
+        y = jax.nn.dot_product_attention(q, k, v)[:, :, 0]
+        return x + self.to_out[0](y).reshape(b, h, w, c)
+
+
+class _Mid(nnx.Module):
+    def __init__(self, channels: int, groups: int, attention: bool, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        options = {"time_dim": None, "groups": groups, "eps": EPS, "policy": policy, "rngs": rngs}
+        if attention:
+            self.attentions = nnx.List([_Attention(channels, groups, policy=policy, rngs=rngs)])
+        self.resnets = nnx.List(ResnetBlock2D(channels, channels, **options) for _ in range(2))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        x = self.resnets[0](x)
+        if hasattr(self, "attentions"):
+            x = self.attentions[0](x)
+        return self.resnets[1](x)
+
+
+class _Level(nnx.Module):
+    """Residual blocks of one level, then a change of size by `sampler`."""
+
+    def __init__(
+        self, c_in: int, c_out: int, count: int, groups: int, sampler: str, *, policy: Policy, rngs: nnx.Rngs
+    ) -> None:
+        self.resnets = nnx.List(
+            ResnetBlock2D(
+                c_in if i == 0 else c_out, c_out, time_dim=None, groups=groups, eps=EPS, policy=policy, rngs=rngs
+            )
+            for i in range(count)
+        )
+        if sampler == "down":
+            self.downsamplers = nnx.List([_Downsample(c_out, policy=policy, rngs=rngs)])
+        if sampler == "up":
+            self.upsamplers = nnx.List([_Upsample(c_out, policy=policy, rngs=rngs)])
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for name in ("downsamplers", "upsamplers"):
+            if hasattr(self, name):
+                x = getattr(self, name)[0](x)
+        return x
+
+
+class _Encoder(nnx.Module):
+    def __init__(self, config: VAEConfig, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        channels, groups, n = config.block_out_channels, config.norm_num_groups, len(config.block_out_channels)
+        options = {"policy": policy, "rngs": rngs}
+        self.conv_in = conv(config.in_channels, channels[0], dtype=policy.compute, rngs=rngs)
+        self.down_blocks = nnx.List(
+            _Level(
+                channels[max(i - 1, 0)],
+                channels[i],
+                config.layers_per_block,
+                groups,
+                "down" if i < n - 1 else "",
+                **options,
+            )
+            for i in range(n)
+        )
+        self.mid_block = _Mid(channels[-1], groups, config.mid_block_add_attention, **options)
+        self.conv_norm_out = GroupNorm(groups, channels[-1], EPS, policy=policy)
+        self.conv_out = conv(channels[-1], 2 * config.latent_channels, dtype=policy.compute, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b h w c2"]:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class _Decoder(nnx.Module):
+    def __init__(self, config: VAEConfig, *, policy: Policy, rngs: nnx.Rngs) -> None:
+        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
+        n, options = len(channels), {"policy": policy, "rngs": rngs}
+        self.conv_in = conv(config.latent_channels, channels[0], dtype=policy.compute, rngs=rngs)
+        self.mid_block = _Mid(channels[0], groups, config.mid_block_add_attention, **options)
+        self.up_blocks = nnx.List(
+            _Level(
+                channels[max(i - 1, 0)],
+                channels[i],
+                config.layers_per_block + 1,
+                groups,
+                "up" if i < n - 1 else "",
+                **options,
+            )
+            for i in range(n)
+        )
+        self.conv_norm_out = GroupNorm(groups, channels[-1], EPS, policy=policy)
+        self.conv_out = conv(channels[-1], config.out_channels, dtype=policy.compute, rngs=rngs)
+
+    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    """`encode` and `decode` are the network's own; `to_latents` and `to_images` also shift and scale."""
+
+    def __init__(self, config: VAEConfig, *, policy: Policy = FP32, rngs: nnx.Rngs) -> None:
+        self.config, self.policy = config, policy
+        self.encoder = _Encoder(config, policy=policy, rngs=rngs)
+        self.decoder = _Decoder(config, policy=policy, rngs=rngs)
+        c = config.latent_channels
+        if config.use_quant_conv:
+            self.quant_conv = conv(2 * c, 2 * c, 1, dtype=policy.compute, rngs=rngs)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = conv(c, c, 1, dtype=policy.compute, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
+        """Encodes and decodes, without noise."""
+        return self.decode(self.encode(images)[0])
+
+    def encode(self, images: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+        """Pictures in [-1, 1] to mean and log-variance of q(z|x), float32; log-variance is clipped to [-30, 20]."""
+        moments = self.encoder(images.astype(self.policy.compute))
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+        """Unscaled latents to pictures, about [-1, 1], float32."""
+        z = z.astype(self.policy.compute)
+        if self.config.use_post_quant_conv:
+            z = self.post_quant_conv(z)
+        return self.decoder(z).astype(jnp.float32)
+
+    def to_latents(
+        self, images: Float[Array, "b H W 3"], noise: Float[Array, "b h w c"] | None
+    ) -> Float[Array, "b h w c"]:
+        """Pictures in [-1, 1] to scaled latents: the mean, or with standard normal `noise` a draw from q(z|x)."""
+        z, logvar = self.encode(images)
+        if noise is not None:
+            z = z + jnp.exp(0.5 * logvar) * noise
+        return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+
+    def to_images(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+        """Scaled latents to pictures, about [-1, 1], float32."""
+        return self.decode(latents / self.config.scaling_factor + (self.config.shift_factor or 0.0))

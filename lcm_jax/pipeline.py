@@ -1,0 +1,351 @@
+"""A diffusers folder as something to call: prompts in, pictures out.
+
+    pipe = load_pipeline("path/to/diffusers/folder")
+    images = pipe(["a red seven on a blue background"], steps=4, guidance_scale=8.0, seed=0)
+
+What kind of sampler runs is in the folder: with `LCMScheduler` multistep consistency sampling, otherwise the
+diffusion model's own ODE by DDIM or DPM-Solver++.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lcm_jax.diffusion import consistency, guidance, sampling
+from lcm_jax.diffusion.schedule import Schedule
+from lcm_jax.errors import UserError, one_of
+from lcm_jax.interop.export import Recipe
+from lcm_jax.interop.folder import Component, Folder, read_folder, write_folder
+from lcm_jax.interop.tokenizer import Tokenizer, load_tokenizer
+from lcm_jax.models import Flat, Network, Policy
+
+SAMPLERS = ("ddim", "dpmpp")  # of a diffusion model; a consistency model has the one, "lcm"
+OUTPUTS = ("uint8", "float", "latents")
+PEER_LCM_GUIDANCE = 8.5  # what diffusers' LatentConsistencyModelPipeline takes when it is not told
+TEACHER_GUIDANCE, TEACHER_STEPS, LCM_STEPS = 7.5, 50, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """What a compiled sampling program is made for; arrays are given to `generate`.
+
+    Attributes:
+      networks: "unet", "vae", "text_encoder".
+      schedule: the noise schedule.
+      kind: "lcm", "ddim" or "dpmpp".
+      guided: whether each step calls the UNet with and without the prompt and mixes the two. A UNet with a
+        w-embedding is told the guidance instead, in one call.
+      timestep_scaling: of the consistency function's boundary condition; "lcm" only.
+      decode: whether the result are pictures, or latents.
+    """
+
+    networks: dict[str, Network]
+    schedule: Schedule
+    kind: str
+    guided: bool
+    timestep_scaling: float = 10.0
+    decode: bool = True
+
+
+def generate(
+    sampler: Sampler,
+    params: dict[str, Flat],
+    input_ids: Int[Array, "b l"],
+    null_ids: Int[Array, "b l"],
+    w: Float[Array, " b"],
+    timesteps: Int[Array, " n"],
+    z_T: Float[Array, "b h w c"],
+    noise: Array,
+) -> Float[Array, "b H W c"]:
+    """From token ids to pictures: a pure function, jitted as a whole by its callers.
+
+    Args:
+      sampler: static.
+      params: weights by component.
+      input_ids, null_ids: the prompts, and what guidance leads away from (the empty or the negative prompt; read only
+        if `sampler.guided`).
+      w: guidance, guidance_scale - 1.
+      timesteps: falling; the length of this array is the number of steps.
+      z_T: noise at the first timestep.
+      noise: for "lcm": (n-1, b, h, w, c) to be added between the steps, or a key; not read otherwise.
+
+    Returns:
+      float32 pictures in [-1, 1] (not clipped), or latents.
+    """
+    networks, schedule = sampler.networks, sampler.schedule
+    unet = functools.partial(networks["unet"].apply, params["unet"])
+    context = networks["text_encoder"].apply(params["text_encoder"], input_ids)
+
+    if sampler.guided:
+        null_context = networks["text_encoder"].apply(params["text_encoder"], null_ids)
+        denoise = guidance.cfg_denoiser(unet, schedule, context, null_context, w)
+    else:
+        dim = networks["unet"].config.time_cond_proj_dim
+        w_embedding = guidance.w_embedding(w, dim) if dim else None
+
+        def denoise(z: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return schedule.to_x0_eps(unet(z, t, context, w_embedding), z, t)
+
+    if sampler.kind == "lcm":
+
+        def f(z: jax.Array, t: jax.Array) -> jax.Array:
+            x0, _ = denoise(z, t)
+            return consistency.mix(x0, z, t, sampler.timestep_scaling)
+
+        z_0 = sampling.consistency_sample(f, schedule, z_T, timesteps, noise)
+    elif sampler.kind == "ddim":
+        z_0 = sampling.ddim_sample(denoise, schedule, z_T, timesteps)
+    else:
+        z_0 = sampling.dpmpp_sample(denoise, schedule, z_T, timesteps)
+    return networks["vae"].apply(params["vae"], z_0, method="to_images") if sampler.decode else z_0
+
+
+class Bound:
+    """A network with its weights: call it with arrays; `method` names another method than `__call__`."""
+
+    def __init__(self, network: Network, params: Flat) -> None:
+        self.network = network
+        self.params = params
+        self._apply: Callable[..., Any] = jax.jit(network.apply, static_argnames="method")
+
+    def __call__(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        """Applies the network, jitted; arrays are NHWC."""
+        return self._apply(self.params, *args, method=method, **kwargs)
+
+
+class Pipeline:
+    """A loaded folder: `unet`, `vae` and `text_encoder` (`Bound`), `tokenizer`, `schedule`, `folder`, `recipe`."""
+
+    def __init__(self, folder: Folder, tokenizer: Tokenizer, policy: Policy) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.schedule = folder.schedule
+        self.recipe = Recipe.read(folder.path)  # None unless lcm_jax distilled it
+        self.unet, self.vae, self.text_encoder = (
+            _bind(folder.components[name], policy) for name in ("unet", "vae", "text_encoder")
+        )
+        self.is_lcm = folder.scheduler["_class_name"] == "LCMScheduler"
+        self.has_w_embedding = bool(self.unet.network.config.time_cond_proj_dim)
+        self._programs: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        *,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        latents: Float[np.ndarray, "b h w c"] | None = None,
+        noise: Float[np.ndarray, "n b h w c"] | None = None,
+        output: str = "uint8",
+        sampler: str | None = None,
+    ) -> np.ndarray:
+        """Draws one picture for each prompt.
+
+        One program is compiled for each (number of prompts, steps, size), and kept.
+
+        Args:
+          prompts: too long ones are cut with a warning.
+          steps: network steps; 4 for a consistency model, else 50.
+          guidance_scale: w + 1. By default the middle of the range that a consistency model was trained for (8.5 where
+            that is unknown; 1, which is none, for one without w-embedding), 7.5 for a diffusion model. Outside the
+            trained range: a warning.
+          seed: picture i depends on seed, i and, between the steps of a consistency model, the number of prompts.
+          negative_prompt: what guidance leads away from. A consistency model with a w-embedding takes none.
+          height, width: in pixels; the size that the UNet was trained for by default.
+          timesteps: in place of `steps`, a falling list of training timesteps.
+          latents: the first noise, NHWC, in place of one drawn from the seed.
+          noise: (n-1, …) what a consistency model adds between its n steps, likewise.
+          output: "uint8" (B, H, W, 3), "float" (the same in [0, 1]) or "latents" (B, h, w, C), scaled.
+          sampler: "ddim" (default) or "dpmpp" for a diffusion model.
+
+        Raises:
+          UserError: a value out of range, or one that this kind of model doesn't take.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise UserError("prompts is empty; give at least one prompt")
+        one_of("output", output, OUTPUTS)
+        kind = self._kind(sampler)
+        grid = self._timesteps(steps, timesteps)
+        scale = self._guidance(guidance_scale)
+        guided = not self.has_w_embedding and scale != 1.0
+        if negative_prompt and self.has_w_embedding:
+            raise UserError(
+                "a consistency model with a w-embedding takes no negative_prompt: it has learnt guidance away from the "
+                "empty prompt; leave it out"
+            )
+        if negative_prompt and not guided:
+            raise UserError(f"negative_prompt has no effect at guidance_scale {scale:g}; choose one above 1")
+        for prompt in [*prompts, negative_prompt or ""]:
+            if cut := self.tokenizer.cut(prompt):
+                warnings.warn(
+                    f"the prompt {_short(prompt)!r} is longer than {self.tokenizer.max_length} tokens; "
+                    f"cut off: {cut!r}",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+        shape = self.latent_shape(len(prompts), height, width)
+        latent_key, noise_key = jax.random.split(jax.random.key(seed))
+        if latents is None:
+            keys = jax.vmap(functools.partial(jax.random.fold_in, latent_key))(jnp.arange(shape[0]))
+            z_T = jax.vmap(functools.partial(jax.random.normal, shape=shape[1:]))(keys)
+        else:
+            z_T = _injected("latents", latents, shape)
+        if noise is not None and kind != "lcm":
+            raise UserError(f"noise has no effect with the sampler {kind}, which adds none; leave it out")
+        between = noise_key if noise is None else _injected("noise", noise, (len(grid) - 1, *shape))
+
+        program = self._program(kind, guided, output != "latents")
+        result = program(
+            {"unet": self.unet.params, "vae": self.vae.params, "text_encoder": self.text_encoder.params},
+            self.tokenizer(prompts),
+            self.tokenizer([negative_prompt or ""] * len(prompts)),
+            jnp.full(len(prompts), scale - 1.0, jnp.float32),
+            grid,
+            z_T,
+            between,
+        )
+        if output == "latents":
+            return np.asarray(result, np.float32)
+        pictures = to_unit(np.asarray(result, np.float32))
+        return np.round(pictures * 255).astype(np.uint8) if output == "uint8" else pictures
+
+    @property
+    def default_guidance(self) -> float:
+        """The guidance_scale that is taken where none is given."""
+        if not self.is_lcm:
+            return TEACHER_GUIDANCE
+        if not self.has_w_embedding:
+            return 1.0  # such a student has the guidance in it
+        return (self.recipe.guidance_min + self.recipe.guidance_max) / 2 if self.recipe else PEER_LCM_GUIDANCE
+
+    def latent_shape(
+        self, count: int, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int, int]:
+        """Returns the NHWC shape of the latents of `count` pictures, of the UNet's own size unless told another."""
+        factor = 2 ** (len(self.vae.network.config.block_out_channels) - 1)
+        sample = self.folder.components["unet"].config.get("sample_size") or 64
+        default = (sample, sample) if isinstance(sample, int) else tuple(sample)
+        sizes = []
+        for name, pixels, latent in (("height", height, default[0]), ("width", width, default[1])):
+            pixels = latent * factor if pixels is None else pixels
+            if pixels < factor or pixels % factor:
+                raise UserError(f"{name} is {pixels}; it must be a positive multiple of {factor}")
+            sizes.append(pixels // factor)
+        return count, sizes[0], sizes[1], self.unet.network.config.in_channels
+
+    def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
+        """Writes the kind of folder that it was loaded from: the same tensors, names, dtypes and files.
+
+        Raises:
+          UserError: the target is no place to write, is where it was loaded from, or holds something that is no model.
+        """
+        return write_folder(self.folder, folder)
+
+    def _kind(self, sampler: str | None) -> str:
+        if self.is_lcm:
+            if sampler not in (None, "lcm"):
+                raise UserError(f"sampler is {sampler!r}, but the folder holds a consistency model; leave it out")
+            return "lcm"
+        one_of("sampler", sampler or SAMPLERS[0], SAMPLERS)
+        return sampler or SAMPLERS[0]
+
+    def _timesteps(self, steps: int | None, timesteps: Sequence[int] | None) -> np.ndarray:
+        total = self.schedule.num_train_timesteps
+        if timesteps is not None:
+            if steps is not None:
+                raise UserError("give steps or timesteps, not both")
+            return sampling.check_timesteps(timesteps, total)
+        if self.is_lcm:
+            original = self.folder.scheduler.get("original_inference_steps", 50)
+            return sampling.lcm_timesteps(LCM_STEPS if steps is None else steps, original, total)
+        return sampling.trailing_timesteps(TEACHER_STEPS if steps is None else steps, total)
+
+    def _guidance(self, guidance_scale: float | None) -> float:
+        if guidance_scale is None:
+            return self.default_guidance
+        if self.has_w_embedding and self.recipe:
+            low, high = self.recipe.guidance_min, self.recipe.guidance_max
+            if not low <= guidance_scale <= high:
+                warnings.warn(
+                    f"guidance_scale {guidance_scale:g} is outside the range that this model was trained for, "
+                    f"{low:g} to {high:g}",
+                    UserWarning,
+                    stacklevel=3,
+                )
+        return float(guidance_scale)
+
+    def _program(self, kind: str, guided: bool, decode: bool) -> Callable[..., jax.Array]:
+        key = (kind, guided, decode)
+        if key not in self._programs:
+            sampler = Sampler(
+                networks={
+                    "unet": self.unet.network,
+                    "vae": self.vae.network,
+                    "text_encoder": self.text_encoder.network,
+                },
+                schedule=self.schedule,
+                kind=kind,
+                guided=guided,
+                timestep_scaling=float(self.folder.scheduler.get("timestep_scaling", 10.0)),
+                decode=decode,
+            )
+            self._programs[key] = jax.jit(functools.partial(generate, sampler))
+        return self._programs[key]
+
+
+def load_pipeline(path_or_hub_id: str | os.PathLike[str], *, dtype: str = "float32") -> Pipeline:
+    """Loads a folder that `StableDiffusionPipeline` or `LatentConsistencyModelPipeline` writes.
+
+    Args:
+      path_or_hub_id: a folder, or the id of a model on the Hugging Face hub.
+      dtype: what the networks compute in, "float32" or "bfloat16".
+
+    Raises:
+      UserError: no such folder; a file missing, broken or a pickle; a class or a configuration that isn't supported;
+        tensors missing, unexpected or of the wrong shape.
+    """
+    policy = Policy.named(dtype)
+    folder = read_folder(path_or_hub_id)
+    return Pipeline(folder, load_tokenizer(folder), policy)
+
+
+def to_unit(images: np.ndarray) -> np.ndarray:
+    """Returns pictures from [-1, 1] in [0, 1], clipped."""
+    return np.clip(images * 0.5 + 0.5, 0.0, 1.0)
+
+
+def _bind(component: Component, policy: Policy) -> Bound:
+    """The weights on the device in the file's dtype, or in the compute dtype where that is the smaller one."""
+
+    def put(array: np.ndarray) -> jax.Array:
+        smaller = jnp.dtype(policy.compute).itemsize < array.dtype.itemsize
+        return jnp.asarray(array, policy.compute if smaller else array.dtype)
+
+    return Bound(component.network(policy=policy), {path: put(array) for path, array in component.params.items()})
+
+
+def _injected(name: str, array: Any, shape: tuple[int, ...]) -> jax.Array:
+    array = jnp.asarray(array, jnp.float32)
+    if array.shape != shape:
+        raise UserError(f"{name} has the shape {array.shape}; these prompts, steps and sizes need {shape} (NHWC)")
+    return array
+
+
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) <= 40 else prompt[:40] + "…"

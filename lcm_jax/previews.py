@@ -1,0 +1,69 @@
+"""The pictures of a running training: the same prompts and noise at every look, by keys that training never uses."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.config import Config
+from lcm_jax.data.pipeline import batches
+from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
+from lcm_jax.pipeline import Sampler, generate
+from lcm_jax.state import Parts, State
+
+Preview = Callable[[State, dict], np.ndarray]
+SEED = 0
+
+
+def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], np.ndarray]) -> Preview:
+    """Returns `preview(state, frozen) -> uint8 (N, H, W, 3)`: the EMA where there is one, else the weights themselves.
+
+    A consistency model draws `config.log.prompts` in `sample_steps` steps, a diffusion model likewise with DDIM; an
+    autoencoder shows training pictures, each followed by its reconstruction.
+    """
+    weights = lambda state: state["ema"] or state["params"]
+    if config.objective == "autoencoder":
+        pictures = next(batches(config.data, tokenize=tokenizer, batch_size=8, seed=SEED))["image"]
+        vae = parts.networks["vae"]
+
+        @jax.jit
+        def reconstruct(params: dict) -> jax.Array:
+            latents = vae.apply(params, pictures / 127.5 - 1.0, None, method="to_latents")
+            return to_uint8(vae.apply(params, latents, method="to_images"))
+
+        def preview(state: State, frozen: dict) -> np.ndarray:
+            decoded = np.asarray(reconstruct(weights(state)["vae"]))
+            return np.stack([pictures, decoded], axis=1).reshape(-1, *pictures.shape[1:])
+
+        return preview
+    sampler = Sampler(
+        networks=parts.networks,
+        schedule=parts.schedule,
+        kind="lcm" if config.objective == "lcd" else "ddim",
+        guided=config.objective == "denoising" or (not config.lcd.w_embedding_dim and config.log.guidance_scale != 1),
+        timestep_scaling=config.lcd.timestep_scaling,
+    )
+    total = parts.schedule.num_train_timesteps
+    if config.objective == "lcd":
+        timesteps = lcm_timesteps(config.log.sample_steps, total // config.lcd.skip, total)
+    else:
+        timesteps = trailing_timesteps(config.log.sample_steps, total)
+    prompts = list(config.log.prompts) or [""]
+    ids, null_ids = tokenizer(prompts), np.repeat(parts.null_ids, len(prompts), 0)
+    w = jnp.full(len(prompts), config.log.guidance_scale - 1.0, jnp.float32)
+    shape = parts.latent_shape(config.data.image_size)
+    key_z, key_noise = jax.random.split(jax.random.key(SEED))
+    z_T = jax.random.normal(key_z, (len(prompts), *shape))
+
+    @jax.jit
+    def draw(params: dict, frozen: dict) -> jax.Array:
+        # the trained weights stand before the frozen ones of the same component
+        return to_uint8(generate(sampler, {**frozen, **params}, ids, null_ids, w, timesteps, z_T, key_noise))
+
+    return lambda state, frozen: np.asarray(draw(weights(state), frozen))
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Pictures in [-1, 1] to uint8, clipped."""
+    return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)

@@ -1,0 +1,68 @@
+"""python -m lcm_jax.sample --model=runs/digits/lcm --prompt="a red seven on a blue background" [--steps=4 --seed=0]
+
+Draws one picture for each --prompt (repeatable) with any folder that diffusers' StableDiffusionPipeline or
+LatentConsistencyModelPipeline writes, and puts them into one PNG, side by side in rows.
+"""
+
+import argparse
+import math
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from lcm_jax import cli, compile_cache
+from lcm_jax.errors import UserError
+from lcm_jax.grids import grid, write_png
+from lcm_jax.pipeline import SAMPLERS, load_pipeline
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; `argv` without the program's name. Returns the exit code."""
+    parser = cli.parser("sample", __doc__)
+    parser.add_argument("--model", required=True, help="a diffusers folder, or a hub id")
+    parser.add_argument("--prompt", required=True, action="append", help="may be given several times")
+    parser.add_argument("--steps", type=int, help="network steps (default: 4 for a consistency model, else 50)")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="default: the middle of the range that a consistency model was trained for, 7.5 for a diffusion model",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("sample.png"), help="default: sample.png")
+    parser.add_argument("--negative_prompt", help="what guidance leads away from; not for a consistency model")
+    parser.add_argument("--height", type=int, help="in pixels (default: what the model was trained for)")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--timesteps", type=_timesteps, help="in place of --steps: falling, e.g. 999,759,499,259")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="of a diffusion model (default: ddim)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
+    args = parser.parse_args(argv)
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out={args.out} should end in .png")
+    compile_cache.enable()
+    pipe = load_pipeline(args.model, dtype=args.dtype)
+    pictures = pipe(
+        args.prompt,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        seed=args.seed,
+        negative_prompt=args.negative_prompt,
+        height=args.height,
+        width=args.width,
+        timesteps=args.timesteps,
+        sampler=args.sampler,
+    )
+    write_png(args.out, grid(pictures, columns=math.ceil(math.sqrt(len(pictures)))))
+    what = "picture is" if len(pictures) == 1 else f"{len(pictures)} pictures are"
+    print(f"The {what} in {args.out}")
+    return 0
+
+
+def _timesteps(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 999,759") from None
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

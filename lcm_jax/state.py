@@ -1,0 +1,158 @@
+"""What a run starts from: the networks, the frozen weights, and the state that the step changes.
+
+    state = {'step': int32, 'params': {component: Flat}, 'ema': {component: Flat} or {},
+             'opt_state': optax, 'skipped': int32}
+
+`Flat` is a dict from a parameter's path ('down_blocks.0.resnets.1.conv1.kernel') to its array; components have the
+names that they have in a diffusers folder: 'unet', 'text_encoder', 'vae'. Master weights and EMA are float32.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lcm_jax.config import Config, OptimizerConfig
+from lcm_jax.diffusion.schedule import Schedule
+from lcm_jax.errors import UserError
+from lcm_jax.interop.folder import Folder
+from lcm_jax.interop.tokenizer import Tokenizer
+from lcm_jax.models import MODEL_CLASSES, Flat, Network, Policy
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a step needs besides arrays.
+
+    Attributes:
+      networks: by component; in "lcd" `unet` is the student and `teacher` the teacher.
+      schedule: the noise schedule of the folder.
+      null_ids: (1, L) int32, the tokens of the empty prompt.
+    """
+
+    networks: dict[str, Network]
+    schedule: Schedule
+    null_ids: np.ndarray
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Returns (h, w, C), the latents of a square picture of `image_size` pixels; raises UserError if none fits."""
+        vae = self.networks["vae"].config
+        factor = 2 ** (len(vae.block_out_channels) - 1)
+        if image_size % factor:
+            raise UserError(f"config.data.image_size={image_size} is no multiple of {factor}, as this VAE needs")
+        return image_size // factor, image_size // factor, vae.latent_channels
+
+
+def trained_components(config: Config) -> tuple[str, ...]:
+    """Returns the names of the components that this objective trains."""
+    if config.objective == "autoencoder":
+        return ("vae",)
+    if config.objective == "denoising" and config.denoising.train_text_encoder:
+        return ("unet", "text_encoder")
+    return ("unet",)
+
+
+def make_parts(config: Config, folder: Folder, tokenizer: Tokenizer) -> Parts:
+    """Builds the networks of a run from the folder's own configurations."""
+    policy = Policy.named(config.model.dtype)
+    networks = {}
+    for name in ("unet", "vae", "text_encoder"):
+        component = folder.components[name]
+        config_class, model_class = MODEL_CLASSES[component.library_class]
+        options = {}
+        if name == "unet":
+            options = {"remat": config.model.remat, "attention": config.model.attention}
+        networks[name] = Network(model_class, config_class.from_dict(component.config), policy=policy, **options)
+    if config.objective == "lcd":
+        teacher = networks["unet"]
+        if teacher.config.time_cond_proj_dim:
+            raise UserError(
+                f"{folder.path}: its UNet has time_cond_proj_dim, so it is a consistency model already; "
+                "give the folder of the diffusion model as config.model.folder"
+            )
+        dim = config.lcd.w_embedding_dim or None
+        student = dataclasses.replace(teacher.config, time_cond_proj_dim=dim)
+        networks["teacher"] = teacher
+        networks["unet"] = Network(
+            teacher.model_class, student, policy=policy, remat=config.model.remat, attention=config.model.attention
+        )
+    return Parts(networks, folder.schedule, tokenizer([""]))
+
+
+def initial_params(config: Config, parts: Parts, folder: Folder) -> dict[str, Flat]:
+    """Returns the float32 weights that training starts from: the folder's own, the w-embedding's projection zero.
+
+    With the projection at zero the student equals the teacher for every guidance at step 0.
+    """
+    params = {}
+    for name in trained_components(config):
+        flat = {path: jnp.asarray(array, jnp.float32) for path, array in folder.components[name].params.items()}
+        if name == "unet" and config.objective == "lcd" and config.lcd.w_embedding_dim:
+            shape = parts.networks["unet"].shapes[W_PROJECTION].shape
+            if config.lcd.w_embedding_init == "zeros":
+                flat[W_PROJECTION] = jnp.zeros(shape, jnp.float32)
+            else:
+                key = jax.random.fold_in(jax.random.key(config.seed), W_PROJECTION_KEY)
+                flat[W_PROJECTION] = jax.nn.initializers.lecun_normal()(key, shape, jnp.float32)
+        parts.networks[name].check(flat, where=f"{folder.path}/{name}")
+        params[name] = flat
+    return params
+
+
+W_PROJECTION = "time_embedding.cond_proj.kernel"
+W_PROJECTION_KEY = 2**31 - 1  # no step has this number, so the key is used nowhere else
+
+
+def frozen_params(config: Config, folder: Folder) -> dict[str, Flat]:
+    """Returns the weights that the step reads but does not train, in the compute dtype."""
+    dtype = Policy.named(config.model.dtype).compute
+    if config.objective == "autoencoder":
+        return {}
+    names = {"vae": "vae", "text_encoder": "text_encoder"}
+    if config.objective == "lcd":
+        names["teacher"] = "unet"
+    for name in trained_components(config):
+        names.pop(name, None)
+    return {
+        name: {path: jnp.asarray(array, dtype) for path, array in folder.components[source].params.items()}
+        for name, source in names.items()
+    }
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the step: linear warm-up, then constant or cosine to zero."""
+    if config.decay == "cosine":
+        after = optax.cosine_decay_schedule(config.learning_rate, max(steps - config.warmup_steps, 1))
+    else:
+        after = optax.constant_schedule(config.learning_rate)
+    if config.warmup_steps == 0:
+        return after
+    # the first step already moves: the ramp goes from 1/warmup to 1
+    warmup = optax.linear_schedule(
+        config.learning_rate / config.warmup_steps, config.learning_rate, config.warmup_steps - 1
+    )
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Returns AdamW behind clipping by the global norm."""
+    adamw = optax.adamw(
+        learning_rate(config, steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def initial_state(config: Config, params: dict[str, Flat]) -> State:
+    """Returns the state before the first step. The EMA starts as a copy of the weights."""
+    return {
+        "step": jnp.int32(0),
+        "params": params,
+        "ema": jax.tree.map(jnp.copy, params) if config.ema.decay else {},
+        "opt_state": make_optimizer(config.optimizer, config.steps).init(params),
+        "skipped": jnp.int32(0),
+    }

@@ -1,0 +1,204 @@
+"""python -m lcm_jax.train --config=configs/digits.py --workdir=runs/digits [--config.<option>=<value> …]
+
+Trains what the config says (a consistency model from a teacher, a diffusion model, an autoencoder) and writes into
+the workdir: config.json, checkpoints/, tensorboard/ and samples/. Started again with the same command, it goes on
+from its last checkpoint and ends with the same bits as a run that was never stopped.
+"""
+
+import argparse
+import collections
+import dataclasses
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lcm_jax import cli, compile_cache
+from lcm_jax import config as config_lib
+from lcm_jax.checkpoint import Checkpoints
+from lcm_jax.config import Config
+from lcm_jax.data.pipeline import batches
+from lcm_jax.errors import UserError
+from lcm_jax.grids import grid, write_png
+from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.tokenizer import load_tokenizer
+from lcm_jax.metrics import Metrics
+from lcm_jax.previews import make_preview
+from lcm_jax.progress import Progress
+from lcm_jax.state import frozen_params, initial_params, initial_state, make_parts
+from lcm_jax.step import make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: at which step, and the signal that stopped it early (0: none)."""
+
+    step: int
+    signal: int
+
+
+def train(config: Config, workdir: pathlib.Path) -> Result:
+    """Trains until `config.steps`, or until SIGINT or SIGTERM, and leaves a checkpoint of the last step in `workdir`.
+
+    Raises:
+      UserError: a mistake in the configuration, the folder, the data or the workdir; a loss that stays non-finite.
+    """
+    # ---- the machine
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    if config.batch_size % jax.device_count():
+        raise UserError(f"config.batch_size={config.batch_size} does not divide by the {jax.device_count()} devices")
+    replicated, over_batch = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    _claim(workdir, config)
+
+    # ---- models and state
+    folder = read_folder(config.model.folder)
+    tokenizer = load_tokenizer(folder)
+    parts = make_parts(config, folder, tokenizer)
+    abstract = jax.eval_shape(lambda: initial_state(config, initial_params(config, parts, folder)))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract)
+    checkpoints = Checkpoints(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
+    restored = checkpoints.restore_newest(like)
+    if restored:
+        state, data_state, start = restored
+    else:
+        params = initial_params(config, parts, folder)
+        state, data_state, start = jax.device_put(initial_state(config, params), replicated), None, 0
+    if start >= config.steps:
+        checkpoints.close()
+        return Result(start, 0)
+    frozen = jax.device_put(frozen_params(config, folder), replicated)
+    step = jax.jit(
+        make_step(config, parts),
+        donate_argnums=0,
+        in_shardings=(replicated, replicated, over_batch),
+        out_shardings=replicated,
+    )
+
+    # ---- data
+    data = batches(config.data, tokenize=tokenizer, batch_size=config.batch_size, seed=config.seed)
+    if data_state is not None:
+        data.set_state(data_state)
+    preview = make_preview(config, parts, tokenizer)
+
+    # ---- the loop: dispatch step n, then read what step n-1 said
+    metrics = Metrics(workdir, start_step=start)
+    history: collections.deque[dict[str, Any]] = collections.deque(maxlen=config.max_skipped)
+    with Progress(config.steps, start, config.batch_size) as progress, _stop_signals() as stop:
+
+        def read(pending: tuple[int, dict[str, jax.Array], float] | None) -> None:
+            """Waits for that step's metrics and passes them on; raises UserError if the loss stays non-finite."""
+            if pending is None:
+                return
+            done, values, waited = pending
+            scalars = {name: float(value) for name, value in jax.device_get(values).items()}
+            history.append({"step": done, **scalars})
+            rate = progress.update(done, scalars["loss"])
+            if done % config.log.every == 0 or done == config.steps:
+                metrics.scalars(done, {**scalars, "images_per_second": rate, "data_wait_seconds": waited})
+            if scalars["skipped"] >= config.max_skipped:
+                checkpoints.close()
+                raise UserError(_diverged(workdir, config, done, checkpoints.newest_step()))
+
+        pending, done = None, start
+        while done < config.steps and not stop.signal:
+            before = time.perf_counter()
+            batch = jax.device_put(next(data), over_batch)
+            waited = time.perf_counter() - before
+            state, values = step(state, frozen, batch)
+            done += 1
+            read(pending)
+            pending = (done, values, waited)
+
+            last = done == config.steps or stop.signal
+            samples_due = config.log.samples_every and (done % config.log.samples_every == 0 or done == config.steps)
+            if last or done % config.checkpoint.every == 0 or samples_due:
+                read(pending)
+                pending = None
+            if (last or done % config.checkpoint.every == 0) and history[-1]["skipped"] == 0:
+                checkpoints.save(done, state, data.get_state())
+            if samples_due:
+                pictures = preview(state, frozen)
+                metrics.images(done, "samples", pictures)
+                write_png(workdir / "samples" / f"step_{done:06d}.png", grid(pictures, columns=8))
+    checkpoints.close()
+    metrics.close()
+    return Result(done, stop.signal)
+
+
+def _claim(workdir: pathlib.Path, config: Config) -> None:
+    """Makes the workdir this run's own, or checks that it is."""
+    path = workdir / "config.json"
+    if path.exists():
+        config_lib.check_same_run(config, config_lib.load_resolved(workdir), workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(config_lib.resolved(config))
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} can't be written: {error.strerror or error}") from None
+
+
+def _diverged(workdir: pathlib.Path, config: Config, step: int, good: int | None) -> str:
+    kept = (
+        f"the checkpoint of step {good} in {workdir}/checkpoints is good" if good else "no checkpoint was written yet"
+    )
+    return (
+        f"loss or gradient was not finite in {config.max_skipped} steps in a row, up to step {step}; {kept}; "
+        f"try a smaller config.optimizer.learning_rate (now {config.optimizer.learning_rate:g}) in a new workdir"
+    )
+
+
+@dataclasses.dataclass
+class _Stop:
+    signal: int = 0
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turns the first SIGINT or SIGTERM into a flag that the loop reads; a second Ctrl-C interrupts at once."""
+    stop = _Stop()
+
+    def handler(number: int, _: Any) -> None:
+        if stop.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; `argv` without the program's name. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "lcm-jax train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="a file of configs/, with its variant: configs/digits.py:smoke")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the folder of this run")
+    args, overrides = parser.parse_known_args(argv)
+    config = config_lib.load(args.config, overrides)
+    compile_cache.enable()
+    result = train(config, args.workdir)
+    if result.signal:
+        print(f"Stopped at step {result.step} of {config.steps}, saved. The same command goes on from there.")
+        return 128 + result.signal
+    print(f"Done: {result.step} steps, checkpoints in {args.workdir}/checkpoints. Next:")
+    print(f"  python -m lcm_jax.export --workdir={args.workdir} --out={args.workdir}/{_OUT[config.objective]}")
+    return 0
+
+
+_OUT = {"lcd": "lcm", "denoising": "model", "autoencoder": "model"}
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,29 @@
+"""Data sets that are prepared once for all tests of this folder."""
+
+import pytest
+import tensorflow_datasets as tfds
+from little_photos import LittlePhotos
+
+from lcm_jax.data.sources import open_source
+
+
+@pytest.fixture(scope="session")
+def digits_data_dir(tmp_path_factory):
+    """A data_dir in which captioned_digits is prepared, as training does it."""
+    root = tmp_path_factory.mktemp("data")
+    open_source("captioned_digits", data_dir=str(root))
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def digits_builder(digits_data_dir):
+    return tfds.builder("captioned_digits", data_dir=digits_data_dir)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """The version directory of little_photos."""
+    builder = LittlePhotos(data_dir=str(tmp_path_factory.mktemp("photos")))
+    tfds.disable_progress_bar()
+    builder.download_and_prepare(file_format="array_record")
+    return str(builder.data_path)

@@ -1,0 +1,347 @@
+"""Folders: read and written again they are the same; what is wrong with one is said in one line."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from fixtures_folders import build_pipeline
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from lcm_jax.errors import UserError
+from lcm_jax.interop import hub, weights
+from lcm_jax.interop.folder import read_folder, write_folder
+
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
+TEXT_FILE = "text_encoder/model.safetensors"
+
+
+def files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def raw(path: pathlib.Path) -> dict:
+    with safe_open(path, "np") as file:
+        return {key: (a.dtype, a.shape, a.tobytes()) for key in file.keys() for a in [file.get_tensor(key)]}  # noqa: SIM118
+
+
+def assert_same_folder(ours: pathlib.Path, theirs: pathlib.Path, but: tuple[str, ...] = ()) -> None:
+    assert files(ours).keys() == files(theirs).keys()
+    for name, path in files(theirs).items():
+        if name in but:
+            continue
+        if name.endswith(".safetensors"):
+            assert raw(ours / name) == raw(path), name
+        elif name.endswith(".json") and not name.startswith("tokenizer"):
+            assert json.loads((ours / name).read_text()) == json.loads(path.read_text()), name
+        else:
+            assert (ours / name).read_bytes() == path.read_bytes(), name
+
+
+@pytest.fixture
+def copy(teacher_folder, tmp_path):
+    """A teacher folder that a test may break."""
+    return pathlib.Path(shutil.copytree(teacher_folder, tmp_path / "model"))
+
+
+def edit(path: pathlib.Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def rewrite(path: pathlib.Path, change) -> None:
+    save_file(
+        {key: np.ascontiguousarray(array) for key, array in change(load_file(path)).items()}, path, {"format": "pt"}
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"variant": "fp16"}, {"max_shard_size": "60KB"}, {"variant": "fp16", "max_shard_size": "60KB"}],
+    ids=str,
+)
+def test_read_then_written_is_the_same(teacher_pipeline, tmp_path, options):
+    teacher_pipeline.save_pretrained(tmp_path / "theirs", **options)
+    (tmp_path / "theirs/unet/notes.txt").write_text("mine")
+    if "max_shard_size" in options:
+        assert len(list((tmp_path / "theirs/unet").glob("*-of-*.safetensors"))) > 1
+    write_folder(read_folder(tmp_path / "theirs"), tmp_path / "ours")
+    assert_same_folder(tmp_path / "ours", tmp_path / "theirs")
+
+
+def test_lcm_folder_read_then_written_is_the_same(lcm_folder, tmp_path):
+    write_folder(read_folder(lcm_folder), tmp_path / "ours")
+    assert_same_folder(tmp_path / "ours", lcm_folder)
+
+
+def test_half_precision_stays(tmp_path, copy):
+    import ml_dtypes
+
+    rewrite(copy / UNET_FILE, lambda t: {key: array.astype(ml_dtypes.bfloat16) for key, array in t.items()})
+    folder = read_folder(copy)
+    assert folder.components["unet"].params["conv_in.kernel"].dtype == ml_dtypes.bfloat16
+    write_folder(folder, tmp_path / "ours")
+    assert_same_folder(tmp_path / "ours", copy)
+
+
+def test_parameters_are_in_our_layout(teacher_folder, teacher_pipeline):
+    theirs = {name: p.detach().numpy() for name, p in teacher_pipeline.unet.named_parameters()}
+    ours = read_folder(teacher_folder).components["unet"].params
+    assert len(ours) == len(theirs)
+    np.testing.assert_array_equal(ours["conv_in.kernel"][1, 2, 3, 4], theirs["conv_in.weight"][4, 3, 1, 2])
+    np.testing.assert_array_equal(ours["time_embedding.linear_1.kernel"], theirs["time_embedding.linear_1.weight"].T)
+    np.testing.assert_array_equal(ours["conv_norm_out.scale"], theirs["conv_norm_out.weight"])
+
+
+def test_old_vae_names_are_read_and_new_ones_written(copy, tmp_path):
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def to_old(tensors):
+        renamed = {}
+        for key, array in tensors.items():
+            for new, name in old.items():
+                if f".{new}." in key:
+                    key = key.replace(f".{new}.", f".{name}.")
+                    array = array[:, :, None, None] if array.ndim == 2 and name != "value" else array
+            renamed[key] = array
+        return renamed
+
+    present = raw(copy / VAE_FILE)
+    rewrite(copy / VAE_FILE, to_old)
+    assert raw(copy / VAE_FILE).keys() != present.keys()
+    write_folder(read_folder(copy), tmp_path / "ours")
+    assert raw(tmp_path / "ours" / VAE_FILE) == present
+    assert_same_folder(tmp_path / "ours", copy, but=(VAE_FILE,))
+
+
+def test_clip_prefix_and_buffers_are_written_as_read(copy, tmp_path):
+    def older(tensors):
+        assert not any(key.startswith("text_model.") for key in tensors)
+        prefixed = {f"text_model.{key}": array for key, array in tensors.items()}
+        return {**prefixed, "text_model.embeddings.position_ids": np.arange(16)[None]}
+
+    plain = read_folder(copy).components["text_encoder"].params
+    rewrite(copy / TEXT_FILE, older)
+    folder = read_folder(copy)
+    assert folder.components["text_encoder"].params.keys() == plain.keys()
+    for path, array in plain.items():
+        np.testing.assert_array_equal(folder.components["text_encoder"].params[path], array)
+    write_folder(folder, tmp_path / "ours")
+    assert_same_folder(tmp_path / "ours", copy)
+
+
+def test_only_reads_what_is_asked_and_copies_the_rest(copy, tmp_path):
+    folder = read_folder(copy, only=("vae",))
+    assert list(folder.components) == ["vae"]
+    write_folder(folder, tmp_path / "ours")
+    assert_same_folder(tmp_path / "ours", copy)
+
+
+# ---- what is wrong with a folder
+
+
+def fails(folder, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        read_folder(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"]
+)
+def test_missing_file(copy, name):
+    (copy / name).unlink()
+    fails(copy, f"{name} is missing")
+
+
+def test_missing_weights(copy):
+    (copy / UNET_FILE).unlink()
+    fails(copy, "unet holds no weights")
+
+
+def test_truncated_weights(copy):
+    content = (copy / UNET_FILE).read_bytes()
+    (copy / UNET_FILE).write_bytes(content[: len(content) // 2])
+    fails(copy, f"{UNET_FILE} can't be read as safetensors")
+
+
+def test_missing_key(copy):
+    rewrite(copy / UNET_FILE, lambda t: {key: a for key, a in t.items() if key != "conv_out.bias"})
+    fails(copy, rf"{UNET_FILE}: .* 1 missing \(conv_out.bias\)$")
+
+
+def test_extra_key(copy):
+    rewrite(copy / VAE_FILE, lambda t: {**t, "surplus": np.zeros(1)})
+    fails(copy, rf"{VAE_FILE}: .* 1 unexpected \(surplus\)$")
+
+
+def test_wrong_shape(copy):
+    rewrite(copy / TEXT_FILE, lambda t: {**t, "final_layer_norm.bias": np.zeros(17, np.float32)})
+    fails(copy, r"final_layer_norm.bias is \(17,\) and should be \(16,\)")
+
+
+def test_pickle(copy):
+    (copy / UNET_FILE).rename(copy / "unet/diffusion_pytorch_model.bin")
+    fails(copy, "a pickle")
+
+
+def test_unknown_pipeline(copy):
+    edit(copy / "model_index.json", _class_name="FluxPipeline")
+    fails(copy, "_class_name is FluxPipeline; supported: StableDiffusionPipeline, LatentConsistencyModelPipeline")
+
+
+def test_unknown_class(copy):
+    edit(copy / "model_index.json", unet=["diffusers", "UNet3DConditionModel"])
+    fails(
+        copy, "the class of unet is UNet3DConditionModel; supported: UNet2DConditionModel, AutoencoderKL, CLIPTextModel"
+    )
+
+
+def test_unknown_scheduler(copy):
+    edit(copy / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    fails(copy, "the class of scheduler is FlowMatchEulerDiscreteScheduler; supported: DDIMScheduler, ")
+
+
+def test_absent_component(copy):
+    edit(copy / "model_index.json", vae=[None, None])
+    fails(copy, "names no vae")
+
+
+def test_unsupported_configuration(copy):
+    edit(copy / "unet/config.json", class_embed_type="timestep")
+    fails(copy, r"unet/config.json: .*class_embed_type.*timestep")
+
+
+def test_unsupported_schedule(copy):
+    edit(copy / "scheduler/scheduler_config.json", beta_schedule="sigmoid")
+    with pytest.raises(UserError, match=r"scheduler_config.json: .*sigmoid"):
+        _ = read_folder(copy).schedule
+
+
+def test_no_folder(tmp_path):
+    fails(tmp_path / "nowhere", "there is no folder")
+
+
+def test_file_in_place_of_a_folder(tmp_path):
+    (tmp_path / "x").write_text("")
+    fails(tmp_path / "x", "is a file; give the folder")
+
+
+def test_hub_id_without_network():
+    fails(
+        "someone/no-such-model",
+        "no folder someone/no-such-model, and no model of that name could be fetched from the hub: ",
+    )
+
+
+def test_hub_never_fetches_pickles(monkeypatch, copy):
+    asked = []
+
+    def download(name, allow_patterns, ignore_patterns=None):
+        asked.append((name, allow_patterns, ignore_patterns))
+        return str(copy)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert hub.local_folder("someone/model") == copy
+    ((name, allowed, _),) = asked
+    assert name == "someone/model"
+    assert not any(pickle in pattern for pattern in allowed for pickle in weights.PICKLES)
+    assert "*" not in allowed
+
+    (copy / UNET_FILE).unlink()  # a model that has half precision only is asked for again
+    hub.local_folder("someone/model")
+    assert [ignored for *_, ignored in asked[1:]] == [asked[0][2], None]
+
+
+# ---- where a folder is written to
+
+
+def test_written_with_parents_and_usual_permissions(copy, tmp_path):
+    out = write_folder(read_folder(copy), tmp_path / "a/b/c")
+    assert out.stat().st_mode & 0o777 == 0o777 & ~_umask()
+    assert [p.name for p in out.parent.iterdir()] == ["c"]
+
+
+def test_model_folder_is_replaced_as_a_whole(copy, tmp_path):
+    out = tmp_path / "out"
+    write_folder(read_folder(copy), out)
+    (out / "unet/old.txt").write_text("from before")
+    write_folder(read_folder(copy), out)
+    assert_same_folder(out, copy)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_empty_folder_is_used(copy, tmp_path):
+    (tmp_path / "out").mkdir()
+    write_folder(read_folder(copy), tmp_path / "out")
+    assert_same_folder(tmp_path / "out", copy)
+
+
+def test_other_folder_is_not_overwritten(copy, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is no model folder"):
+        write_folder(read_folder(copy), tmp_path / "out")
+    assert (tmp_path / "out/thesis.txt").read_text() == "mine"
+
+
+def test_own_source_is_not_overwritten(copy):
+    with pytest.raises(UserError, match="the model was read from"):
+        write_folder(read_folder(copy), copy / "../model")
+
+
+def test_file_is_not_overwritten(copy, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        write_folder(read_folder(copy), tmp_path / "out")
+    with pytest.raises(UserError, match="can't be written"):
+        write_folder(read_folder(copy), tmp_path / "out/inside")
+
+
+def test_nothing_is_left_behind_when_writing_fails(copy, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write_folder(read_folder(copy), out)
+    before = {name: path.read_bytes() for name, path in files(out).items()}
+    folder = read_folder(copy)
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "write_weights", no_space)
+    with pytest.raises(UserError, match="out can't be written: No space left on device"):
+        write_folder(folder, out)
+    assert {name: path.read_bytes() for name, path in files(out).items()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_hidden_folders_are_left_behind(copy, tmp_path):
+    (copy / ".cache/huggingface").mkdir(parents=True)
+    (copy / ".cache/huggingface/x.lock").write_text("")
+    write_folder(read_folder(copy), tmp_path / "out")
+    assert not (tmp_path / "out/.cache").exists()
+
+
+def test_links_of_a_hub_cache_are_followed(copy, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    for i, path in enumerate(files(copy).values()):
+        blob = tmp_path / "blobs" / str(i)
+        path.rename(blob)
+        path.symlink_to(blob)
+    write_folder(read_folder(copy), tmp_path / "out")
+    assert not any(path.is_symlink() for path in files(tmp_path / "out").values())
+    assert_same_folder(tmp_path / "out", copy)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_v_prediction_is_read_from_the_folder(tmp_path):
+    pipeline = build_pipeline(tmp_path / "tokenizer", prediction_type="v_prediction")
+    pipeline.save_pretrained(tmp_path / "model")
+    assert read_folder(tmp_path / "model", only=()).schedule.prediction_type == "v_prediction"

@@ -1,0 +1,83 @@
+"""What every command does with a mistake, a warning and Ctrl-C."""
+
+import warnings
+
+import pytest
+
+from lcm_jax import __main__, cli
+from lcm_jax.errors import UserError
+
+
+def test_mistake_is_one_line_and_two(capsys):
+    def main(argv):
+        raise UserError(f"{argv[0]} is wrong")
+
+    assert cli.run(main, ["x"], "sample") == 2
+    assert capsys.readouterr().err == "lcm-jax sample: error: x is wrong\n"
+
+
+def test_the_command_is_named_after_its_module(capsys):
+    def main(argv):
+        raise UserError("wrong")
+
+    main.__module__ = "lcm_jax.export"
+    cli.run(main, [])
+    assert capsys.readouterr().err.startswith("lcm-jax export: ")
+
+
+def test_warning_is_one_line_each_time(capsys):
+    def main(argv):
+        for _ in range(2):
+            warnings.warn("look out", UserWarning, stacklevel=1)
+        return 0
+
+    assert cli.run(main, [], "sample") == 0
+    assert capsys.readouterr().err == "lcm-jax sample: warning: look out\n" * 2
+
+
+def test_interrupted(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    assert cli.run(main, [], "sample") == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_other_errors_keep_their_traceback():
+    def main(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(main, [], "sample")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--steps=1", "--step=1"], "there is no option --step=1; did you mean '--steps'?"),
+        (["--steps=four"], "argument --steps: invalid int value: 'four'"),
+        ([], "the following arguments are required: --steps"),
+    ],
+)
+def test_parser(argv, message):
+    parser = cli.parser("sample", "doc")
+    parser.add_argument("--steps", type=int, required=True)
+    with pytest.raises(UserError) as error:
+        parser.parse_args(argv)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "text"),
+    [
+        (["lcm-jax"], 2, "usage: lcm-jax <command>"),
+        (["lcm-jax", "--help"], 0, "  sample "),
+        (["lcm-jax", "sampel"], 2, "there is no command 'sampel'; did you mean 'sample'?"),
+        (["lcm-jax", "sample"], 2, "lcm-jax sample: error: the following arguments are required: --model, --prompt"),
+    ],
+)
+def test_dispatcher(monkeypatch, capsys, argv, code, text):
+    monkeypatch.setattr("sys.argv", argv)
+    assert __main__.main() == code
+    printed = capsys.readouterr()
+    assert text in printed.out + printed.err

@@ -1,0 +1,122 @@
+"""A run's options: files, overrides, and what a user reads after a slip."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from lcm_jax import config as config_lib
+from lcm_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FILES = ("digits.py", "digits.py:smoke", "digits_teacher.py", "digits_teacher.py:vae", "sd15.py", "sd21.py")
+
+
+def load(name, *overrides):
+    return config_lib.load(str(ROOT / "configs" / name), overrides)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_config_file_loads(name):
+    assert load(name).steps > 0
+
+
+def test_sd15_is_the_papers_recipe():
+    config = load("sd15.py")
+    assert (config.optimizer.learning_rate, config.batch_size, config.ema.decay) == (8e-6, 72, 0.999943)
+    assert (config.lcd.guidance_min, config.lcd.guidance_max, config.lcd.skip) == (3.0, 15.0, 20)  # w + 1, w in [2, 14]
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("--config.optimizer.learning_rate=1e-3", ("optimizer", "learning_rate"), 1e-3),
+        ("--config.steps=7", ("steps",), 7),
+        ("--config.lcd.solver=dpmpp", ("lcd", "solver"), "dpmpp"),
+        ("--config.ema.warmup=True", ("ema", "warmup"), True),
+        ("--config.log.prompts=('one', 'two')", ("log", "prompts"), ("one", "two")),
+        ("--config.lcd.guidance_max=9", ("lcd", "guidance_max"), 9.0),
+    ],
+)
+def test_the_command_line_overrides(override, path, value):
+    config = load("digits.py", override)
+    for name in path:
+        config = getattr(config, name)
+    assert config == value
+    assert type(config) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--config.lcd.sovler=dpmpp", "lcd.solver"),
+        ("--config.learning_rate=1e-4", "optimizer.learning_rate"),
+        ("--config.lcd.solver=dpm++", "did you mean 'dpmpp'"),
+        ("--config.steps=many", "steps"),
+        ("--config.steps=1.5", "steps"),
+        ("--config.steps=-1", "config.steps is -1; it must be positive"),
+        ("--config.steps", "a value is missing"),
+        ("--confg.steps=1", "no option of this command"),
+        ("--config.ema.decay=1.5", "config.ema.decay is 1.5"),
+        ("--config.objective=lcm", "did you mean 'lcd'"),
+        ("--config.denoising.min_snr_gamma=5", "denoising.min_snr_gamma has no effect: objective is 'lcd'"),
+    ],
+)
+def test_a_slip_ends_in_one_line_that_helps(override, said):
+    with pytest.raises(UserError) as error:
+        load("digits.py", override)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("nowhere.py", "there is no file"), ("digits.py:smok", "digits.py has :smoke")]
+)
+def test_a_wrong_file_or_variant_is_named(name, said):
+    with pytest.raises(UserError, match=said):
+        load(name)
+
+
+def test_a_config_file_that_fails_is_one_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from lcm_jax.config import default_config\ndef get_config():\n  c = default_config()\n  c.stesp = 3\n")
+    with pytest.raises(UserError, match="stesp") as error:
+        config_lib.load(str(file))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_stored_config_reads_back_equal(name, tmp_path):
+    config = load(name)
+    (tmp_path / "config.json").write_text(config_lib.resolved(config))
+    assert config_lib.load_resolved(tmp_path) == config
+
+
+def test_a_workdir_of_another_run_is_refused():
+    config = load("digits.py")
+    other = dataclasses.replace(config, batch_size=7)
+    with pytest.raises(UserError, match=r"runs/x holds a run with config.batch_size=7, not 32"):
+        config_lib.check_same_run(config, other, "runs/x")
+    other = dataclasses.replace(config, lcd=dataclasses.replace(config.lcd, skip=10))
+    with pytest.raises(UserError, match=r"config.lcd.skip=10, not 20"):
+        config_lib.check_same_run(config, other, "runs/x")
+
+
+def test_what_does_not_change_the_steps_may_differ():
+    config = load("digits.py")
+    config_lib.check_same_run(config, dataclasses.replace(config, steps=5, log=config_lib.LogConfig(every=3)), "runs/x")
+
+
+def test_more_steps_under_a_cosine_decay_is_another_run():
+    config = load("digits_teacher.py")
+    with pytest.raises(UserError, match=r"config.steps="):
+        config_lib.check_same_run(config, dataclasses.replace(config, steps=5), "runs/x")
+
+
+@pytest.mark.parametrize("text", ["{", json.dumps({"model": {"folder": "x"}, "stpes": 1}), None])
+def test_a_folder_that_is_no_run_is_named(text, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        config_lib.load_resolved(tmp_path)

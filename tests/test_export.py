@@ -1,0 +1,142 @@
+"""The export command: from a run's checkpoint to a folder."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from fixtures_folders import W_DIM
+
+from lcm_jax import checkpoint, cli, config, export, load_pipeline
+from lcm_jax.errors import UserError
+from lcm_jax.interop.export import Recipe
+from lcm_jax.interop.folder import read_folder
+from lcm_jax.objectives.lcd import LCDConfig
+
+
+@pytest.fixture
+def run(tmp_path, teacher_folder, lcm_folder, monkeypatch):
+    """Makes a workdir whose checkpoint at step 70 holds the micro consistency model, its student all one larger."""
+    unet = read_folder(lcm_folder, only=("unet",)).components["unet"].params
+
+    def make(objective="lcd", **changes):
+        lcd = LCDConfig(guidance_min=2.0, guidance_max=8.0, skip=40, w_embedding_dim=W_DIM)
+        settings = {"objective": objective, "lcd": lcd if objective == "lcd" else LCDConfig(), **changes}
+        resolved = config.Config(model=config.ModelConfig(folder=str(teacher_folder)), **settings)
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/config.json").write_text(config.resolved(resolved))
+        return tmp_path / "run"
+
+    def restore(workdir, which, step=None):
+        add = np.float32(which == "student")
+        return {"unet": {path: array + add for path, array in unet.items()}}, step or 70
+
+    monkeypatch.setattr(checkpoint, "restore_params", restore)
+    return make
+
+
+def test_consistency_model(run, tmp_path, teacher_folder, capsys):
+    workdir, out = run(), tmp_path / "lcm"
+    assert export.main([f"--workdir={workdir}", f"--out={out}", "--verify"]) == 0
+    recipe = Recipe.read(out)
+    assert recipe is not None
+    assert recipe.teacher == str(teacher_folder)
+    assert (recipe.weights, recipe.steps) == ("ema", 70)
+    assert (recipe.guidance_min, recipe.guidance_max, recipe.skip, recipe.original_inference_steps) == (
+        2.0,
+        8.0,
+        40,
+        25,
+    )
+    assert json.loads((out / "scheduler/scheduler_config.json").read_text())["original_inference_steps"] == 25
+    pipe = load_pipeline(out)
+    assert pipe.default_guidance == 5.0
+    assert pipe("a red seven", steps=1).shape == (1, 16, 16, 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert "differ from ours by" in lines[-4 if len(lines) > 3 else 0]
+    assert str(out) in lines[-2]
+    assert f"python -m lcm_jax.sample --model={out}" in lines[-1]
+
+
+def test_which_and_step(run, tmp_path):
+    workdir = run()
+    export.main([f"--workdir={workdir}", f"--out={tmp_path}/ema"])
+    export.main(
+        [f"--workdir={workdir}", f"--out={tmp_path}/student", "--which=student", "--step=30", "--dtype=float16"]
+    )
+    ema, student = (read_folder(tmp_path / name) for name in ("ema", "student"))
+    a, b = (folder.components["unet"].params["conv_in.bias"] for folder in (ema, student))
+    np.testing.assert_array_equal(b, (a + 1).astype(np.float16))
+    recipe = Recipe.read(tmp_path / "student")
+    assert recipe is not None
+    assert (recipe.weights, recipe.steps) == ("student", 30)
+
+
+def test_run_without_ema(run, tmp_path):
+    workdir = run(ema=config.EMAConfig(decay=0.0))
+    for which in ([], ["--which=ema"]):
+        with pytest.raises(UserError, match=r"has no EMA .*--which=student"):
+            export.main([f"--workdir={workdir}", f"--out={tmp_path}/lcm", *which])
+    export.main([f"--workdir={workdir}", f"--out={tmp_path}/lcm", "--which=student"])
+
+
+def test_diffusion_model(run, tmp_path, teacher_folder, monkeypatch):
+    trained = {path: a + np.float32(1) for path, a in read_folder(teacher_folder).components["unet"].params.items()}
+    monkeypatch.setattr(checkpoint, "restore_params", lambda *_: ({"unet": trained}, 5))
+    out = tmp_path / "model"
+    export.main([f"--workdir={run('denoising')}", f"--out={out}"])
+    folder = read_folder(out)
+    assert folder.pipeline_class == "StableDiffusionPipeline"
+    np.testing.assert_array_equal(folder.components["unet"].params["conv_in.bias"], trained["conv_in.bias"])
+    assert Recipe.read(out) is None
+
+
+def test_autoencoder(run, tmp_path, teacher_folder, teacher_pipeline, monkeypatch):
+    """scaling_factor is 1 over the deviation of the latents that the trained VAE draws."""
+    monkeypatch.setattr(
+        checkpoint, "restore_params", lambda *_: ({"vae": read_folder(teacher_folder).components["vae"].params}, 5)
+    )
+    pictures = np.random.default_rng(0).integers(0, 256, (export.BATCHES, 4, 16, 16, 3), dtype=np.uint8)
+
+    def batches(*_, **__):
+        yield from ({"image": batch} for batch in pictures)
+
+    monkeypatch.setattr(export, "batches", batches)
+    out = tmp_path / "model"
+    export.main([f"--workdir={run('autoencoder')}", f"--out={out}"])
+    found = read_folder(out).components["vae"].config["scaling_factor"]
+    images = torch.from_numpy(pictures.reshape(-1, 16, 16, 3)).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        posterior = teacher_pipeline.vae.encode(images).latent_dist
+    drawn = torch.cat([posterior.sample(torch.Generator().manual_seed(i)) for i in range(8)])
+    assert found == pytest.approx(1 / drawn.std().item(), rel=0.01)
+
+
+def test_no_run(tmp_path, capsys):
+    assert cli.run(export.main, [f"--workdir={tmp_path}/x", f"--out={tmp_path}/out"]) == 2
+    assert "x is no run of lcm_jax" in capsys.readouterr().err
+
+
+def test_target_that_is_no_model(run, tmp_path):
+    workdir = run()
+    with pytest.raises(UserError, match="is no model folder"):
+        export.main([f"--workdir={workdir}", f"--out={workdir}"])
+
+
+def test_recipe_covers_the_configuration(run, tmp_path):
+    """Each value of the recipe follows its option."""
+    resolved = config.load_resolved(run())
+    folder = read_folder(resolved.model.folder, only=())
+    base = export.recipe_of(resolved, folder, "ema", 1)
+    for name, value in (
+        ("guidance_min", 2.5),
+        ("guidance_max", 7.0),
+        ("solver", "dpm"),
+        ("skip", 10),
+        ("timestep_scaling", 5.0),
+        ("w_embedding_dim", 0),
+        ("distance", "l2"),
+    ):
+        changed = dataclasses.replace(resolved, lcd=dataclasses.replace(resolved.lcd, **{name: value}))
+        assert getattr(export.recipe_of(changed, folder, "ema", 1), name) == value != getattr(base, name)

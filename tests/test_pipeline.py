@@ -1,0 +1,274 @@
+"""Whole pipelines against diffusers, from prompts to pixels; and what a user may get wrong."""
+
+import shutil
+import subprocess
+import sys
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from fixtures_folders import latents
+from safetensors.numpy import load_file, save_file
+
+import lcm_jax
+from lcm_jax.errors import UserError
+from lcm_jax.interop.verify import injected_noise
+from lcm_jax.pipeline import generate
+
+PROMPTS = ["a red seven", "red red words"]
+SHAPE = (2, 8, 8, 4)
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_folder):
+    return lcm_jax.load_pipeline(teacher_folder)
+
+
+@pytest.fixture(scope="module")
+def lcm(lcm_folder):
+    return lcm_jax.load_pipeline(lcm_folder)
+
+
+def nchw(array):
+    return torch.from_numpy(np.moveaxis(array, -1, -3).copy())
+
+
+def nhwc(tensor):
+    return np.moveaxis(tensor.detach().numpy(), 1, -1)
+
+
+def assert_close(ours, theirs, tolerance=1e-4):
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")  # of its DPM-Solver
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "negative"),
+    [("ddim", diffusers.DDIMScheduler, None), ("dpmpp", diffusers.DPMSolverMultistepScheduler, "a blue zero")],
+)
+def test_diffusion_model_against_diffusers(teacher, teacher_pipeline, sampler, scheduler, negative):
+    z_T = latents(1, *SHAPE)
+    options = {"clip_sample": False} if sampler == "ddim" else {}
+    teacher_pipeline.scheduler = scheduler.from_config(
+        teacher_pipeline.scheduler.config, timestep_spacing="trailing", **options
+    )
+    arguments = {
+        "prompt": PROMPTS,
+        "num_inference_steps": 5,
+        "guidance_scale": 3.0,
+        "negative_prompt": negative and [negative] * 2,
+    }
+    latent = teacher_pipeline(**arguments, latents=nchw(z_T), output_type="latent").images
+    pictures = teacher_pipeline(**arguments, latents=nchw(z_T), output_type="np").images
+    ours = {"steps": 5, "guidance_scale": 3.0, "negative_prompt": negative, "latents": z_T, "sampler": sampler}
+    assert_close(teacher(PROMPTS, **ours, output="latents"), nhwc(latent))
+    assert_close(teacher(PROMPTS, **ours, output="float"), pictures)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_consistency_model_against_diffusers(lcm, lcm_pipeline, steps):
+    z_T, noise = latents(1, *SHAPE), latents(2, steps - 1, *SHAPE)
+    arguments = {"prompt": PROMPTS, "num_inference_steps": steps, "guidance_scale": 5.0, "latents": nchw(z_T)}
+    theirs = {}
+    for output in ("latent", "np", "pil"):
+        with injected_noise(list(nchw(noise))):
+            theirs[output] = lcm_pipeline(**arguments, output_type=output).images
+    ours = {"steps": steps, "guidance_scale": 5.0, "latents": z_T, "noise": noise}
+    assert_close(lcm(PROMPTS, **ours, output="latents"), nhwc(theirs["latent"]))
+    assert_close(lcm(PROMPTS, **ours, output="float"), theirs["np"])
+    pictures = lcm(PROMPTS, **ours)
+    assert pictures.dtype == np.uint8
+    assert np.abs(pictures.astype(int) - np.stack([np.asarray(p) for p in theirs["pil"]])).max() <= 1
+
+
+def test_consistency_model_with_own_timesteps_and_size(lcm, lcm_pipeline):
+    z_T, noise = latents(3, 1, 4, 12, 4), latents(4, 1, 1, 4, 12, 4)
+    with injected_noise(list(nchw(noise))):
+        theirs = lcm_pipeline(
+            prompt=PROMPTS[0],
+            timesteps=[999, 319],
+            num_inference_steps=None,
+            height=8,
+            width=24,
+            latents=nchw(z_T),
+            output_type="latent",
+        ).images
+    ours = lcm(
+        PROMPTS[0],
+        timesteps=[999, 319],
+        height=8,
+        width=24,
+        guidance_scale=8.5,
+        latents=z_T,
+        noise=noise,
+        output="latents",
+    )
+    assert_close(ours, nhwc(theirs))
+
+
+def test_consistency_model_without_w_embedding_takes_real_guidance(teacher_folder, teacher_pipeline, tmp_path):
+    """What an LCM-LoRA leaves: a StableDiffusionPipeline with LCMScheduler."""
+    peer = diffusers.StableDiffusionPipeline(
+        **{
+            **teacher_pipeline.components,
+            "scheduler": diffusers.LCMScheduler.from_config(teacher_pipeline.scheduler.config),
+        },
+        requires_safety_checker=False,
+    )
+    peer.set_progress_bar_config(disable=True)
+    peer.save_pretrained(tmp_path / "model")
+    pipe = lcm_jax.load_pipeline(tmp_path / "model")
+    z_T, noise = latents(1, *SHAPE), latents(2, 1, *SHAPE)
+    for scale in (1.0, 1.5):
+        with injected_noise(list(nchw(noise))):
+            theirs = peer(
+                PROMPTS, num_inference_steps=2, guidance_scale=scale, latents=nchw(z_T), output_type="latent"
+            ).images
+        ours = pipe(PROMPTS, 2, scale, latents=z_T, noise=noise, output="latents")
+        assert_close(ours, nhwc(theirs))
+    np.testing.assert_array_equal(
+        pipe(PROMPTS, 2, latents=z_T, noise=noise, output="latents"),
+        pipe(PROMPTS, 2, 1.0, latents=z_T, noise=noise, output="latents"),
+    )
+
+
+def test_seed_decides_the_picture(lcm):
+    first, again, other = (lcm(PROMPTS, steps=1, seed=seed, output="latents") for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    assert not np.allclose(first[0], first[1])
+    many, few = (lcm(prompts, steps=4, seed=0, output="latents") for prompts in (PROMPTS, PROMPTS))
+    np.testing.assert_array_equal(many, few)
+
+
+def test_first_noise_of_a_picture_does_not_depend_on_the_others(lcm):
+    alone = lcm(PROMPTS[:1], steps=1, seed=3, output="latents")
+    assert_close(lcm(PROMPTS, steps=1, seed=3, output="latents")[:1], alone)
+
+
+def test_guidance_changes_the_picture(lcm, teacher):
+    assert not np.allclose(lcm(PROMPTS, 1, 3.0, output="latents"), lcm(PROMPTS, 1, 12.0, output="latents"))
+    assert not np.allclose(teacher(PROMPTS, 5, 3.0, output="latents"), teacher(PROMPTS, 5, 9.0, output="latents"))
+
+
+def test_compiled_once_for_each_number_of_steps(lcm_folder, monkeypatch):
+    traced = []
+
+    def counted(*args):
+        traced.append(1)
+        return generate(*args)
+
+    monkeypatch.setattr("lcm_jax.pipeline.generate", counted)
+    pipe = lcm_jax.load_pipeline(lcm_folder)
+    for seed, scale in ((0, 5.0), (1, 8.0), (2, None)):
+        pipe(PROMPTS, 1, scale, seed)
+        pipe(PROMPTS[::-1], 4, scale, seed)
+    assert len(traced) == 2
+
+
+def test_parts_are_callable(teacher, teacher_pipeline):
+    z, t, context = latents(1, *SHAPE), np.array([3, 999], np.int32), latents(2, 2, 16, 16)
+    theirs = teacher_pipeline.unet(nchw(z), torch.tensor(t), torch.from_numpy(context)).sample
+    assert_close(np.asarray(teacher.unet(z, t, context)), nhwc(theirs))
+    ids = teacher.tokenizer(PROMPTS)
+    assert_close(
+        np.asarray(teacher.text_encoder(ids)),
+        teacher_pipeline.text_encoder(torch.tensor(ids).long())[0].detach().numpy(),
+    )
+    images = latents(3, 1, 16, 16, 3)
+    mean, _ = teacher.vae(images, method="encode")
+    assert_close(np.asarray(mean), nhwc(teacher_pipeline.vae.encode(nchw(images)).latent_dist.mean))
+
+
+def test_bfloat16_is_near_and_smaller(lcm, lcm_folder):
+    half = lcm_jax.load_pipeline(lcm_folder, dtype="bfloat16")
+    assert {a.dtype.name for a in jax.tree.leaves(half.unet.params)} == {"bfloat16"}
+    a, b = (pipe(PROMPTS, 1, 5.0, output="latents") for pipe in (lcm, half))
+    assert 0 < np.abs(a - b).max() <= 0.05 * np.abs(a).max()
+    with pytest.raises(UserError, match="float8"):
+        lcm_jax.load_pipeline(lcm_folder, dtype="float8")
+
+
+def test_half_precision_file_stays_small_in_memory(lcm, lcm_folder, tmp_path):
+    """float32 is then only what it computes in: a file of two bytes a number takes two bytes a number."""
+    copy = shutil.copytree(lcm_folder, tmp_path / "half")
+    weights = copy / "unet/diffusion_pytorch_model.safetensors"
+    save_file({key: array.astype(np.float16) for key, array in load_file(weights).items()}, weights, {"format": "pt"})
+    half = lcm_jax.load_pipeline(copy)
+    assert {a.dtype.name for a in half.unet.params.values()} == {"float16"}
+    a, b = (pipe(PROMPTS, 1, 5.0, output="latents") for pipe in (lcm, half))
+    assert 0 < np.abs(a - b).max() <= 0.01 * np.abs(a).max()
+
+
+def test_saved_pipeline_draws_the_same(lcm, tmp_path):
+    lcm.save(tmp_path / "again")
+    again = lcm_jax.load_pipeline(tmp_path / "again")
+    np.testing.assert_array_equal(again(PROMPTS, 1, 5.0), lcm(PROMPTS, 1, 5.0))
+
+
+# ---- what a user may get wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "prompts is empty"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 51}, "50"),
+        ({"steps": 4, "timesteps": [999]}, "steps or timesteps, not both"),
+        ({"timesteps": [499, 999]}, "must fall strictly"),
+        ({"timesteps": [1000, 499]}, "1000|999"),
+        ({"timesteps": []}, "timesteps"),
+        ({"negative_prompt": "ugly"}, "takes no negative_prompt"),
+        ({"sampler": "ddim"}, "holds a consistency model"),
+        ({"output": "pil"}, "output is 'pil'; choose from float, latents, uint8"),
+        ({"height": 17}, "height is 17; it must be a positive multiple of 2"),
+        ({"width": 0}, "width is 0"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, r"latents has the shape \(1, 4, 8, 8\); .* need \(2, 8, 8, 4\)"),
+        ({"steps": 2, "noise": np.zeros((2, *SHAPE))}, r"noise has the shape .* need \(1, 2, 8, 8, 4\)"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_of_a_consistency_model(lcm, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        lcm(**{"prompts": PROMPTS, **arguments})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 1001}, "1001"),
+        ({"sampler": "euler"}, "sampler is 'euler'; choose from ddim, dpmpp"),
+        ({"noise": np.zeros((3, *SHAPE))}, "noise has no effect with the sampler ddim"),
+        ({"negative_prompt": "ugly", "guidance_scale": 1.0}, "negative_prompt has no effect"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_of_a_diffusion_model(teacher, arguments, message):
+    with pytest.raises(UserError, match=message):
+        teacher(**{"prompts": PROMPTS, **arguments})
+
+
+def test_long_prompt_is_cut_with_a_warning(lcm):
+    words = " ".join(["red"] * 14)
+    with pytest.warns(UserWarning, match=r"^the prompt '.*…' is longer than 16 tokens; cut off: 'and a blue zero'$"):
+        cut = lcm([f"{words} and a blue zero", PROMPTS[0]], 1, 5.0)
+    np.testing.assert_array_equal(cut, lcm([words, PROMPTS[0]], 1, 5.0))
+
+
+def test_import_is_lazy_and_needs_no_other_framework(teacher_folder):
+    program = f"""
+import sys
+import lcm_jax
+assert "jax" not in sys.modules
+pipe = lcm_jax.load_pipeline({str(teacher_folder)!r})
+pipe.tokenizer(["a red seven"])
+found = {{"torch", "tensorflow", "diffusers", "peft"}} & set(sys.modules)
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
