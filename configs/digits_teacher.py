@@ -21,6 +21,7 @@ def get_config(variant=""):
     config.log.prompts = digits.PROMPTS
     if variant == "vae":
         config.objective = "autoencoder"
+        config.autoencoder.kl_weight = 2.56e-4
         config.model.folder = "runs/teacher/blank"
         config.steps = 1000
         config.batch_size = 32
@@ -35,7 +36,7 @@ def get_config(variant=""):
     config.objective = "denoising"
     config.model.folder = "runs/teacher/with_vae"
     config.denoising.train_text_encoder = True
-    config.steps = 4000
+    config.steps = 3000
     config.batch_size = 64
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 200

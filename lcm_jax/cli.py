@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lcm_jax.errors import UserError, nearest
 
@@ -19,15 +19,11 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError with argparse's own message."""
         raise UserError(message)
 
-    def parse_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse; an option that doesn't exist is named with the one that is nearest to it."""
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            options = [
-                option for action in self._actions for option in action.option_strings if option.startswith("--")
-            ]
+            options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
             raise UserError(f"there is no option {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
         return values
 

@@ -225,17 +225,21 @@ def load(file: str, overrides: Sequence[str] = ()) -> Config:
 
 def _parse(file: str, overrides: Sequence[str]) -> ConfigDict:
     """Runs the config file, which may import its neighbours, and lets config_flags apply the overrides."""
+    argv = ["config", f"--config={file}", *overrides]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     sys.path.insert(0, str(pathlib.Path(file.split(":")[0]).parent.resolve()))
     try:
-        values(["config", f"--config={file}", *overrides])
-        return values["config"].value
+        values(argv)
+        tree = values["config"].value
     except Exception as error:
-        given = " ".join([f"--config={file}", *overrides])
-        raise UserError(f"{given}: {' '.join(str(error).split())[:300]}") from None
+        # config_flags puts the config file's own traceback into its message; its last line says what is wrong
+        raise UserError(f"{' '.join(argv[1:])}: {str(error).strip().splitlines()[-1]}") from None
     finally:
         sys.path.pop(0)
+    if not isinstance(tree, ConfigDict):
+        raise UserError(f"--config={file}: get_config() returns {type(tree).__name__}; return the ConfigDict")
+    return tree
 
 
 def _nearest_option(key: str, known: list[str]) -> str:

@@ -9,12 +9,13 @@ class UserError(Exception):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Returns "; did you mean 'x'?" for the closest of `choices`, else "; choose from a, b, c" (or "")."""
+    """Returns "; did you mean 'x'?" for the closest of `choices`, and lists them where they are few or none is close."""
     choices = sorted(choices)
     close = difflib.get_close_matches(word, choices, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; choose from {', '.join(choices)}" if choices else ""
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    if choices and (not close or len(choices) <= 5):
+        hint += f"{' One of' if close else '; choose from'} {', '.join(choices)}"
+    return hint
 
 
 def one_of(what: str, value: str, choices: Iterable[str]) -> None:

@@ -5,9 +5,14 @@ LatentConsistencyModelPipeline, a diffusion model or an autoencoder in the pipel
 folder in diffusers and compares its pictures' latents with ours.
 """
 
+import contextlib
 import pathlib
 import sys
 from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lcm_jax import checkpoint, cli
 from lcm_jax.config import Config, load_resolved

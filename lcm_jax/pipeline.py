@@ -92,14 +92,16 @@ def generate(
         dim = networks["unet"].config.time_cond_proj_dim
         w_embedding = guidance.w_embedding(w, dim) if dim else None
 
-        def denoise(z: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def told(z: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
             return schedule.to_x0_eps(unet(z, t, context, w_embedding), z, t)
+
+        denoise = told
 
     if sampler.kind == "lcm":
 
         def f(z: jax.Array, t: jax.Array) -> jax.Array:
             x0, _ = denoise(z, t)
-            return consistency.mix(x0, z, t, sampler.timestep_scaling)
+            return consistency.with_boundary(x0, z, t, sampler.timestep_scaling)
 
         z_0 = sampling.consistency_sample(f, schedule, z_T, timesteps, noise)
     elif sampler.kind == "ddim":
@@ -133,7 +135,7 @@ class Pipeline:
         self.unet, self.vae, self.text_encoder = (
             _bind(folder.components[name], policy) for name in ("unet", "vae", "text_encoder")
         )
-        self.is_lcm = folder.scheduler["_class_name"] == "LCMScheduler"
+        self.is_lcm = folder.scheduler_class == "LCMScheduler"
         self.has_w_embedding = bool(self.unet.network.config.time_cond_proj_dim)
         self._programs: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
 

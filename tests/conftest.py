@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -12,3 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 pytest_plugins = ["fixtures_folders"]
+
+
+@pytest.fixture(scope="session")
+def digits_data_dir(tmp_path_factory):
+    """A data_dir in which captioned_digits is prepared, once for all tests, as training does it."""
+    from lcm_jax.data.sources import open_source
+
+    root = tmp_path_factory.mktemp("data")
+    open_source("captioned_digits", data_dir=str(root))
+    return str(root)

@@ -52,7 +52,7 @@ def test_the_command_line_overrides(override, path, value):
     [
         ("--config.lcd.sovler=dpmpp", "lcd.solver"),
         ("--config.learning_rate=1e-4", "optimizer.learning_rate"),
-        ("--config.lcd.solver=dpm++", "did you mean 'dpmpp'"),
+        ("--config.lcd.solver=dpm++", "One of ddim, dpm, dpmpp"),
         ("--config.steps=many", "steps"),
         ("--config.steps=1.5", "steps"),
         ("--config.steps=-1", "config.steps is -1; it must be positive"),
@@ -80,10 +80,15 @@ def test_a_wrong_file_or_variant_is_named(name, said):
 
 def test_a_config_file_that_fails_is_one_line(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("from lcm_jax.config import default_config\ndef get_config():\n  c = default_config()\n  c.stesp = 3\n")
+    file.write_text(
+        "from lcm_jax.config import default_config\ndef get_config():\n  c = default_config()\n  c.stesp = 3\n  return c\n"
+    )
     with pytest.raises(UserError, match="stesp") as error:
         config_lib.load(str(file))
     assert "\n" not in str(error.value)
+    file.write_text("def get_config():\n  pass\n")
+    with pytest.raises(UserError, match="returns NoneType; return the ConfigDict"):
+        config_lib.load(str(file))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -219,7 +219,7 @@ def test_saved_pipeline_draws_the_same(lcm, tmp_path):
         ({"steps": 0}, "steps"),
         ({"steps": 51}, "50"),
         ({"steps": 4, "timesteps": [999]}, "steps or timesteps, not both"),
-        ({"timesteps": [499, 999]}, "must fall strictly"),
+        ({"timesteps": [499, 999]}, "must be strictly falling"),
         ({"timesteps": [1000, 499]}, "1000|999"),
         ({"timesteps": []}, "timesteps"),
         ({"negative_prompt": "ugly"}, "takes no negative_prompt"),

@@ -11,6 +11,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lcm_jax import checkpoint, cli, train
@@ -47,8 +48,15 @@ def uninterrupted(options, tmp_path_factory):
 
 def everything(workdir):
     """Parameters, EMA, optimizer, counters and data position of the newest checkpoint, as comparable values."""
-    arrays, data, step = checkpoint.restore_raw(workdir)
-    return {"/".join(map(str, path)): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(arrays)}, data, step
+    folder = workdir / "checkpoints"
+    step = checkpoint.good_steps(folder)[0]
+    names = ("params", "ema", "opt_state", "counters")
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        items = {name: ocp.args.StandardRestore() for name in names if (folder / str(step) / name).exists()}
+        meta = ocp.args.JsonRestore()
+        arrays = dict(manager.restore(step, args=ocp.args.Composite(**items, meta=meta)).items())
+    data = arrays.pop("meta")["content"]["data"]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(arrays)}, data, step
 
 
 def assert_same_bits(a, b):

@@ -1,35 +1,40 @@
-"""The consistency function: what a network's output becomes so that f(z, 0) = z."""
+"""The consistency function f: from any point of an ODE trajectory to its origin, the identity at t = 0."""
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float
 
-from lcm_jax.diffusion.schedule import Schedule, column
-
-SIGMA_DATA = 0.5
+from lcm_jax.diffusion.schedule import Schedule, Time, combine
 
 
 def boundary_scalings(
-    t: Num[Array, " b"], timestep_scaling: float = 10.0, sigma_data: float = SIGMA_DATA
-) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """c_skip = sd^2 / (tau^2 + sd^2), c_out = tau / sqrt(tau^2 + sd^2), tau = timestep_scaling * t.
+    t: Time, timestep_scaling: float = 10.0, sigma_data: float = 0.5
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """Returns (c_skip, c_out) of the timesteps t, with c_skip(0) = 1 and c_out(0) = 0.
 
-    LCM, section 4.1. At t = 0 they are 1 and 0 exactly; unlike in EDM, c_out has no factor sigma_data.
+    As diffusers' LCMScheduler has them: unlike in CM (arXiv 2303.01469, appendix C) and EDM, c_out has no factor
+    sigma_data, so that it tends to 1.
     """
-    tau = timestep_scaling * t.astype(jnp.promote_types(t.dtype, jnp.float32))
-    total = tau**2 + sigma_data**2
-    return sigma_data**2 / total, tau * jax.lax.rsqrt(total)
+    tau = timestep_scaling * jnp.asarray(t)
+    c_skip = sigma_data**2 / (tau**2 + sigma_data**2)
+    c_out = tau / jnp.sqrt(tau**2 + sigma_data**2)
+    return c_skip, c_out
+
+
+def with_boundary(
+    x0: Float[Array, "b *d"], z: Float[Array, "b *d"], t: Time, timestep_scaling: float = 10.0
+) -> Float[Array, "b *d"]:
+    """f = c_skip z + c_out x0, of a prediction x0 at (z, t) (CM, eq. 5; LCM, arXiv 2310.04378, section 4.1)."""
+    c_skip, c_out = boundary_scalings(t, timestep_scaling)
+    return combine(z, x0, c_skip, c_out)
 
 
 def consistency_function(
-    schedule: Schedule, output: jax.Array, z: jax.Array, t: Num[Array, " b"], timestep_scaling: float = 10.0
-) -> jax.Array:
-    """f = c_skip z + c_out x0(z, t) (CM, equation 5; LCM, equation 9), x0 read from the network's output."""
+    schedule: Schedule,
+    output: Float[Array, "b *d"],
+    z: Float[Array, "b *d"],
+    t: Time,
+    timestep_scaling: float = 10.0,
+) -> Float[Array, "b *d"]:
+    """f of a network's raw output at (z, t)."""
     x0, _ = schedule.to_x0_eps(output, z, t)
-    return mix(x0, z, t, timestep_scaling)
-
-
-def mix(x0: jax.Array, z: jax.Array, t: Num[Array, " b"], timestep_scaling: float = 10.0) -> jax.Array:
-    """f = c_skip z + c_out x0."""
-    c_skip, c_out = boundary_scalings(t, timestep_scaling)
-    return column(c_skip, z) * z + column(c_out, z) * x0
+    return with_boundary(x0, z, t, timestep_scaling)

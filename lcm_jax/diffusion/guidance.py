@@ -1,53 +1,73 @@
-"""Classifier-free guidance (arXiv 2207.12598), and how a consistency model is told of it."""
+"""Classifier-free guidance: the mix of two predictions, how a student is told of it, and what it leads away from.
 
-import math
+Everywhere w = guidance_scale - 1: no guidance is w = 0, guidance_scale 1.
+"""
+
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
-from lcm_jax.diffusion.schedule import Schedule, column
+from lcm_jax.diffusion.schedule import Schedule, Time, per_sample
 
-Denoise = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-
-
-def guide(cond: Float[Array, "b ..."], uncond: Float[Array, "b ..."], w: Float[Array, " b"]) -> Float[Array, "b ..."]:
-    """(1 + w) cond - w uncond (LCM, equation 12); guidance_scale is w + 1."""
-    return cond + column(w, cond) * (cond - uncond)
+Latent = Float[Array, "b *d"]
+Denoise = Callable[[Latent, Time], tuple[Latent, Latent]]  # (z, t (B,)) -> (x0, eps)
 
 
-def w_embedding(w: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
-    """Sinusoids of 1000 w, [sin, cos], float32: the Fourier features of LCM, section 4.1, as diffusers computes them."""
+def guide(cond: Latent, uncond: Latent, w: Float[Array, " b"]) -> Latent:
+    """(1 + w) cond - w uncond (LCM, arXiv 2310.04378, section 4.2); the weights sum to one, so outputs, eps and x0 mix
+    alike."""
+    w = per_sample(w, cond)
+    return (1 + w) * cond - w * uncond
+
+
+def w_embedding(w: Float[Array, " b"], dim: int) -> Float[Array, "b {dim}"]:
+    """What a student is told of w: [sin, cos] of 1000 w exp(-ln(1e4) i / (dim/2 - 1)), i = 0 … dim/2 - 1.
+
+    Float32 to the end: rounding w to bfloat16 would shift an entry by up to 2. The frequencies are rounded as
+    diffusers' LatentConsistencyModelPipeline rounds them.
+
+    Args:
+      w: guidance_scale - 1.
+      dim: at least 4; an odd one ends in a zero.
+    """
     half = dim // 2
-    frequency = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
-    angle = 1000.0 * w.astype(jnp.float32)[:, None] * frequency
-    embedding = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    return jnp.pad(embedding, ((0, 0), (0, dim - 2 * half)))
-
-
-def interleave(a: Float[Array, "b ..."], b: Float[Array, "b ..."]) -> Float[Array, "b2 ..."]:
-    """a0, b0, a1, b1, …: a batch of both that keeps the sharding of the batch."""
-    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+    step = np.log(np.float32(10000.0)) / np.float32(half - 1)
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * -step)
+    angles = (1000.0 * jnp.asarray(w, jnp.float32))[:, None] * frequencies
+    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
 def cfg_denoiser(
-    network: Callable[..., jax.Array],
+    network: Callable[[Latent, Time, Array], Latent],
     schedule: Schedule,
     context: Float[Array, "b l d"],
     null_context: Float[Array, "#b l d"],
     w: Float[Array, " b"],
 ) -> Denoise:
-    """Returns denoise(z, t) -> guided (x0, eps), by one network call on 2B.
+    """Returns denoise(z, t (B,)) -> guided (x0, eps), which calls the network once, on 2B.
 
-    Args: network(z, t, context) -> output, as `schedule` reads it; text features of the prompts and of the empty
-    prompt; guidance w >= 0.
+    Args:
+      network: (z, t, context) -> its raw output.
+      context, null_context: of the prompts, and of what is led away from (one for all, or one each).
+      w: guidance_scale - 1.
     """
-    both = interleave(context, jnp.broadcast_to(null_context, context.shape))
+    # each sample's two halves lie side by side, so that a batch sharded over devices stays where it is
+    both = jnp.stack([context, jnp.broadcast_to(null_context, context.shape)], axis=1)
+    both = both.reshape(-1, *context.shape[1:])
 
-    def denoise(z: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z2, t2 = interleave(z, z), interleave(t, t)
-        x0, eps = schedule.to_x0_eps(network(z2, t2, both), z2, t2)
-        return guide(x0[::2], x0[1::2], w), guide(eps[::2], eps[1::2], w)
+    def denoise(z: Latent, t: Time) -> tuple[Latent, Latent]:
+        output = network(jnp.repeat(z, 2, axis=0), jnp.repeat(t, 2, axis=0), both)
+        output = output.reshape(-1, 2, *output.shape[1:])
+        return schedule.to_x0_eps(guide(output[:, 0], output[:, 1], w), z, t)
 
     return denoise
+
+
+def drop_condition(
+    context: Float[Array, "b l d"], null_context: Float[Array, "#b l d"], drop: Bool[Array, " b"]
+) -> Float[Array, "b l d"]:
+    """Puts the null condition in place of those contexts where `drop` is true (arXiv 2207.12598, algorithm 1)."""
+    return jnp.where(per_sample(drop, context), null_context, context)

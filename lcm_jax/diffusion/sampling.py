@@ -1,143 +1,178 @@
-"""Sampling: grids of timesteps, and samplers that scan over one, so that compile time does not grow with steps."""
+"""Grids of timesteps, and the samplers that walk them.
 
+A sampler is one `lax.scan` over an array of falling timesteps (numpy, or an argument of a jitted function): the network
+is traced once, and the number of steps is an array's length. Timesteps are integers in 0 … T-1.
+"""
+
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from lcm_jax.diffusion.guidance import Denoise
-from lcm_jax.diffusion.schedule import Schedule, column
+from lcm_jax.diffusion.guidance import Denoise, Latent
+from lcm_jax.diffusion.schedule import Schedule, Time, combine
 from lcm_jax.errors import UserError
 
-Latents = Float[Array, "b h w c"]
-Timesteps = Int[Array, " n"]
+Timesteps = Int[Array, " n"] | Int[np.ndarray, " n"]
+
+# ---- grids
+
+
+def lcm_grid(original_steps: int, num_train_timesteps: int = 1000) -> np.ndarray:
+    """The N timesteps that a consistency model is trained at: t_i = (i + 1) k - 1 with k = T // N, rising, int32.
+
+    Raises:
+      UserError: N is not in 1 … T.
+    """
+    if not 1 <= original_steps <= num_train_timesteps:
+        raise UserError(f"original_steps is {original_steps}; it must be in 1 … {num_train_timesteps}")
+    k = num_train_timesteps // original_steps
+    return np.arange(1, original_steps + 1, dtype=np.int32) * k - 1
 
 
 def lcm_timesteps(
-    steps: int, original_steps: int = 50, num_train_timesteps: int = 1000, strength: float = 1.0
+    steps: int, original_steps: int, num_train_timesteps: int = 1000, strength: float = 1.0
 ) -> np.ndarray:
-    """The timesteps of `steps` consistency steps, int32, falling, as diffusers' LCMScheduler takes them.
+    """The timesteps of consistency sampling, as diffusers' LCMScheduler takes them from the trained grid.
 
-    From the training grid k-1, 2k-1, … (N = original_steps, k = T // N), reversed, every floor(j N / steps)-th. With
-    `strength` below 1 (image to image) the grid ends at int(N strength).
+    Args:
+      steps: n.
+      original_steps: N, of the trained grid.
+      num_train_timesteps: T.
+      strength: below 1, only the lower part of the grid is used, from int(N strength) steps on (image to image).
 
-    Raises: UserError if there are not that many points.
+    Returns:
+      (n,) int32, falling: 999, 759, 499, 259 for n = 4, N = 50.
+
+    Raises:
+      UserError: `steps` is not in 1 … int(N strength), `strength` not in (0, 1], or N not in 1 … T.
     """
-    k = num_train_timesteps // original_steps
-    grid = np.arange(1, int(original_steps * strength) + 1) * k - 1
+    if not 0 < strength <= 1:
+        raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
+    grid = lcm_grid(original_steps, num_train_timesteps)[: int(original_steps * strength)][::-1]
     if not 1 <= steps <= len(grid):
-        cut = f" x strength {strength:g}" if strength != 1.0 else ""
-        raise UserError(f"steps is {steps}; it must be in 1..{len(grid)} (the {original_steps} solver steps{cut})")
-    index = np.floor(np.linspace(0, len(grid), steps, endpoint=False)).astype(int)
-    return grid[::-1][index].astype(np.int32)
+        cut = "" if strength == 1 else f" (strength {strength} of {original_steps})"
+        raise UserError(f"steps is {steps}; it must be in 1 … {len(grid)}{cut}, the steps of the trained grid")
+    return grid[np.floor(np.linspace(0, len(grid), steps, endpoint=False)).astype(int)]
 
 
 def trailing_timesteps(steps: int, num_train_timesteps: int = 1000) -> np.ndarray:
-    """Evenly spaced timesteps from T-1 downwards, int32 ("trailing" of arXiv 2305.08891, table 2)."""
+    """Timesteps for a diffusion model, evenly spaced from T-1 down ("trailing", arXiv 2305.08891, table 2).
+
+    Returns:
+      (n,) int32, falling: 999, 749, 499, 249 for n = 4.
+
+    Raises:
+      UserError: `steps` is not in 1 … T.
+    """
     if not 1 <= steps <= num_train_timesteps:
-        raise UserError(f"steps is {steps}; it must be in 1..{num_train_timesteps}")
-    stops = np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)[:steps]
-    return (np.round(stops) - 1).astype(np.int32)
+        raise UserError(f"steps is {steps}; it must be in 1 … {num_train_timesteps}")
+    spacing = num_train_timesteps / steps
+    return np.round(num_train_timesteps - spacing * np.arange(steps)).astype(np.int32) - 1
 
 
 def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int = 1000) -> np.ndarray:
-    """Returns a user's own list as int32; raises UserError unless it falls strictly and lies within 0..T-1."""
+    """Returns a user's own timesteps as int32; raises UserError unless they are whole, in 0 … T-1, strictly falling."""
+    given = list(timesteps)
     try:
-        values = [operator.index(t) for t in timesteps]
+        checked = [operator.index(t) for t in given]
     except TypeError:
-        raise UserError(f"timesteps is {list(timesteps)}; it must be whole numbers") from None
-    if not values:
+        raise UserError(f"timesteps is {given}; it must hold whole numbers") from None
+    if not checked:
         raise UserError("timesteps is empty; give at least one")
-    for t in values:
+    for t in checked:
         if not 0 <= t < num_train_timesteps:
-            raise UserError(f"timesteps has {t}; it must lie in 0..{num_train_timesteps - 1}")
-    if any(b >= a for a, b in zip(values, values[1:], strict=False)):
-        raise UserError(f"timesteps is {values}; it must fall strictly, as in 999, 759, 499, 259")
-    return np.asarray(values, np.int32)
+            raise UserError(f"timesteps has {t}; each must be in 0 … {num_train_timesteps - 1}")
+    for t, s in itertools.pairwise(checked):
+        if s >= t:
+            raise UserError(f"timesteps has {s} after {t}; they must be strictly falling")
+    return np.array(checked, np.int32)
+
+
+# ---- samplers
 
 
 def consistency_sample(
-    f: Callable[[jax.Array, jax.Array], jax.Array],
-    schedule: Schedule,
-    z_T: Latents,
-    timesteps: Timesteps,
-    noise: Float[Array, "n_minus_1 b h w c"] | jax.Array,
-) -> Latents:
-    """Multistep consistency sampling (CM, Algorithm 1): predict x0, re-noise to the next timestep, …; no noise at last.
+    f: Callable[[Latent, Time], Latent], schedule: Schedule, z_T: Latent, timesteps: Timesteps, noise: Array
+) -> Latent:
+    """Multistep consistency sampling (CM, arXiv 2303.01469, algorithm 1): f, then fresh noise to the next timestep.
 
     Args:
-      f: the consistency function f(z, t), t (b,).
-      z_T: noise at the first timestep.
-      timesteps: falling.
-      noise: what is added between the steps, or a key, of which each step takes one.
-
-    Returns: x0.
+      f: consistency function, (z, t (B,)) -> x0.
+      z_T: (B, …) noise at the first timestep.
+      timesteps: (n,).
+      noise: (n-1, B, …), or a key that one subkey a step is split from. No noise follows the last step.
     """
     n = len(timesteps)
-    keys = jnp.issubdtype(noise.dtype, jax.dtypes.prng_key)
-    # the last step re-noises to alpha = 1, sigma = 0, which is x0 itself: one body for all steps, compiled once
-    alpha, sigma = _next_levels(schedule, timesteps, 1.0)
-    if keys:
-        between = jax.random.split(noise, n)
+    t = jnp.asarray(timesteps)
+    # the last step adds no noise: alpha 1, sigma 0
+    alpha = jnp.append(schedule.alpha(t[1:]), 1.0)
+    sigma = jnp.append(schedule.sigma(t[1:]), 0.0)
+    if is_key := jnp.issubdtype(noise.dtype, jax.dtypes.prng_key):
+        draws = jax.random.split(noise, n)
     else:
-        between = jnp.concatenate([noise.astype(z_T.dtype), jnp.zeros((1, *z_T.shape), z_T.dtype)])
+        draws = jnp.concatenate([noise, jnp.zeros((1, *z_T.shape), z_T.dtype)])
 
-    def step(z: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        t, alpha_s, sigma_s, draw = inputs
-        eps = jax.random.normal(draw, z.shape, z.dtype) if keys else draw
-        x0 = f(z, jnp.full(z.shape[0], t))
-        return alpha_s.astype(z.dtype) * x0 + sigma_s.astype(z.dtype) * eps, None
+    def step(z: Latent, each: tuple[Array, ...]) -> tuple[Latent, None]:
+        t, alpha, sigma, draw = each
+        eps = jax.random.normal(draw, z.shape, z.dtype) if is_key else draw
+        return combine(f(z, _for_all(t, z)), eps, alpha, sigma), None
 
-    return jax.lax.scan(step, z_T, (jnp.asarray(timesteps), alpha, sigma, between))[0]
-
-
-def ddim_sample(denoise: Denoise, schedule: Schedule, z_T: Latents, timesteps: Timesteps) -> Latents:
-    """DDIM (arXiv 2010.02502, equation 12, eta = 0) over falling timesteps; returns z at `final_alpha_cumprod`."""
-    alpha, sigma = _next_levels(schedule, timesteps, schedule.final_alpha_cumprod)
-
-    def step(z: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        t, alpha_s, sigma_s = inputs
-        x0, eps = denoise(z, jnp.full(z.shape[0], t))
-        return alpha_s.astype(z.dtype) * x0 + sigma_s.astype(z.dtype) * eps, None
-
-    return jax.lax.scan(step, z_T, (jnp.asarray(timesteps), alpha, sigma))[0]
+    return jax.lax.scan(step, z_T, (t, alpha, sigma, draws))[0]
 
 
-def dpmpp_sample(denoise: Denoise, schedule: Schedule, z_T: Latents, timesteps: Timesteps) -> Latents:
-    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) over falling timesteps, down to sigma = 0.
+def ddim_sample(denoise: Denoise, schedule: Schedule, z_T: Latent, timesteps: Timesteps) -> Latent:
+    """DDIM (arXiv 2010.02502, eq. 12, no noise) along the timesteps; the last step ends at abar = final_alpha_cumprod.
 
-    As diffusers' DPMSolverMultistepScheduler with its defaults: the first step is of first order, and so is the last,
-    which goes to sigma = 0 and returns x0 itself.
+    Args:
+      denoise: (z, t (B,)) -> (x0, eps).
+      z_T: (B, …) noise at the first timestep.
+      timesteps: (n,).
     """
-    n = len(timesteps)
-    timesteps = jnp.asarray(timesteps)
-    alpha_s, sigma_s = _next_levels(schedule, timesteps, 1.0)
-    lambda_t = schedule.log_snr(timesteps)
-    h = jnp.concatenate([lambda_t[1:] - lambda_t[:-1], jnp.full(1, jnp.inf, lambda_t.dtype)])
-    h_before = jnp.concatenate([jnp.ones(1, h.dtype), h[:-1]])
-    # D = x0 + (x0 - x0_before) / (2 r), r = h_before / h
-    inner = (jnp.arange(n) > 0) & (jnp.arange(n) < n - 1)
-    weight = jnp.where(inner, 0.5 * h / h_before, 0.0)
+    t = jnp.asarray(timesteps)
+    final = schedule.final_alpha_cumprod
+    alpha = jnp.append(schedule.alpha(t[1:]), final**0.5)
+    sigma = jnp.append(schedule.sigma(t[1:]), (1 - final) ** 0.5)
 
-    def step(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]):
+    def step(z: Latent, each: tuple[Array, ...]) -> tuple[Latent, None]:
+        t, alpha_s, sigma_s = each
+        return combine(*denoise(z, _for_all(t, z)), alpha_s, sigma_s), None
+
+    return jax.lax.scan(step, z_T, (t, alpha, sigma))[0]
+
+
+def dpmpp_sample(denoise: Denoise, schedule: Schedule, z_T: Latent, timesteps: Timesteps) -> Latent:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): order 2 by the step before, one call a step.
+
+    Like diffusers' DPMSolverMultistepScheduler by default: the last step ends at sigma = 0, which set_alpha_to_one does
+    not change, and is of first order, as is the first. That last step returns its x0.
+
+    Args:
+      denoise: (z, t (B,)) -> (x0, eps).
+      z_T: (B, …) noise at the first timestep.
+      timesteps: (n,).
+    """
+    t = jnp.asarray(timesteps)
+    h = jnp.append(jnp.diff(schedule.log_snr(t)), jnp.inf)
+    sigma = jnp.append(schedule.sigma(t), 0.0)
+    alpha = jnp.append(schedule.alpha(t[1:]), 1.0)
+    # D = (1 + 1/2r) x0_i - 1/2r x0_{i-1}, r = h_{i-1} / h_i; without the second term first and last
+    half_over_r = jnp.zeros_like(h).at[1:-1].set(0.5 * h[1:-1] / h[:-2])
+    coefficients = (sigma[1:] / sigma[:-1], -alpha * jnp.expm1(-h), half_over_r)
+
+    def step(carry: tuple[Latent, Latent], each: tuple[Array, ...]) -> tuple[tuple[Latent, Latent], None]:
         z, x0_before = carry
-        t, a_s, s_s, h, weight = (x.astype(z.dtype) if i else x for i, x in enumerate(inputs))
-        t = jnp.full(z.shape[0], t)
-        x0, _ = denoise(z, t)
-        d = x0 + weight * (x0 - x0_before)
-        sigma_t = column(schedule.sigma(t), z)
-        return (s_s / sigma_t * z - a_s * jnp.expm1(-h) * d, x0), None
+        t, ratio, weight, half_over_r = each
+        x0, _ = denoise(z, _for_all(t, z))
+        D = combine(x0, x0_before, 1 + half_over_r, -half_over_r)
+        return (combine(z, D, ratio, weight), x0), None
 
-    inputs = (timesteps, alpha_s, sigma_s, h, weight)
-    return jax.lax.scan(step, (z_T, jnp.zeros_like(z_T)), inputs)[0][0]
+    return jax.lax.scan(step, (z_T, jnp.zeros_like(z_T)), (t, *coefficients))[0][0]
 
 
-def _next_levels(schedule: Schedule, timesteps: Timesteps, final_alpha_cumprod: float) -> tuple[jax.Array, jax.Array]:
-    """alpha and sigma after each step, (n,): those of the next timestep, and of the end."""
-    final = jnp.asarray([final_alpha_cumprod])
-    following = jnp.asarray(timesteps)[1:]
-    alpha = jnp.concatenate([schedule.alpha(following), jnp.sqrt(final)])
-    return alpha, jnp.concatenate([schedule.sigma(following), jnp.sqrt(1 - final)])
+def _for_all(t: Array, z: Latent) -> Int[Array, " b"]:
+    return jnp.full(z.shape[0], t)

@@ -1,187 +1,222 @@
-"""The noise schedule: z_t = alpha_t x0 + sigma_t eps, and the ways a network's output can be read."""
+"""The noise schedule z_t = alpha_t x0 + sigma_t eps, and what a network's output means under it.
+
+alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t), lambda_t = log(alpha_t / sigma_t), t = 0 … T-1 from little noise to
+much. Between two timesteps log(alpha) is linear in t, as in DPM-Solver (arXiv 2206.00927, appendix D). Tables are
+float64 and become JAX's default float at use: float32, or float64 under enable_x64.
+"""
 
 import dataclasses
+import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int
 
 from lcm_jax.errors import UserError, one_of
 
+BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+Time = Int[Array, "*b"] | Float[Array, "*b"]
 
-Latents = Float[Array, "b h w c"]
-
-
-_DEFAULTS = {
+# what a key that scheduler_config.json lacks means to diffusers' class of that name
+_DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
     "beta_end": 0.02,
     "beta_schedule": "linear",
-    "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon",
     "set_alpha_to_one": True,
     "steps_offset": 0,
 }
-_SD_RANGE = {"beta_start": 0.00085, "beta_end": 0.012}
-# diffusers' scheduler classes over such a table, and where their defaults differ from the above
+_LATENT = {"beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULER_CLASSES: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": {},
-    "DDPMScheduler": {},
-    "PNDMScheduler": {"set_alpha_to_one": False},
-    "LMSDiscreteScheduler": {},
-    "EulerDiscreteScheduler": {},
-    "EulerAncestralDiscreteScheduler": {},
-    "HeunDiscreteScheduler": _SD_RANGE,
-    "KDPM2DiscreteScheduler": _SD_RANGE,
-    "KDPM2AncestralDiscreteScheduler": _SD_RANGE,
+    "DDIMScheduler": {"clip_sample": True},
+    "DDPMScheduler": {"clip_sample": True},
     "DEISMultistepScheduler": {},
-    "DPMSolverSinglestepScheduler": {},
     "DPMSolverMultistepScheduler": {},
+    "DPMSolverSinglestepScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},
+    "EulerDiscreteScheduler": {},
+    "HeunDiscreteScheduler": _LATENT,
+    "KDPM2AncestralDiscreteScheduler": _LATENT,
+    "KDPM2DiscreteScheduler": _LATENT,
+    "LCMScheduler": {**_LATENT, "beta_schedule": "scaled_linear"},
+    "LMSDiscreteScheduler": {},
+    "PNDMScheduler": {"set_alpha_to_one": False},
     "UniPCMultistepScheduler": {},
-    "LCMScheduler": {**_SD_RANGE, "beta_schedule": "scaled_linear"},
+}
+# keys that would change the process that is sampled; this value is the only one that means what we do
+_ONLY = {
+    "clip_sample": False,
+    "thresholding": False,
+    "trained_betas": None,
+    "use_flow_sigmas": False,
+    "timestep_type": "discrete",
 }
 
 
-def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the keys of a scheduler_config.json that make the table, what is missing as diffusers' class has it.
-
-    Raises: UserError for a class without such a table, and for a table given as a list.
-    """
-    name = config.get("_class_name", "DDIMScheduler")
-    one_of("_class_name", name, SCHEDULER_CLASSES)
-    if config.get("trained_betas") is not None:
-        raise UserError("trained_betas is set; supported are the beta_schedules " + ", ".join(BETA_SCHEDULES))
-    defaults = {**_DEFAULTS, **SCHEDULER_CLASSES[name]}
-    return {key: config.get(key, default) for key, default in defaults.items()}
-
-
-def betas(kind: str, count: int, start: float, end: float) -> np.ndarray:
-    """Returns beta_t, float64 (count,): "linear", "scaled_linear" (linear in sqrt(beta)) or "squaredcos_cap_v2"
-    (arXiv 2102.09672, equation 17, at most 0.999)."""
-    one_of("beta_schedule", kind, BETA_SCHEDULES)
-    if kind == "linear":
-        return np.linspace(start, end, count)
-    if kind == "scaled_linear":
-        return np.linspace(start**0.5, end**0.5, count) ** 2
-    bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
-
-
-def rescale_zero_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
-    """Shifts and scales sqrt(abar) so that the last is 0 and the first stays (arXiv 2305.08891, Algorithm 1)."""
-    root = np.sqrt(alphas_cumprod)
-    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A table of abar over T timesteps.
+    """A variance-preserving schedule of T discrete timesteps. Hashable; the fields are those of an LCMScheduler.
 
     Attributes:
-      alphas_cumprod: abar_t, float64 (T,), falling.
-      prediction_type: what the network's output is: "epsilon", "v_prediction" or "sample".
-      final_alpha_cumprod: abar after a sampler's last step: 1, or abar_0.
+      num_train_timesteps: T.
+      beta_start, beta_end: the ends of "linear" (in beta) and "scaled_linear" (in its root); "squaredcos_cap_v2" has
+        its own.
+      rescale_betas_zero_snr: shift and scale sqrt(abar) so that abar_{T-1} = 0 (arXiv 2305.08891, algorithm 1).
+      prediction_type: what the network's output is: eps, v = alpha eps - sigma x0, or x0.
+      set_alpha_to_one: whether the last step of DDIM ends at abar = 1, or at abar_0.
+      steps_offset: kept for the folder's sake; only "leading" timesteps, which we don't use, are shifted by it.
+
+    Raises:
+      UserError: a field has no such value; epsilon prediction with zero terminal SNR.
     """
 
-    alphas_cumprod: np.ndarray
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    rescale_betas_zero_snr: bool = False
     prediction_type: str = "epsilon"
-    final_alpha_cumprod: float = 1.0
+    set_alpha_to_one: bool = True
+    steps_offset: int = 0
 
     def __post_init__(self) -> None:
+        one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+        if not isinstance(self.num_train_timesteps, int) or self.num_train_timesteps < 2:
+            raise UserError(f"num_train_timesteps is {self.num_train_timesteps!r}; it must be a whole number above 1")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise UserError(f"beta_start is {self.beta_start}, beta_end {self.beta_end}; needed: 0 < start <= end < 1")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UserError(
-                "prediction_type is 'epsilon', but the last timestep is pure noise (rescale_betas_zero_snr), from which "
-                "noise tells nothing of the picture; v_prediction or sample would be right"
+                "prediction_type is 'epsilon' with rescale_betas_zero_snr: at zero terminal SNR z_t is nothing but noise, "
+                "which tells nothing of x0; it must be 'v_prediction' or 'sample'"
             )
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Schedule":
-        """Reads a scheduler_config.json of diffusers; a missing key has the default of diffusers' class.
+    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
+        """Reads scheduler_config.json; a key that is missing means what it means to the class that it names.
 
-        Raises: UserError for a value that is not supported, naming it.
+        Raises:
+          UserError: a class or a value that isn't supported.
         """
-        config = with_defaults(config)
-        beta = betas(config["beta_schedule"], config["num_train_timesteps"], config["beta_start"], config["beta_end"])
-        table = np.cumprod(1 - beta)
-        if config["rescale_betas_zero_snr"]:
-            table = rescale_zero_snr(table)
-        final = 1.0 if config["set_alpha_to_one"] else float(table[0])
-        return cls(table, config["prediction_type"], final)
+        name = config.get("_class_name")
+        if name is None:
+            raise UserError("_class_name is missing; it must name diffusers' scheduler class, like 'DDIMScheduler'")
+        one_of("_class_name", name, SCHEDULER_CLASSES)
+        values = {**_DEFAULTS, **SCHEDULER_CLASSES[name], **config}
+        for key, only in _ONLY.items():
+            if key in values and values[key] != only:
+                raise UserError(f"{key} is {values[key]!r}; only {only!r} is supported")
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+
+    # ---- tables
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """abar, (T,) float64, falling."""
+        T = self.num_train_timesteps
+        if self.beta_schedule == "squaredcos_cap_v2":  # arXiv 2102.09672, eq. 17, each beta at most .999
+            f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
+        elif self.beta_schedule == "scaled_linear":
+            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, T) ** 2
+        else:
+            betas = np.linspace(self.beta_start, self.beta_end, T)
+        abar = np.cumprod(1 - betas)
+        if self.rescale_betas_zero_snr:
+            root = np.sqrt(abar)
+            abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        return abar
 
     @property
-    def num_train_timesteps(self) -> int:
-        """T."""
-        return len(self.alphas_cumprod)
+    def final_alpha_cumprod(self) -> float:
+        """abar where DDIM's last step ends."""
+        return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
 
-    @property
-    def zero_terminal_snr(self) -> bool:
-        """Whether z at the last timestep is pure noise."""
-        return bool(self.alphas_cumprod[-1] < 1e-12)
+    @functools.cached_property
+    def _log_alpha(self) -> np.ndarray:
+        """Finite: at zero terminal SNR abar counts as 2^-24, diffusers' value in its DPM-Solver."""
+        return 0.5 * np.log(np.where(self.alphas_cumprod > 0, self.alphas_cumprod, 2.0**-24))
 
-    def log_alpha(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
-        """log alpha_t; between timesteps (float t) linear. At zero terminal SNR -60, a number, in place of -inf."""
-        t = jnp.asarray(t)
-        with np.errstate(divide="ignore"):
-            table = np.maximum(0.5 * np.log(self.alphas_cumprod), -60.0)
-        if not jnp.issubdtype(t.dtype, jnp.floating):
-            return jnp.asarray(table, jnp.result_type(float))[t]
-        values = jnp.asarray(table, t.dtype)
-        low = jnp.clip(jnp.floor(t).astype(jnp.int32), 0, len(table) - 2)
-        return values[low] + (t - low) * (values[low + 1] - values[low])
+    # ---- functions of t
 
-    def alpha(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
-        """alpha_t = sqrt(abar_t)."""
-        if jnp.issubdtype(jnp.asarray(t).dtype, jnp.floating):
-            return jnp.exp(self.log_alpha(t))
-        return jnp.asarray(np.sqrt(self.alphas_cumprod), jnp.result_type(float))[t]
+    def alpha(self, t: Time) -> Float[Array, "*b"]:
+        """alpha_t for integer t (exact, 0 at zero SNR), or for real t in [0, T-1]."""
+        if _is_index(t):
+            return jnp.asarray(np.sqrt(self.alphas_cumprod))[t]
+        return jnp.exp(self._interpolate(t))
 
-    def sigma(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
-        """sigma_t = sqrt(1 - abar_t)."""
-        if jnp.issubdtype(jnp.asarray(t).dtype, jnp.floating):
-            return jnp.sqrt(-jnp.expm1(2 * self.log_alpha(t)))  # 1 - alpha^2 would cancel near t = 0
-        return jnp.asarray(np.sqrt(1 - self.alphas_cumprod), jnp.result_type(float))[t]
+    def sigma(self, t: Time) -> Float[Array, "*b"]:
+        """sigma_t, likewise."""
+        if _is_index(t):
+            return jnp.asarray(np.sqrt(1 - self.alphas_cumprod))[t]
+        return jnp.sqrt(-jnp.expm1(2 * self._interpolate(t)))
 
-    def log_snr(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
-        """lambda_t = log(alpha_t / sigma_t) (half the log of DPM-Solver's SNR)."""
-        log_alpha = self.log_alpha(t)
+    def log_snr(self, t: Time) -> Float[Array, "*b"]:
+        """lambda_t = log(alpha_t / sigma_t), likewise, but finite: about -8.3 at zero SNR (abar counts as 2^-24)."""
+        if _is_index(t):
+            return jnp.asarray(self._log_alpha - 0.5 * np.log(-np.expm1(2 * self._log_alpha)))[t]
+        log_alpha = self._interpolate(t)
         return log_alpha - 0.5 * jnp.log(-jnp.expm1(2 * log_alpha))
 
-    def time_of(self, log_snr: Float[Array, " b"]) -> Float[Array, " b"]:
-        """The time at which lambda_t has this value, a float: the inverse of the table, linear in log alpha."""
-        log_alpha = -0.5 * jnp.logaddexp(0.0, -2 * log_snr)
-        with np.errstate(divide="ignore"):
-            table = 0.5 * np.log(self.alphas_cumprod)
-        table = np.maximum(table, -60.0)[::-1].astype(log_snr.dtype)
-        times = np.arange(self.num_train_timesteps)[::-1].astype(log_snr.dtype)
-        return jnp.interp(log_alpha, table, times)
+    def time_of(self, log_snr: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """The inverse of `log_snr`: the real t in [0, T-1] with this lambda."""
+        log_alpha = 0.5 * jax.nn.log_sigmoid(2 * log_snr)
+        # both turned round, since interp wants rising nodes
+        return jnp.interp(-log_alpha, jnp.asarray(-self._log_alpha), jnp.arange(self.num_train_timesteps) * 1.0)
 
-    def add_noise(self, x0: Latents, eps: Latents, t: Num[Array, " b"]) -> Latents:
-        """z_t = alpha_t x0 + sigma_t eps."""
-        return column(self.alpha(t), x0) * x0 + column(self.sigma(t), x0) * eps
+    def _interpolate(self, t: Time) -> Float[Array, "*b"]:
+        """log(alpha_t) for real t."""
+        return jnp.interp(t, jnp.arange(self.num_train_timesteps) * 1.0, jnp.asarray(self._log_alpha))
 
-    def to_x0_eps(self, output: Latents, z: Latents, t: Num[Array, " b"]) -> tuple[Latents, Latents]:
-        """Reads the network's output at (z, t) as a prediction of (x0, eps): the only place that knows its type."""
-        alpha, sigma = column(self.alpha(t), z), column(self.sigma(t), z)
+    # ---- functions of arrays
+
+    def add_noise(self, x0: Float[Array, "*b"], eps: Float[Array, "*b"], t: Time) -> Float[Array, "*b"]:
+        """z_t = alpha_t x0 + sigma_t eps; t (B,) or one for all."""
+        return combine(x0, eps, self.alpha(t), self.sigma(t))
+
+    def to_x0_eps(
+        self, output: Float[Array, "b *d"], z: Float[Array, "b *d"], t: Time
+    ) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
+        """What the network's output at (z, t) says of x0 and eps, by the prediction type."""
+        alpha, sigma = per_sample(self.alpha(t), z), per_sample(self.sigma(t), z)
         if self.prediction_type == "epsilon":
             return (z - sigma * output) / alpha, output
-        if self.prediction_type == "sample":
-            return output, (z - alpha * output) / sigma
-        return alpha * z - sigma * output, alpha * output + sigma * z
+        if self.prediction_type == "v_prediction":
+            return alpha * z - sigma * output, alpha * output + sigma * z
+        return output, (z - alpha * output) / sigma
 
-    def target(self, x0: Latents, eps: Latents, t: Num[Array, " b"]) -> Latents:
-        """What the network should have put out at z_t: eps, x0, or v = alpha eps - sigma x0 (arXiv 2202.00512)."""
-        if self.prediction_type == "epsilon":
-            return eps
-        if self.prediction_type == "sample":
-            return x0
-        return column(self.alpha(t), x0) * eps - column(self.sigma(t), x0) * x0
+    def target(self, x0: Float[Array, "b *d"], eps: Float[Array, "b *d"], t: Time) -> Float[Array, "b *d"]:
+        """What a network that is trained to denoise should put out: eps, v = alpha eps - sigma x0 (arXiv 2202.00512,
+        appendix D), or x0."""
+        if self.prediction_type == "v_prediction":
+            return combine(eps, -x0, self.alpha(t), self.sigma(t))
+        return eps if self.prediction_type == "epsilon" else x0
 
 
-def column(value: Float[Array, " b"], like: jax.Array) -> jax.Array:
-    """Returns (b,) as (b, 1, 1, …), to be multiplied with `like`."""
-    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+def alpha_sigma(log_snr: Float[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """Returns (alpha, sigma) of lambda: alpha^2 = sigmoid(2 lambda), sigma^2 = sigmoid(-2 lambda)."""
+    return jnp.sqrt(jax.nn.sigmoid(2 * log_snr)), jnp.sqrt(jax.nn.sigmoid(-2 * log_snr))
+
+
+def combine(
+    x0: Float[Array, "b *d"], eps: Float[Array, "b *d"], alpha: Float[Array, "*b"], sigma: Float[Array, "*b"]
+) -> Float[Array, "b *d"]:
+    """alpha x0 + sigma eps; alpha and sigma (B,) or one for all."""
+    return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * eps
+
+
+def per_sample(v: Array, z: Float[Array, "b *d"]) -> Array:
+    """A value for each sample, (B,), with axes of length one appended, so that it broadcasts against z (B, …)."""
+    return jnp.reshape(v, jnp.shape(v) + (1,) * (z.ndim - jnp.ndim(v)))
+
+
+def _is_index(t: Time) -> bool:
+    return jnp.issubdtype(jnp.result_type(t), jnp.integer)

@@ -1,67 +1,69 @@
-"""psi, one step of the teacher's PF-ODE from z_t to z_s: `psi(denoise, schedule, z_t, t, s) -> z_s`.
+"""Psi: one step of a solver along the probability-flow ODE, from t down to s.
 
-`denoise(z, t) -> (x0, eps)` is the guided teacher; t and s are (b,), t > s, one a sample; s = 0 has abar_0, not 1.
-The second-order solvers call the teacher again in the middle of the log-SNR; from pure noise (zero terminal SNR),
-where there is no such middle, they take DDIM's step, which is their own first-order part.
+psi(denoise, schedule, z_t, t, s) -> z_s, where denoise(z, t) -> (x0, eps) is guided already and t, s are (B,) vectors,
+so that each sample takes a step of its own. h = lambda_s - lambda_t > 0. On the ODE z depends on t through lambda only,
+and the exact solution is
+
+    z_s = (alpha_s / alpha_t) z_t - alpha_s ∫ exp(-lambda) eps dlambda     (DPM-Solver, arXiv 2206.00927, prop. 3.1)
+        = (sigma_s / sigma_t) z_t + sigma_s ∫ exp(lambda) x0 dlambda       (DPM-Solver++, arXiv 2211.01095, prop. 4.1)
+
+with both integrals from lambda_t to lambda_s. A solver of second order takes eps or x0 from the middle of it.
 """
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float
 
-from lcm_jax.diffusion.guidance import Denoise
-from lcm_jax.diffusion.schedule import Schedule, column
-
-Latents = Float[Array, "b h w c"]
-Times = Num[Array, " b"]
+from lcm_jax.diffusion.guidance import Denoise, Latent
+from lcm_jax.diffusion.schedule import Schedule, Time, alpha_sigma, combine
+from lcm_jax.errors import UserError
 
 
-def ddim(denoise: Denoise, schedule: Schedule, z_t: Latents, t: Times, s: Times) -> Latents:
-    """DDIM (arXiv 2010.02502, equation 12, eta = 0): z_s = alpha_s x0 + sigma_s eps. First order."""
+def ddim(denoise: Denoise, schedule: Schedule, z_t: Latent, t: Time, s: Time) -> Latent:
+    """DDIM (arXiv 2010.02502, eq. 12 with no noise), which is DPM-Solver-1: order 1, one call."""
     x0, eps = denoise(z_t, t)
-    return column(schedule.alpha(s), z_t) * x0 + column(schedule.sigma(s), z_t) * eps
+    return combine(x0, eps, schedule.alpha(s), schedule.sigma(s))
 
 
-def dpm_solver_2(denoise: Denoise, schedule: Schedule, z_t: Latents, t: Times, s: Times) -> Latents:
-    """DPM-Solver-2 (arXiv 2206.00927, Algorithm 1, r1 = 1/2), in eps. Second order in h = lambda_s - lambda_t."""
-    mid = _Middle(schedule, z_t, t, s)
-    x0, eps = denoise(z_t, t)
-    u = mid.alpha_m / mid.alpha_t * z_t - mid.sigma_m * jnp.expm1(mid.h / 2) * eps
-    _, eps_m = denoise(u, mid.time)
-    z_s = mid.alpha_s / mid.alpha_t * z_t - mid.sigma_s * jnp.expm1(mid.h) * eps_m
-    return jnp.where(mid.none, mid.alpha_s * x0 + mid.sigma_s * eps, z_s)
+def dpm(denoise: Denoise, schedule: Schedule, z_t: Latent, t: Time, s: Time) -> Latent:
+    """DPM-Solver-2 (algorithm 1 there, with its midpoint r1 = 1/2): order 2 in eps, two calls.
+
+    Raises:
+      UserError: the schedule has zero terminal SNR: h is infinite there, and alpha_t, by which we divide, is 0.
+    """
+    if schedule.rescale_betas_zero_snr:
+        raise UserError(
+            "the solver 'dpm' needs a positive terminal SNR, and the schedule has rescale_betas_zero_snr; "
+            "take 'ddim' or 'dpmpp'"
+        )
+    h, _, eps = _midpoint(denoise, schedule, z_t, t, s)
+    alpha_t, alpha_s, sigma_s = schedule.alpha(t), schedule.alpha(s), schedule.sigma(s)
+    return combine(z_t, eps, alpha_s / alpha_t, -sigma_s * jnp.expm1(h))
 
 
-def dpm_solver_pp_2s(denoise: Denoise, schedule: Schedule, z_t: Latents, t: Times, s: Times) -> Latents:
-    """DPM-Solver++(2S) (arXiv 2211.01095, Algorithm 1, r = 1/2), in x0. Second order in h = lambda_s - lambda_t."""
-    mid = _Middle(schedule, z_t, t, s)
-    x0, eps = denoise(z_t, t)
-    u = mid.sigma_m / mid.sigma_t * z_t - mid.alpha_m * jnp.expm1(-mid.h / 2) * x0
-    x0_m, _ = denoise(u, mid.time)
-    z_s = mid.sigma_s / mid.sigma_t * z_t - mid.alpha_s * jnp.expm1(-mid.h) * x0_m
-    return jnp.where(mid.none, mid.alpha_s * x0 + mid.sigma_s * eps, z_s)
+def dpmpp(denoise: Denoise, schedule: Schedule, z_t: Latent, t: Time, s: Time) -> Latent:
+    """DPM-Solver++(2S) (algorithm 1 there, with r1 = 1/2): order 2 in x0, two calls.
+
+    At zero terminal SNR, where lambda is -infinity and (2S) has no midpoint, lambda is that of abar = 2^-24.
+    """
+    h, x0, _ = _midpoint(denoise, schedule, z_t, t, s)
+    sigma_t, alpha_s, sigma_s = schedule.sigma(t), schedule.alpha(s), schedule.sigma(s)
+    return combine(z_t, x0, sigma_s / sigma_t, -alpha_s * jnp.expm1(-h))
 
 
-class _Middle:
-    """The quantities of a step whose second call is at the middle of the log-SNR; (b, 1, 1, 1) but for `time` (b,)."""
-
-    def __init__(self, schedule: Schedule, z: jax.Array, t: jax.Array, s: jax.Array) -> None:
-        self.none = column(schedule.alpha(t) == 0, z)
-        lambda_t, lambda_s = schedule.log_snr(t), schedule.log_snr(s)
-        lambda_m = (lambda_t + lambda_s) / 2
-        self.time = schedule.time_of(lambda_m)
-        self.h = column(lambda_s - lambda_t, z)
-        # alpha and sigma follow from lambda in closed form, since alpha^2 + sigma^2 = 1
-        self.alpha_m = column(jnp.sqrt(jax.nn.sigmoid(2 * lambda_m)), z)
-        self.sigma_m = column(jnp.sqrt(jax.nn.sigmoid(-2 * lambda_m)), z)
-        self.alpha_t, self.sigma_t = column(schedule.alpha(t), z), column(schedule.sigma(t), z)
-        self.alpha_s, self.sigma_s = column(schedule.alpha(s), z), column(schedule.sigma(s), z)
+def _midpoint(
+    denoise: Denoise, schedule: Schedule, z_t: Latent, t: Time, s: Time
+) -> tuple[Float[Array, " b"], Latent, Latent]:
+    """Returns h, and (x0, eps) at the middle in lambda, which a step of first order leads to."""
+    lambda_t, lambda_s = schedule.log_snr(t), schedule.log_snr(s)
+    lambda_m = (lambda_t + lambda_s) / 2
+    u = combine(*denoise(z_t, t), *alpha_sigma(lambda_m))
+    return lambda_s - lambda_t, *denoise(u, schedule.time_of(lambda_m))
 
 
-SOLVERS: dict[str, Callable[..., jax.Array]] = {
+SOLVERS: dict[str, Callable[[Denoise, Schedule, Latent, Time, Time], Latent]] = {
     "ddim": ddim,
-    "dpm": dpm_solver_2,
-    "dpmpp": dpm_solver_pp_2s,
+    "dpm": dpm,
+    "dpmpp": dpmpp,
 }

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lcm_jax.diffusion.schedule import with_defaults
 from lcm_jax.errors import UserError, one_of
 from lcm_jax.interop import card
 from lcm_jax.interop.folder import (
@@ -89,7 +88,7 @@ def lcm_scheduler(teacher: Folder, recipe: Recipe) -> dict[str, Any]:
         "_diffusers_version": teacher.scheduler.get(
             "_diffusers_version", teacher.model_index.get("_diffusers_version")
         ),
-        **with_defaults(teacher.scheduler),
+        **dataclasses.asdict(teacher.schedule),
         "trained_betas": None,
         "original_inference_steps": recipe.original_inference_steps,
         "timestep_scaling": recipe.timestep_scaling,

@@ -12,12 +12,12 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from lcm_jax.diffusion.schedule import SCHEDULER_CLASSES, Schedule
+from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError, nearest
 from lcm_jax.interop import hub, names, weights
 from lcm_jax.models import FP32, MODEL_CLASSES, Network, Policy
@@ -90,17 +90,22 @@ class Folder:
     components: dict[str, Component]
 
     @property
-    def schedule(self) -> Schedule:
-        """The noise schedule that scheduler_config.json describes; raises UserError if it isn't supported."""
-        try:
-            return Schedule.from_config(self.scheduler)
-        except UserError as error:
-            raise UserError(f"{self.path}/scheduler/scheduler_config.json: {error}") from None
-
-    @property
     def pipeline_class(self) -> str:
         """The peer's pipeline class."""
         return self.model_index["_class_name"]
+
+    @property
+    def scheduler_class(self) -> str:
+        """The peer's scheduler class."""
+        return self.model_index["scheduler"][1]
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule that scheduler_config.json describes; raises UserError if it isn't supported."""
+        try:
+            return Schedule.from_config({**self.scheduler, "_class_name": self.scheduler_class})
+        except UserError as error:
+            raise UserError(f"{self.path}/scheduler/scheduler_config.json: {error}") from None
 
 
 def make_network(
@@ -134,7 +139,9 @@ def read_folder(path_or_hub_id: str | os.PathLike[str], *, only: Collection[str]
         for name, library_class in classes.items()
         if library_class in MODEL_CLASSES and (only is None or name in only)
     }
-    return Folder(path, model_index, scheduler, components)
+    folder = Folder(path, model_index, scheduler, components)
+    _ = folder.schedule  # raises here, not in the middle of a run
+    return folder
 
 
 def _check_classes(path: pathlib.Path, model_index: dict[str, Any]) -> dict[str, str]:
@@ -148,9 +155,7 @@ def _check_classes(path: pathlib.Path, model_index: dict[str, Any]) -> dict[str,
         if not (isinstance(value, list) and len(value) == 2) or value[1] is None:
             continue
         known = (*MODEL_CLASSES, *TOKENIZER_CLASSES, *COPIED_CLASSES)
-        if name == "scheduler":
-            known = tuple(SCHEDULER_CLASSES)
-        if value[1] not in known:
+        if name != "scheduler" and value[1] not in known:  # schedulers are checked with their configuration
             raise UserError(f"{where}: the class of {name} is {value[1]}; supported: {', '.join(known)}")
         classes[name] = value[1]
     for name in _REQUIRED:
@@ -216,16 +221,16 @@ def new_source(component: Component) -> Source:
 
 
 def replace_params(
-    component: Component, params: Flat, dtype: np.dtype, config: dict[str, Any] | None = None
+    component: Component, params: Mapping[str, Any], dtype: np.dtype, config: dict[str, Any] | None = None
 ) -> Component:
     """Returns the component with other parameters, cast to `dtype`, to be written in one full-precision file.
 
     The spelling of CLIP's keys and its buffers stay as they were read.
     """
     network = make_network(component.library_class, config or component.config, where=component.name)
-    network.check(params, where=component.name)
-    params = {path: np.asarray(params[path]).astype(dtype) for path in params}
-    new = Component(component.name, component.library_class, dict(config or component.config), params)
+    cast = {path: np.asarray(array).astype(dtype) for path, array in params.items()}
+    network.check(cast, where=component.name)
+    new = Component(component.name, component.library_class, dict(config or component.config), cast)
     for key in ("dtype", "torch_dtype"):  # transformers loads in the dtype that config.json names
         if key in new.config:
             new.config[key] = np.dtype(dtype).name

@@ -1,1 +1,1 @@
-"""One loss a file: pure functions of callables and arrays that read like the paper's algorithm."""
+"""The losses, one a file: pure functions of networks (as callables), a batch, and random draws that are made before."""

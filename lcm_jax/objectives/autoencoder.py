@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion (arXiv 2112.10752, equation 25 without its adversarial part): L1 and KL."""
+"""A variational autoencoder with a weak prior (arXiv 1312.6114; LDM, 2112.10752, section 3.1): reconstruction + KL."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,33 +9,50 @@ from jaxtyping import Array, Float
 
 from lcm_jax.errors import UserError
 
+Pixels = Float[Array, "b H W c"]
+Latent = Float[Array, "b h w c"]
+
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """The options of autoencoder training. A wrong value raises UserError naming the field."""
+    """How an autoencoder is trained."""
 
-    kl_weight: float = 1e-6  # of KL(q(z|x) || N(0, 1)), summed over a picture, against the mean absolute error
+    kl_weight: float = 1e-6  # of the KL divergence from the standard normal, both terms means over their elements
 
     def __post_init__(self) -> None:
-        if self.kl_weight < 0:
+        if not 0 <= self.kl_weight < float("inf"):
             raise UserError(f"kl_weight is {self.kl_weight}; it can't be negative")
 
 
 def autoencoder_loss(
-    encode: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-    decode: Callable[[jax.Array], jax.Array],
-    images: Float[Array, "b H W 3"],
+    encode: Callable[[Pixels], tuple[Latent, Latent]],
+    decode: Callable[[Latent], Pixels],
+    images: Pixels,
     key: jax.Array,
     config: AutoencoderConfig,
-) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
-    """|x - D(z)| + kl_weight KL(q(z|x) || N(0, 1)), z drawn from q(z|x) = N(mean, exp(logvar)).
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean |decode(z) - x| of a draw z ~ q(z|x) = N(mean, exp(logvar)), plus kl_weight times the mean KL(q, N(0, 1)).
 
-    Args: encode(images) -> (mean, logvar); decode(z) -> images; images in [-1, 1].
-    Returns: the loss, and its parts with the deviation of z over the batch, whose inverse is `scaling_factor`.
+    Args:
+      encode: images in [-1, 1] -> (mean, logvar), not scaled.
+      decode: z -> images.
+      images: in [-1, 1].
+      key: for the draw.
+
+    Returns:
+      The loss, and its terms "reconstruction" and "kl" with the moments of z over the whole batch, "latent_mean",
+      "latent_mean_square" and "latent_deviation". `deviation` of the first two, each averaged over many batches, is
+      what the VAE's scaling_factor is one over.
     """
     mean, logvar = encode(images)
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-    reconstruction = jnp.abs(decode(z) - images).mean()
-    kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).sum((1, 2, 3)).mean()
-    aux = {"reconstruction": reconstruction, "kl": kl, "latent_deviation": z.std()}
+    reconstruction = jnp.mean(jnp.abs(decode(z) - images))
+    kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
+    moments = {"latent_mean": jnp.mean(z), "latent_mean_square": jnp.mean(z**2)}
+    aux = {"reconstruction": reconstruction, "kl": kl, **moments, "latent_deviation": deviation(*moments.values())}
     return reconstruction + config.kl_weight * kl, aux
+
+
+def deviation(mean: Float[Array, ""], mean_square: Float[Array, ""]) -> Float[Array, ""]:
+    """The standard deviation of values with this mean and mean square."""
+    return jnp.sqrt(mean_square - mean**2)

@@ -1,4 +1,4 @@
-"""Plain diffusion training: DDPM's simple loss (arXiv 2006.11239, equation 14), with caption dropping and min-SNR."""
+"""Plain diffusion training (DDPM, arXiv 2006.11239, eq. 14), for any prediction type, with classifier-free guidance."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,37 +8,38 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lcm_jax.diffusion.schedule import Schedule
+from lcm_jax.diffusion.guidance import drop_condition
+from lcm_jax.diffusion.schedule import Schedule, per_sample
 from lcm_jax.errors import UserError
 
-Latents = Float[Array, "b h w c"]
+Latent = Float[Array, "b h w c"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DenoisingConfig:
-    """The options of diffusion training. A wrong value raises UserError naming the field."""
+    """How a diffusion model is trained."""
 
-    caption_dropping: float = 0.1  # share of the pictures trained with the empty prompt, for guidance
-    min_snr_gamma: float = 0.0  # weight by min(SNR, gamma) (arXiv 2303.09556); 0: every timestep alike
-    train_text_encoder: bool = False  # the text encoder too
+    caption_dropping: float = 0.1  # the share of captions that are replaced by the empty one, for guidance
+    min_snr_gamma: float = 0.0  # weigh timesteps by min(SNR, gamma); 5 in the paper; 0: all alike
+    train_text_encoder: bool = False  # jointly with the UNet
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropping <= 1:
-            raise UserError(f"caption_dropping is {self.caption_dropping}; it is a share, 0 to 1")
-        if self.min_snr_gamma < 0:
+        if not 0 <= self.caption_dropping < 1:
+            raise UserError(f"caption_dropping is {self.caption_dropping}; it must be in [0, 1)")
+        if not 0 <= self.min_snr_gamma < float("inf"):
             raise UserError(f"min_snr_gamma is {self.min_snr_gamma}; it must be positive, or 0 for none")
 
 
 class Draws(NamedTuple):
-    """What is random in a step, for the whole batch."""
+    """All that is random in the loss."""
 
-    eps: Latents
-    t: Int[Array, " b"]
-    drop: Bool[Array, " b"]
+    eps: Latent  # standard normal
+    t: Int[Array, " b"]  # in 0 … T-1
+    drop: Bool[Array, " b"]  # whether the caption is replaced by the empty one
 
 
 def draw(key: jax.Array, shape: tuple[int, ...], config: DenoisingConfig, num_train_timesteps: int) -> Draws:
-    """Draws for latents of this shape (b, h, w, c), float32."""
+    """Draws for latents of this shape (B, h, w, C); float32."""
     key_eps, key_t, key_drop = jax.random.split(key, 3)
     return Draws(
         eps=jax.random.normal(key_eps, shape),
@@ -47,34 +48,39 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: DenoisingConfig, num_tr
     )
 
 
+def min_snr_weight(schedule: Schedule, t: Int[Array, " b"], gamma: float) -> Float[Array, " b"]:
+    """The weight of a squared error in the network's own output that weighs x0's by min(SNR, gamma).
+
+    Min-SNR (arXiv 2303.09556, section 3.4): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v.
+    """
+    snr = (schedule.alpha(t) / schedule.sigma(t)) ** 2
+    per_x0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}
+    return jnp.minimum(snr, gamma) / per_x0[schedule.prediction_type]
+
+
 def denoising_loss(
-    network: Callable[..., Latents],
+    network: Callable[..., Latent],
     schedule: Schedule,
-    z_0: Latents,
+    z_0: Latent,
     context: Float[Array, "b l d"],
-    null_context: Float[Array, "1 l d"],
+    null_context: Float[Array, "#b l d"],
     draws: Draws,
     config: DenoisingConfig,
-) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
-    """Mean squared error of the network's prediction at a random timestep; network(z, t, context) -> output."""
-    context = jnp.where(draws.drop[:, None, None], null_context, context)
-    z_t = schedule.add_noise(z_0, draws.eps, draws.t)
-    error = network(z_t, draws.t, context) - schedule.target(z_0, draws.eps, draws.t)
-    loss = jnp.square(error).mean((1, 2, 3))
-    if config.min_snr_gamma:
-        loss = loss * min_snr_weight(schedule, draws.t, config.min_snr_gamma)
-    return loss.mean(), {}
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The mean squared error of the network's output at z_t.
 
+    Args:
+      network: (z, t, context) -> raw output.
+      z_0: float32 latents, scaled.
+      context, null_context: of the captions, and of the empty one (one for all, or one each).
+      draws: from `draw`.
 
-def min_snr_weight(schedule: Schedule, t: Int[Array, " b"], gamma: float) -> Float[Array, " b"]:
-    """min(SNR, gamma) as a weight of the squared error in x0, converted to the network's own prediction.
-
-    arXiv 2303.09556, section 3.4: divided by SNR for epsilon, by SNR + 1 for v.
+    Returns:
+      The loss, and {"mse": without weights}.
     """
-    snr = jnp.square(schedule.alpha(t) / schedule.sigma(t))
-    clipped = jnp.minimum(snr, gamma)
-    if schedule.prediction_type == "sample":
-        return clipped
-    if schedule.prediction_type == "v_prediction":
-        return clipped / (snr + 1)
-    return clipped / snr
+    eps, t, drop = draws
+    c = drop_condition(context, null_context, drop)
+    z_t = schedule.add_noise(z_0, eps, t)
+    square = (network(z_t, t, c) - schedule.target(z_0, eps, t)) ** 2
+    weight = min_snr_weight(schedule, t, config.min_snr_gamma) if config.min_snr_gamma else jnp.ones(t.shape)
+    return jnp.mean(per_sample(weight, square) * square), {"mse": jnp.mean(square)}

@@ -4,16 +4,6 @@ import pytest
 import tensorflow_datasets as tfds
 from little_photos import LittlePhotos
 
-from lcm_jax.data.sources import open_source
-
-
-@pytest.fixture(scope="session")
-def digits_data_dir(tmp_path_factory):
-    """A data_dir in which captioned_digits is prepared, as training does it."""
-    root = tmp_path_factory.mktemp("data")
-    open_source("captioned_digits", data_dir=str(root))
-    return str(root)
-
 
 @pytest.fixture(scope="session")
 def digits_builder(digits_data_dir):

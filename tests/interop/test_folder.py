@@ -202,7 +202,7 @@ def test_unknown_class(copy):
 
 def test_unknown_scheduler(copy):
     edit(copy / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
-    fails(copy, "the class of scheduler is FlowMatchEulerDiscreteScheduler; supported: DDIMScheduler, ")
+    fails(copy, "_class_name is 'FlowMatchEulerDiscreteScheduler'")
 
 
 def test_absent_component(copy):
@@ -217,8 +217,7 @@ def test_unsupported_configuration(copy):
 
 def test_unsupported_schedule(copy):
     edit(copy / "scheduler/scheduler_config.json", beta_schedule="sigmoid")
-    with pytest.raises(UserError, match=r"scheduler_config.json: .*sigmoid"):
-        _ = read_folder(copy).schedule
+    fails(copy, r"scheduler_config\.json: .*sigmoid")
 
 
 def test_no_folder(tmp_path):
