@@ -24,7 +24,7 @@ test: .venv/test lint
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The teacher: a blank folder in SD's own shape, its autoencoder, then its UNet and text encoder.
 teacher: .venv/demo

@@ -7,19 +7,22 @@
 Orbax itself does not notice a flipped bit. A damaged checkpoint that has been passed over is kept as `<step>.damaged`.
 """
 
+import contextlib
+import functools
+import gc
 import json
 import logging
 import pathlib
 import shutil
 import sys
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 
 from lcm_jax.errors import UserError
 
@@ -32,24 +35,27 @@ class Damaged(Exception):
     """Why a checkpoint can't be used."""
 
 
-@jax.jit
-def checksums(tree: Any) -> list[jax.Array]:
-    """Returns one uint32 a leaf: the sum of its 32-bit words, each times an odd number that depends on its place.
+def checksums(tree: Any) -> list[int]:
+    """Returns a number below 2^32 for each leaf: the sum of its words, each hashed together with its place.
 
     Integer sums don't depend on order, so the value is the same however an array is sharded, and it is computed where
-    the array lies. An odd factor has an inverse modulo 2^32: any change of a single word changes the sum.
+    the array lies. For any one place the hash is a bijection: a change of a single word always changes the sum.
     """
-    return [_checksum(leaf) for leaf in jax.tree.leaves(tree)]
+    # leaf by leaf: a program for each shape compiles faster than one for all leaves, of which many share a shape
+    return [int(value) for value in jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])]
 
 
+@jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    bits = jnp.dtype(x.dtype).itemsize * 8
-    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")) if x.dtype != jnp.bool_ else x
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    mixed = (place ^ (place >> 15)) * jnp.uint32(0x9E3779B1)
-    return jnp.sum(words.astype(jnp.uint32) * (mixed << 1 | 1), dtype=jnp.uint32)
+    bits = min(jnp.dtype(x.dtype).itemsize * 8, 32)  # a 64-bit number is two words along a new last axis
+    words = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    hashed = words.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))
+    hashed = (hashed ^ (hashed >> 16)) * jnp.uint32(0x85EBCA6B)  # the finalizer of MurmurHash3
+    hashed = (hashed ^ (hashed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(hashed ^ (hashed >> 16), dtype=jnp.uint32)
 
 
 def _items(state: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +83,7 @@ class Checkpoints:
             max_to_keep=keep_last, keep_period=keep_every or None, create=True, cleanup_tmp_directories=True
         )
         self._open: ocp.CheckpointManager | None = None
-        absl_logging.set_verbosity(absl_logging.ERROR)
-        logging.getLogger("orbax").setLevel(logging.ERROR)
+        logging.getLogger("absl").addFilter(_not_from_orbax)
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -101,12 +106,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = _items(state)
-        sums = jax.device_get(checksums(items))
-        leaves = {
-            name: [*description, int(value)]
-            for (name, description), value in zip(_leaves(items).items(), sums, strict=True)
-        }
-        content = {"leaves": leaves, "data": data_state}
+        sums = zip(_leaves(items).items(), checksums(items), strict=True)
+        content = {"leaves": {name: [*leaf, value] for (name, leaf), value in sums}, "data": data_state}
+        content = json.loads(json.dumps(content))  # as it will be read, so that its checksum will be the same
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         arguments["meta"] = ocp.args.JsonSave({"content": content, "crc": _crc(content)})
         try:
@@ -157,7 +159,7 @@ class Checkpoints:
         if damaged:
             tried = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
             raise UserError(
-                f"{self.folder}: no checkpoint is whole ({tried}); delete the folder to start from the beginning"
+                f"{self.folder}: no checkpoint is whole ({tried}); start in a new workdir, or move the folder away"
             )
         return None
 
@@ -172,7 +174,7 @@ def good_steps(folder: pathlib.Path) -> list[int]:
     """Returns the steps of the finished checkpoints, newest first; a kill in mid-save leaves another name."""
     if not folder.is_dir():
         return []
-    return sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+    return sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir()), reverse=True)
 
 
 def restore_params(
@@ -187,6 +189,7 @@ def restore_params(
     Returns: {component: {path: float32 array}}, and the step.
     Raises: UserError if there is no such checkpoint, it is damaged, or it holds no average.
     """
+    logging.getLogger("absl").addFilter(_not_from_orbax)
     folder = pathlib.Path(workdir).absolute() / FOLDER
     steps = good_steps(folder)
     if not steps:
@@ -219,38 +222,61 @@ def _read(path: pathlib.Path, like: dict[str, Any]) -> tuple[dict[str, Any], dic
     wanted = _items(like)
     _check_same_model(path, {name: (tuple(s), d) for name, (s, d, _) in content["leaves"].items()}, _leaves(wanted))
     items = _read_items(path, wanted, content)
-    state = {name: items.get(name, {}) for name in ("params", "ema", "opt_state")}
-    if not jax.tree.leaves(like["opt_state"]):
-        state["opt_state"] = like["opt_state"]
+    state = {name: items.get(name, like[name]) for name in ("params", "ema", "opt_state")}  # absent: without leaves
     return {**state, **items["counters"]}, content["data"]
 
 
 def _read_meta(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        with ocp.CheckpointManager(path.parent, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-            meta = manager.restore(int(path.name), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if _crc(meta["content"]) != meta["crc"]:
-            raise Damaged("its description does not have its checksum")
-    except Damaged:
-        raise
-    except Exception as error:  # Orbax raises many kinds, bare Exception among them
-        raise Damaged(_line(error)) from None
+    meta = _restore(path, {"meta": ocp.args.JsonRestore()})["meta"]
+    if not isinstance(meta, dict) or _crc(meta.get("content")) != meta.get("crc"):
+        raise Damaged("its description does not have its checksum")
     return meta["content"]
 
 
 def _read_items(path: pathlib.Path, like: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
-    arguments = {name: ocp.args.StandardRestore(item) for name, item in like.items()}
-    try:
-        with ocp.CheckpointManager(path.parent, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-            restored = manager.restore(int(path.name), args=ocp.args.Composite(**arguments))
-    except Exception as error:
-        raise Damaged(_line(error)) from None
-    items = {name: restored[name] for name in like}
-    sums = jax.device_get(checksums(items))
-    for (leaf, _), found in zip(_leaves(items).items(), sums, strict=True):
-        if content["leaves"][leaf][2] != int(found):
+    items = _restore(path, {name: ocp.args.StandardRestore(item) for name, item in like.items()})
+    for leaf, found in zip(_leaves(items), checksums(items), strict=True):
+        if content["leaves"][leaf][2] != found:
             raise Damaged(f"{leaf} does not have its checksum")
     return items
+
+
+def _restore(path: pathlib.Path, arguments: dict[str, ocp.args.CheckpointArgs]) -> dict[str, Any]:
+    """Reads these items of a checkpoint. Raises Damaged for all that Orbax says, but for a device without memory."""
+    with _mute_asyncio():
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                return dict(checkpointer.restore(path, ocp.args.Composite(**arguments)).items())
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:  # Orbax raises many kinds, bare Exception among them
+            reason = _line(error)
+        gc.collect()  # the tasks that Orbax has dropped complain when they are collected: here, unheard
+    raise Damaged(reason)
+
+
+@contextlib.contextmanager
+def _mute_asyncio() -> Iterator[None]:
+    """After the first error Orbax neither waits for its other reads nor asks what became of them; Python tells."""
+    logger = logging.getLogger("asyncio")
+    logger.disabled, before = True, logger.disabled
+    _ignore_closed_loops()
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@functools.cache
+def _ignore_closed_loops() -> None:
+    """For good: such a read may end at any later time, in a thread of TensorStore's."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda seen: None if str(seen.exc_value) == "Event loop is closed" else before(seen)
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """A filter for absl's logger: what Orbax logs is raised as well."""
+    return "orbax" not in pathlib.PurePath(record.pathname).parts
 
 
 def _check_same_model(path: pathlib.Path, stored: Leaves, wanted: Leaves) -> None:

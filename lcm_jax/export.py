@@ -2,7 +2,7 @@
 
 Writes what a run has trained as a folder that diffusers loads: a consistency model as a
 LatentConsistencyModelPipeline, a diffusion model or an autoencoder in the pipeline it came from. --verify loads the
-folder in diffusers and compares its pictures' latents with ours.
+folder in diffusers and compares what it draws with what we draw.
 """
 
 import contextlib
@@ -117,7 +117,9 @@ def main(argv: Sequence[str]) -> int:
     if args.verify:
         from lcm_jax.interop.verify import verify
 
-        print(f"diffusers loads it; its latents differ from ours by {verify(args.out):.1e} of their maximum.")
+        print(
+            f"diffusers loads it; its latents and pictures differ from ours by {verify(args.out):.1e} of their maximum."
+        )
     print(f"{args.out} holds the {which} weights of step {step}. Next:")
     print(f'  python -m lcm_jax.sample --model={args.out} --prompt="…" --seed=0 --out=picture.png')
     return 0

@@ -29,7 +29,7 @@ def make_step(config: Config, parts: Parts) -> Callable[[State, dict, Batch], tu
         params = state["params"]
         grad = jax.value_and_grad(loss_function, has_aux=True)
         (loss, aux), grads = grad(params, state["ema"] or params, frozen, batch, key)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)

@@ -5,15 +5,13 @@ the workdir: config.json, checkpoints/, tensorboard/ and samples/. Started again
 from its last checkpoint and ends with the same bits as a run that was never stopped.
 """
 
-import argparse
-import collections
 import dataclasses
 import pathlib
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import jax
@@ -22,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from lcm_jax import cli, compile_cache
 from lcm_jax import config as config_lib
-from lcm_jax.checkpoint import Checkpoints
+from lcm_jax.checkpoint import FOLDER, Checkpoints, good_steps
 from lcm_jax.config import Config
 from lcm_jax.data.pipeline import batches
 from lcm_jax.errors import UserError
@@ -51,9 +49,7 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
       UserError: a mistake in the configuration, the folder, the data or the workdir; a loss that stays non-finite.
     """
     # ---- the machine
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    if config.batch_size % jax.device_count():
-        raise UserError(f"config.batch_size={config.batch_size} does not divide by the {jax.device_count()} devices")
+    mesh = data_mesh(config.batch_size)
     replicated, over_batch = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     _claim(workdir, config)
 
@@ -81,61 +77,63 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
         out_shardings=replicated,
     )
 
-    # ---- data
     data = batches(config.data, tokenize=tokenizer, batch_size=config.batch_size, seed=config.seed)
     if data_state is not None:
         data.set_state(data_state)
     preview = make_preview(config, parts, tokenizer)
+    metrics = Metrics(workdir, start_step=start)
+    progress = Progress(config.steps, start, config.batch_size)
+
+    def read(done: int, values: dict[str, jax.Array], waited: float) -> None:
+        """Waits for that step's metrics and passes them on; raises UserError if the loss stays non-finite."""
+        scalars = {name: float(value) for name, value in jax.device_get(values).items()}
+        rate = progress.update(done, scalars["loss"])
+        if done % config.log.every == 0 or done == config.steps:
+            metrics.scalars(done, {**scalars, "images_per_second": rate, "data_wait_seconds": waited})
+        if scalars["skipped"] >= config.max_skipped:
+            checkpoints.wait()
+            raise UserError(_diverged(workdir, config, done, checkpoints.newest_step()))
 
     # ---- the loop: dispatch step n, then read what step n-1 said
-    metrics = Metrics(workdir, start_step=start)
-    history: collections.deque[dict[str, Any]] = collections.deque(maxlen=config.max_skipped)
-    with Progress(config.steps, start, config.batch_size) as progress, _stop_signals() as stop:
-
-        def read(pending: tuple[int, dict[str, jax.Array], float] | None) -> None:
-            """Waits for that step's metrics and passes them on; raises UserError if the loss stays non-finite."""
-            if pending is None:
-                return
-            done, values, waited = pending
-            scalars = {name: float(value) for name, value in jax.device_get(values).items()}
-            history.append({"step": done, **scalars})
-            rate = progress.update(done, scalars["loss"])
-            if done % config.log.every == 0 or done == config.steps:
-                metrics.scalars(done, {**scalars, "images_per_second": rate, "data_wait_seconds": waited})
-            if scalars["skipped"] >= config.max_skipped:
-                checkpoints.close()
-                raise UserError(_diverged(workdir, config, done, checkpoints.newest_step()))
-
-        pending, done = None, start
-        while done < config.steps and not stop.signal:
+    with closing(checkpoints), closing(metrics), closing(data), progress, _stop_signals() as stop:
+        pending, last, done = None, False, start
+        while not last:
             before = time.perf_counter()
             batch = jax.device_put(next(data), over_batch)
             waited = time.perf_counter() - before
             state, values = step(state, frozen, batch)
+            if pending:
+                read(*pending)
             done += 1
-            read(pending)
             pending = (done, values, waited)
 
-            last = done == config.steps or stop.signal
-            samples_due = config.log.samples_every and (done % config.log.samples_every == 0 or done == config.steps)
-            if last or done % config.checkpoint.every == 0 or samples_due:
-                read(pending)
+            last = done == config.steps or stop.signal != 0
+            save = last or done % config.checkpoint.every == 0
+            show = config.log.samples_every and (done % config.log.samples_every == 0 or done == config.steps)
+            if save or show:
+                read(*pending)  # so that no state is saved whose loss has not been seen
                 pending = None
-            if (last or done % config.checkpoint.every == 0) and history[-1]["skipped"] == 0:
+            if save:
                 checkpoints.save(done, state, data.get_state())
-            if samples_due:
+            if show:
                 pictures = preview(state, frozen)
                 metrics.images(done, "samples", pictures)
                 write_png(workdir / "samples" / f"step_{done:06d}.png", grid(pictures, columns=8))
-    checkpoints.close()
-    metrics.close()
-    return Result(done, stop.signal)
+    return Result(done, stop.signal if done < config.steps else 0)
+
+
+def data_mesh(batch_size: int) -> jax.sharding.Mesh:
+    """Returns a mesh of all devices along the axis "data"; raises UserError if the batch does not divide by them."""
+    devices = jax.device_count()
+    if batch_size % devices:
+        raise UserError(f"config.batch_size={batch_size} does not divide by the {devices} devices")
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
 
 
 def _claim(workdir: pathlib.Path, config: Config) -> None:
-    """Makes the workdir this run's own, or checks that it is."""
+    """Makes the workdir this run's own, or checks that it is; one without a checkpoint has nothing to lose."""
     path = workdir / "config.json"
-    if path.exists():
+    if good_steps(workdir / FOLDER):
         config_lib.check_same_run(config, config_lib.load_resolved(workdir), workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -181,9 +179,7 @@ def _stop_signals() -> Iterator[_Stop]:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "lcm-jax train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("train", __doc__)
     parser.add_argument("--config", required=True, help="a file of configs/, with its variant: configs/digits.py:smoke")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the folder of this run")
     args, overrides = parser.parse_known_args(argv)

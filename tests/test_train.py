@@ -17,8 +17,20 @@ import pytest
 from lcm_jax import checkpoint, cli, train
 from lcm_jax import config as config_lib
 from lcm_jax.blank import write_blank
+from lcm_jax.errors import UserError
 
+ALL_DEVICES = train.data_mesh
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Most runs here take one device: eight copies of each array make Orbax slow and nothing clearer."""
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        one = np.array(jax.devices()[:1])
+        context.setattr(train, "data_mesh", lambda batch_size: jax.sharding.Mesh(one, ("data",)))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +68,8 @@ def everything(workdir):
         meta = ocp.args.JsonRestore()
         arrays = dict(manager.restore(step, args=ocp.args.Composite(**items, meta=meta)).items())
     data = arrays.pop("meta")["content"]["data"]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(arrays)}, data, step
+    leaves = jax.tree.leaves_with_path(arrays)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, data, step
 
 
 def assert_same_bits(a, b):
@@ -69,7 +82,7 @@ def assert_same_bits(a, b):
 
 
 def start(options, workdir, *more):
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "XLA_FLAGS": ""}  # one device
     command = [sys.executable, "-m", "lcm_jax.train", *options, f"--workdir={workdir}", *more]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -167,7 +180,6 @@ def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_last_good_chec
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--config.batch_size=7", "config.batch_size=7 does not divide by the 8 devices"),
         ("--config.data.split=train[:0]", "train[:0]"),
         ("--config.model.folder=/nowhere/at/all", "/nowhere/at/all"),
         ("--config.data.image_size=30", "config.data.image_size=30"),
@@ -178,6 +190,13 @@ def test_bad_input_is_one_line(option, said, options, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()
     assert said in error[-1]
     assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_batch_is_divided_by_all_devices():
+    mesh = ALL_DEVICES(16)
+    assert mesh.shape == {"data": 8}
+    with pytest.raises(UserError, match=r"config.batch_size=7 does not divide by the 8 devices"):
+        ALL_DEVICES(7)
 
 
 def test_an_unwritable_workdir_is_one_line(options, tmp_path, capsys):

@@ -8,7 +8,7 @@ from lcm_jax.diffusion.schedule import Schedule, Time, combine
 
 def boundary_scalings(
     t: Time, timestep_scaling: float = 10.0, sigma_data: float = 0.5
-) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+) -> tuple[Float[Array, "*t"], Float[Array, "*t"]]:
     """Returns (c_skip, c_out) of the timesteps t, with c_skip(0) = 1 and c_out(0) = 0.
 
     As diffusers' LCMScheduler has them: unlike in CM (arXiv 2303.01469, appendix C) and EDM, c_out has no factor

@@ -1,7 +1,7 @@
 """The noise schedule z_t = alpha_t x0 + sigma_t eps, and what a network's output means under it.
 
 alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t), lambda_t = log(alpha_t / sigma_t), t = 0 … T-1 from little noise to
-much. Between two timesteps log(alpha) is linear in t, as in DPM-Solver (arXiv 2206.00927, appendix D). Tables are
+much. Between two timesteps log(alpha) is linear in t, as in DPM-Solver (arXiv 2206.00927). Tables are
 float64 and become JAX's default float at use: float32, or float64 under enable_x64.
 """
 
@@ -20,7 +20,7 @@ from lcm_jax.errors import UserError, one_of
 
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-Time = Int[Array, "*b"] | Float[Array, "*b"]
+Time = Int[Array, "*t"] | Float[Array, "*t"]
 
 # what a key that scheduler_config.json lacks means to diffusers' class of that name
 _DEFAULTS: dict[str, Any] = {
@@ -95,7 +95,7 @@ class Schedule:
             raise UserError(f"beta_start is {self.beta_start}, beta_end {self.beta_end}; needed: 0 < start <= end < 1")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UserError(
-                "prediction_type is 'epsilon' with rescale_betas_zero_snr: at zero terminal SNR z_t is nothing but noise, "
+                "prediction_type is 'epsilon' with rescale_betas_zero_snr: at zero terminal SNR z_t is noise only, "
                 "which tells nothing of x0; it must be 'v_prediction' or 'sample'"
             )
 
@@ -147,38 +147,38 @@ class Schedule:
 
     # ---- functions of t
 
-    def alpha(self, t: Time) -> Float[Array, "*b"]:
+    def alpha(self, t: Time) -> Float[Array, "*t"]:
         """alpha_t for integer t (exact, 0 at zero SNR), or for real t in [0, T-1]."""
         if _is_index(t):
             return jnp.asarray(np.sqrt(self.alphas_cumprod))[t]
         return jnp.exp(self._interpolate(t))
 
-    def sigma(self, t: Time) -> Float[Array, "*b"]:
+    def sigma(self, t: Time) -> Float[Array, "*t"]:
         """sigma_t, likewise."""
         if _is_index(t):
             return jnp.asarray(np.sqrt(1 - self.alphas_cumprod))[t]
         return jnp.sqrt(-jnp.expm1(2 * self._interpolate(t)))
 
-    def log_snr(self, t: Time) -> Float[Array, "*b"]:
+    def log_snr(self, t: Time) -> Float[Array, "*t"]:
         """lambda_t = log(alpha_t / sigma_t), likewise, but finite: about -8.3 at zero SNR (abar counts as 2^-24)."""
         if _is_index(t):
             return jnp.asarray(self._log_alpha - 0.5 * np.log(-np.expm1(2 * self._log_alpha)))[t]
         log_alpha = self._interpolate(t)
         return log_alpha - 0.5 * jnp.log(-jnp.expm1(2 * log_alpha))
 
-    def time_of(self, log_snr: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def time_of(self, log_snr: Float[Array, "*t"]) -> Float[Array, "*t"]:
         """The inverse of `log_snr`: the real t in [0, T-1] with this lambda."""
         log_alpha = 0.5 * jax.nn.log_sigmoid(2 * log_snr)
         # both turned round, since interp wants rising nodes
         return jnp.interp(-log_alpha, jnp.asarray(-self._log_alpha), jnp.arange(self.num_train_timesteps) * 1.0)
 
-    def _interpolate(self, t: Time) -> Float[Array, "*b"]:
+    def _interpolate(self, t: Time) -> Float[Array, "*t"]:
         """log(alpha_t) for real t."""
         return jnp.interp(t, jnp.arange(self.num_train_timesteps) * 1.0, jnp.asarray(self._log_alpha))
 
     # ---- functions of arrays
 
-    def add_noise(self, x0: Float[Array, "*b"], eps: Float[Array, "*b"], t: Time) -> Float[Array, "*b"]:
+    def add_noise(self, x0: Float[Array, "b *d"], eps: Float[Array, "b *d"], t: Time) -> Float[Array, "b *d"]:
         """z_t = alpha_t x0 + sigma_t eps; t (B,) or one for all."""
         return combine(x0, eps, self.alpha(t), self.sigma(t))
 
@@ -201,13 +201,13 @@ class Schedule:
         return eps if self.prediction_type == "epsilon" else x0
 
 
-def alpha_sigma(log_snr: Float[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+def alpha_sigma(log_snr: Float[Array, "*t"]) -> tuple[Float[Array, "*t"], Float[Array, "*t"]]:
     """Returns (alpha, sigma) of lambda: alpha^2 = sigmoid(2 lambda), sigma^2 = sigmoid(-2 lambda)."""
     return jnp.sqrt(jax.nn.sigmoid(2 * log_snr)), jnp.sqrt(jax.nn.sigmoid(-2 * log_snr))
 
 
 def combine(
-    x0: Float[Array, "b *d"], eps: Float[Array, "b *d"], alpha: Float[Array, "*b"], sigma: Float[Array, "*b"]
+    x0: Float[Array, "b *d"], eps: Float[Array, "b *d"], alpha: Float[Array, "*t"], sigma: Float[Array, "*t"]
 ) -> Float[Array, "b *d"]:
     """alpha x0 + sigma eps; alpha and sigma (B,) or one for all."""
     return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * eps

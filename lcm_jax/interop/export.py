@@ -21,10 +21,10 @@ from lcm_jax.interop.folder import (
     Folder,
     copy_rest,
     replace_params,
-    replacing,
     write_component,
     write_json,
 )
+from lcm_jax.interop.replace import replacing
 from lcm_jax.interop.weights import read_json
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -5,14 +5,13 @@ unet/ vae/ text_encoder/    config.json and safetensors: read into arrays, writt
 scheduler/ tokenizer/ …     copied byte for byte
 """
 
-import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy as np
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError, nearest
 from lcm_jax.interop import hub, names, weights
+from lcm_jax.interop.replace import replacing
 from lcm_jax.models import FP32, MODEL_CLASSES, Network, Policy
 
 Flat = dict[str, np.ndarray]
@@ -114,9 +114,15 @@ def make_network(
     """Returns the network that a config.json describes; a UserError says `where`."""
     config_class, model_class = MODEL_CLASSES[library_class]
     try:
-        return Network(model_class, config_class.from_dict(config), policy=policy, **options)
+        return _network(model_class, config_class.from_dict(config), policy, tuple(sorted(options.items())))
     except UserError as error:
         raise UserError(f"{where}/config.json: {error}") from None
+
+
+@functools.lru_cache(maxsize=32)
+def _network(model_class: Any, config: Any, policy: Policy, options: tuple[tuple[str, Any], ...]) -> Network:
+    """Kept, since finding the shapes of a full-size UNet takes seconds, and a network holds no arrays."""
+    return Network(model_class, config, policy=policy, **dict(options))
 
 
 def read_folder(path_or_hub_id: str | os.PathLike[str], *, only: Collection[str] | None = None) -> Folder:
@@ -257,7 +263,7 @@ def copy_rest(folder: Folder, to: pathlib.Path, skip_weights_of: Collection[str]
         if component.source:
             ours.update(f"{component.name}/{name}" for name in component.source.arrangement.file_names)
     (to / "scheduler").mkdir(exist_ok=True)
-    for root, directories, files in os.walk(folder.path, followlinks=True):
+    for root, directories, files in os.walk(folder.path):
         directories[:] = sorted(d for d in directories if not d.startswith("."))
         relative = pathlib.Path(root).relative_to(folder.path)
         for file in files:
@@ -273,47 +279,3 @@ def copy_rest(folder: Folder, to: pathlib.Path, skip_weights_of: Collection[str]
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Writes a JSON object the way the peers do, indented by two."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(out: str | os.PathLike[str], source: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
-    """Gives a new folder beside `out` to write into, and renames it to `out` when all went well.
-
-    Raises:
-      UserError: `out` is `source`, a file, or a folder with something in it that is no model folder; no place to write.
-    """
-    target = pathlib.Path(out).expanduser().absolute()
-    if target.exists():
-        if source is not None and target.resolve() == source.resolve():
-            raise UserError(f"{out} is the folder that the model was read from; choose another one")
-        if not target.is_dir():
-            raise UserError(f"{out} is a file; choose a folder")
-        target = target.resolve()
-        if any(target.iterdir()) and not (target / "model_index.json").is_file():
-            raise UserError(
-                f"{out} has something in it and is no model folder (no model_index.json); choose another one"
-            )
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are for the owner alone
-        yield temporary
-        if target.exists():
-            old = temporary.with_suffix(".old")
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-    except OSError as error:
-        raise UserError(f"{out} can't be written: {error.strerror or error}") from None
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -25,10 +25,11 @@ def verify(folder: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, 
       prompts, steps, seed: what is drawn.
 
     Returns:
-      max |difference| / max |diffusers' latents|.
+      max |difference| / max |diffusers' values|, of the latents, and of the pictures that both decode from the same
+      latents.
 
     Raises:
-      UserError: torch or diffusers is missing; a tensor is missing or unexpected there; the difference is above 1e-3.
+      UserError: torch or diffusers is missing; a tensor is missing or unexpected there; a difference is above 1e-3.
     """
     try:
         import diffusers
@@ -54,17 +55,27 @@ def verify(folder: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, 
             peer.scheduler.config, timestep_spacing="trailing", clip_sample=False
         )
     nchw = torch.from_numpy(draws).permute(0, 1, 4, 2, 3)
-    with injected_noise(list(nchw[1:])):
+    with injected_noise(list(nchw[1:])), torch.no_grad():
         result = peer(prompts, num_inference_steps=steps, guidance_scale=scale, latents=nchw[0], output_type="latent")
-    theirs = result.images.permute(0, 2, 3, 1).numpy()
+        theirs = result.images.permute(0, 2, 3, 1).numpy()
+        scaled = result.images / peer.vae.config.scaling_factor + (peer.vae.config.shift_factor or 0.0)
+        decoded = peer.vae.decode(scaled).sample.permute(0, 2, 3, 1).numpy()
 
-    difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f"{path}: diffusers' latents differ from ours by {difference:.1e} of their maximum; "
-            f"rounding explains {TOLERANCE:g}"
-        )
-    return difference
+    differences = {
+        "latents": _difference(ours, theirs),
+        "pictures of the same latents": _difference(pipe.vae(theirs, method="to_images"), decoded),
+    }
+    for what, difference in differences.items():
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"{path}: diffusers' {what} differ from ours by {difference:.1e} of their maximum; "
+                f"rounding explains {TOLERANCE:g}"
+            )
+    return max(differences.values())
+
+
+def _difference(ours: Any, theirs: np.ndarray) -> float:
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
 
 def load_networks(pipe: Pipeline) -> dict[str, Any]:

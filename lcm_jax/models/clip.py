@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lcm_jax.errors import UserError, one_of
+from lcm_jax.models.config_json import whole_numbers
 from lcm_jax.models.policy import FP32, Policy
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -39,6 +40,13 @@ class CLIPTextConfig:
         one_of("model_type", config.get("model_type", "clip_text_model"), ("clip_text_model",))
         values = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
         one_of("hidden_act", values.get("hidden_act", cls.hidden_act), ACTIVATIONS)
+        sizes = [f.name for f in dataclasses.fields(cls) if isinstance(f.default, int)]
+        whole_numbers(values, [name for name in sizes if name not in ("eos_token_id", "projection_dim")])
+        if values.get("projection_dim") is not None:  # null where there is no projection
+            whole_numbers(values, ("projection_dim",))
+        end = values.get("eos_token_id", cls.eos_token_id)
+        if not isinstance(end, int):
+            raise UserError(f"eos_token_id is {end!r}; supported: one token id")
         self = cls(**values)
         if self.hidden_size % self.num_attention_heads:
             raise UserError(f"hidden_size is {self.hidden_size}, no multiple of {self.num_attention_heads} heads")
@@ -131,6 +139,9 @@ class CLIPTextModel(nnx.Module):
         return states, self._project(pooled)
 
     def _layers(self, input_ids: Int[Array, "b l"]) -> list[jax.Array]:
+        length, most = input_ids.shape[1], self.config.max_position_embeddings
+        if length > most:  # the lookup of a position that isn't there would give NaN, not an error
+            raise UserError(f"the prompt has {length} tokens; this text encoder takes {most}")
         states = [self.embeddings(input_ids).astype(self.policy.compute)]
         for layer in self.encoder.layers:
             states.append(layer(states[-1]))

@@ -26,10 +26,25 @@ def check(config: Mapping[str, Any], used: Sequence[str], fixed: Mapping[str, An
             raise UserError(f"{key} is {value!r}, an option that is not supported")
 
 
+def whole_numbers(config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises UserError unless each of `names` that `config` has is a positive whole number."""
+    for name in names:
+        value = config.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{name} is {value!r}; supported: a positive whole number")
+
+
 def per_level(value: Any, levels: int, key: str) -> tuple[Any, ...]:
     """Returns one value a level, of a list with as many or of a single value; raises UserError for another length."""
-    if not isinstance(value, (list, tuple)):
-        return (value,) * levels
-    if len(value) != levels:
-        raise UserError(f"{key} has {len(value)} values; block_out_channels has {levels} levels")
-    return tuple(value)
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+    if len(values) != levels:
+        raise UserError(f"{key} has {len(values)} values; block_out_channels has {levels} levels")
+    return values
+
+
+def whole_numbers_per_level(value: Any, levels: int, key: str) -> tuple[int, ...]:
+    """As `per_level`; raises UserError for a value that is not a positive whole number too."""
+    values = per_level(value, levels, key)
+    for number in values:
+        whole_numbers({key: number}, [key])
+    return values

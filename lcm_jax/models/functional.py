@@ -4,6 +4,8 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lcm_jax.errors import UserError
@@ -53,27 +55,51 @@ class Network:
         self.shapes: dict[str, jax.ShapeDtypeStruct] = flatten(state)
 
     def init(self, key: jax.Array) -> Flat:
-        """Returns random float32 parameters."""
-        return jax.jit(lambda k: flatten(nnx.state(self._make(rngs=nnx.Rngs(k)))))(key)
+        """Returns random float32 parameters, drawn on the host: nothing is compiled.
+
+        Kernels are normal with variance 1 / fan-in (LeCun), embeddings with deviation 0.02 (as CLIP's), scales one,
+        biases and the projection of the w-embedding zero.
+        """
+        random = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+        params = {}
+        for path, leaf in self.shapes.items():
+            kind = path.rsplit(".", 1)[-1]
+            if kind == "scale":
+                params[path] = np.ones(leaf.shape, np.float32)
+            elif kind == "bias" or path.endswith("cond_proj.kernel"):
+                params[path] = np.zeros(leaf.shape, np.float32)
+            else:
+                deviation = 0.02 if kind == "embedding" else np.prod(leaf.shape[:-1]) ** -0.5
+                params[path] = (random.standard_normal(leaf.shape) * deviation).astype(np.float32)
+        return {path: jnp.asarray(array) for path, array in params.items()}
 
     def check(self, params: dict[str, Any], where: str = "") -> None:
-        """Raises UserError that names each missing, unexpected or mis-shaped parameter (the first three of each)."""
-        faults = []
-        for what, names in (
-            ("missing", self.shapes.keys() - params.keys()),
-            ("unexpected", params.keys() - self.shapes.keys()),
-        ):
-            if names:
-                faults.append(f"{what}: {_some(names)}")
-        for name in self.shapes.keys() & params.keys():
-            found, wanted = tuple(params[name].shape), self.shapes[name].shape
-            if found != wanted:
-                faults.append(f"{name} has the shape {found}, not {wanted}")
+        """Raises UserError that names the missing, unexpected and mis-shaped parameters (the first three of each)."""
+        misshapen = {
+            name: f"{name} is {tuple(params[name].shape)} and should be {leaf.shape}"
+            for name, leaf in self.shapes.items()
+            if name in params and tuple(params[name].shape) != leaf.shape
+        }
+        faults = [
+            f"{what}: {_some(names)}"
+            for what, names in (
+                ("missing", {name: name for name in self.shapes.keys() - params.keys()}),
+                ("unexpected", {name: name for name in params.keys() - self.shapes.keys()}),
+                ("of the wrong shape", misshapen),
+            )
+            if names
+        ]
         if faults:
-            raise UserError(f"{where or self.model_class.__name__}: parameters do not fit; {'; '.join(faults[:4])}")
+            raise UserError(f"{where or self.model_class.__name__}: parameters do not fit; {'; '.join(faults)}")
 
     def apply(self, params: dict[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Calls the model with these parameters; names and shapes are checked while tracing."""
         self.check(params)
         model = nnx.merge(self._graphdef, unflatten(params))
         return getattr(model, method)(*args, **kwargs)
+
+
+def _some(said: dict[str, str]) -> str:
+    """What is said of the first three names, and how many more there are."""
+    names = sorted(said, key=_natural)
+    return ", ".join(said[name] for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Num
 
 from lcm_jax.errors import UserError, one_of
 from lcm_jax.models.attention import Transformer2DModel
-from lcm_jax.models.config_json import check, per_level
+from lcm_jax.models.config_json import check, per_level, whole_numbers, whole_numbers_per_level
 from lcm_jax.models.layers import GroupNorm, ResnetBlock2D, TimestepEmbedding, conv, enlarge, sinusoid
 from lcm_jax.models.policy import FP32, Policy
 
@@ -31,8 +31,7 @@ FIXED: dict[str, Any] = {
     "resnet_out_scale_factor": 1.0,
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
-    "upcast_attention": (False, True),  # softmax is float32 either way
-    "projection_class_embeddings_input_dim": (None, 2816),  # read off the shapes of add_embedding
+    "upcast_attention": (False, True, None),  # softmax is float32 anyway; SDXL's file says null
 }
 
 
@@ -63,24 +62,33 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "UNetConfig":
         """Reads a config.json; raises UserError for a value that isn't supported."""
-        names = {field.name for field in dataclasses.fields(cls)} - {"heads"}
-        check(config, [*names, "attention_head_dim", "num_attention_heads"], FIXED)
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "heads"]
+        if config.get("num_attention_heads") is not None:  # the peer refuses it too
+            raise UserError("num_attention_heads is set; the format gives the number of heads as attention_head_dim")
+        check(config, [*names, "attention_head_dim"], FIXED)
         values = {name: config[name] for name in names if name in config}
-        channels = tuple(values.get("block_out_channels", cls.block_out_channels))
-        levels = len(channels)
-        values["block_out_channels"] = channels
-        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-        values["heads"] = per_level(heads, levels, "attention_head_dim")
+        whole_numbers(values, ("in_channels", "out_channels", "cross_attention_dim", "norm_num_groups"))
+        channels = values.get("block_out_channels", cls.block_out_channels)
+        levels = len(channels) if isinstance(channels, (list, tuple)) else 1
+        values["block_out_channels"] = channels = whole_numbers_per_level(channels, levels, "block_out_channels")
+        values["heads"] = whole_numbers_per_level(config.get("attention_head_dim", 8), levels, "attention_head_dim")
         for name, default in (("layers_per_block", 2), ("transformer_layers_per_block", 1)):
-            values[name] = per_level(values.get(name, default), levels, name)
+            values[name] = whole_numbers_per_level(values.get(name, default), levels, name)
         for name in ("down_block_types", "up_block_types"):
             values[name] = per_level(values.get(name, getattr(cls, name)), levels, name)
             for block in values[name]:
                 one_of(name, block, [b for b in CROSS if name.split("_")[0].title() in b])
-        one_of("addition_embed_type", values.get("addition_embed_type"), (None, "text_time"))
-        for c, n in zip(channels, values["heads"], strict=True):
-            if c % n or c % values.get("norm_num_groups", 32):
-                raise UserError(f"block_out_channels has {c}; it must divide by {n} heads and by norm_num_groups")
+        if values.get("time_cond_proj_dim") is not None:
+            whole_numbers(values, ("time_cond_proj_dim",))
+        if values.get("addition_embed_type") not in (None, "text_time"):
+            raise UserError(f"addition_embed_type is {values['addition_embed_type']!r}; supported: None, 'text_time'")
+        if values.get("addition_embed_type"):
+            needed = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+            whole_numbers({name: values.get(name) for name in needed}, needed)
+        groups = values.get("norm_num_groups", cls.norm_num_groups)
+        for c, heads in zip(channels, values["heads"], strict=True):
+            if c % heads or c % groups:
+                raise UserError(f"block_out_channels has {c}, no multiple of {heads} heads and of {groups} norm groups")
         return cls(**values)
 
 
@@ -208,6 +216,8 @@ class UNet2DConditionModel(nnx.Module):
     def __init__(
         self, config: UNetConfig, *, policy: Policy = FP32, remat: str = "none", attention: str = "xla", rngs: nnx.Rngs
     ) -> None:
+        one_of("remat", remat, ("none", "block"))
+        one_of("attention", attention, ("xla", "cudnn"))
         self.config, self.policy, self.remat = config, policy, remat
         channels, dtype, n = config.block_out_channels, policy.compute, len(config.block_out_channels)
         options = {"attention": attention, "policy": policy, "rngs": rngs}
@@ -262,11 +272,18 @@ class UNet2DConditionModel(nnx.Module):
         added: dict[str, Array] | None = None,
     ) -> Float[Array, "b h w o"]:
         """Args: latents; timesteps in 0..T-1, int or float32; text features; the guidance's embedding where
-        `time_cond_proj_dim` is set; for SDXL {'text_embeds': (b, p), 'time_ids': (b, 6)}. Returns float32."""
+        `time_cond_proj_dim` is set; for SDXL {'text_embeds': (b, p), 'time_ids': (b, 6)}. Returns float32.
+
+        Raises ValueError for a w_embedding that this UNet has no place for, and where `added` lacks what it needs.
+        """
         config, dtype = self.config, self.policy.compute
+        if w_embedding is not None and not config.time_cond_proj_dim:
+            raise ValueError("a w_embedding was given, but this UNet has no time_cond_proj_dim")
+        if config.addition_embed_type and not {"text_embeds", "time_ids"} <= (added or {}).keys():
+            raise ValueError("this UNet needs added={'text_embeds': (b, p), 'time_ids': (b, 6)}")
         sinusoids = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
         time = self.time_embedding(sinusoid(t, config.block_out_channels[0], **sinusoids), w_embedding)
-        if config.addition_embed_type == "text_time":
+        if config.addition_embed_type and added:
             ids = sinusoid(added["time_ids"].reshape(-1), config.addition_time_embed_dim, **sinusoids)
             ids = ids.reshape(len(z), -1)
             time = time + self.add_embedding(jnp.concatenate([added["text_embeds"].astype(jnp.float32), ids], axis=-1))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lcm_jax.errors import one_of
-from lcm_jax.models.config_json import check, per_level
+from lcm_jax.errors import UserError, one_of
+from lcm_jax.models.config_json import check, per_level, whole_numbers, whole_numbers_per_level
 from lcm_jax.models.layers import GroupNorm, ResnetBlock2D, conv, enlarge
 from lcm_jax.models.policy import FP32, Policy
 
@@ -20,7 +20,6 @@ FIXED: dict[str, Any] = {
     "force_upcast": (True, False),  # which parts are float32 is the policy's matter
     "latents_mean": None,
     "latents_std": None,
-    "sample_size": None,
 }
 
 
@@ -48,9 +47,16 @@ class VAEConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         check(config, [*names, "sample_size"], FIXED)
         values = {name: config[name] for name in names if name in config}
-        values["block_out_channels"] = tuple(values.get("block_out_channels", cls.block_out_channels))
+        whole_numbers(values, ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"))
+        channels = values.get("block_out_channels", cls.block_out_channels)
+        levels = len(channels) if isinstance(channels, (list, tuple)) else 1
+        values["block_out_channels"] = channels = whole_numbers_per_level(channels, levels, "block_out_channels")
+        groups = values.get("norm_num_groups", cls.norm_num_groups)
+        for c in channels:
+            if c % groups:
+                raise UserError(f"block_out_channels has {c}, no multiple of {groups} norm groups")
         for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            values[name] = per_level(values.get(name, (block,)), len(values["block_out_channels"]), name)
+            values[name] = per_level(values.get(name, (block,)), levels, name)
             for value in values[name]:
                 one_of(name, value, (block,))
         return cls(**values)

@@ -51,7 +51,7 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: DenoisingConfig, num_tr
 def min_snr_weight(schedule: Schedule, t: Int[Array, " b"], gamma: float) -> Float[Array, " b"]:
     """The weight of a squared error in the network's own output that weighs x0's by min(SNR, gamma).
 
-    Min-SNR (arXiv 2303.09556, section 3.4): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v.
+    Min-SNR (arXiv 2303.09556): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v.
     """
     snr = (schedule.alpha(t) / schedule.sigma(t)) ** 2
     per_x0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}

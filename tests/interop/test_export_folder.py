@@ -139,6 +139,12 @@ def test_model_index(exported):
     assert index["requires_safety_checker"] is False
 
 
+def test_no_checker_is_required_where_there_is_none(teacher, student_params, tmp_path):
+    other = dataclasses.replace(teacher, model_index={**teacher.model_index, "requires_safety_checker": True})
+    out = write_lcm_folder(other, student_params, tmp_path / "x", recipe=RECIPE)
+    assert read(out, "model_index.json")["requires_safety_checker"] is False
+
+
 def test_safety_checker_is_copied(teacher_folder, student_params, tmp_path):
     copy = shutil.copytree(teacher_folder, tmp_path / "teacher")
     index = read(copy, "model_index.json")
@@ -275,16 +281,17 @@ def test_trained_folder(teacher, teacher_folder, tmp_path):
 # ---- verify
 
 
-def test_verify_reports_a_difference(exported, monkeypatch):
+@pytest.mark.parametrize(("name", "what"), [("unet", "latents"), ("vae", "pictures of the same latents")])
+def test_verify_reports_a_difference(exported, monkeypatch, name, what):
     real = verify_module.load_networks
 
     def disturbed(pipe):
         networks = real(pipe)
-        networks["unet"].conv_out.bias.data += 0.1
+        (networks[name].conv_out if name == "unet" else networks[name].decoder.conv_out).bias.data += 0.1
         return networks
 
     monkeypatch.setattr(verify_module, "load_networks", disturbed)
-    with pytest.raises(UserError, match="latents differ from ours by"):
+    with pytest.raises(UserError, match=f"diffusers' {what} differ from ours by"):
         verify(exported)
 
 

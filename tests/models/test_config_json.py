@@ -1,0 +1,102 @@
+"""A config.json that asks for what isn't implemented ends in an error that names key and value."""
+
+import dataclasses
+import inspect
+import re
+
+import diffusers
+import pytest
+import transformers
+
+from lcm_jax.errors import UserError
+from lcm_jax.models import MODEL_CLASSES, CLIPTextConfig, UNetConfig, VAEConfig
+
+NUMBER, OPTION = "; supported: a positive whole number", ", an option that is not supported"
+REFUSED = [  # class, key, value, what is said after "key is value"
+    (UNetConfig, "act_fn", "gelu", "; supported: 'silu'"),
+    (UNetConfig, "resnet_time_scale_shift", "scale_shift", "; supported: 'default'"),
+    (UNetConfig, "only_cross_attention", True, "; supported: False"),
+    (UNetConfig, "only_cross_attention", [True, False], "; supported: False"),
+    (UNetConfig, "mid_block_type", "UNetMidBlock2D", "; supported: 'UNetMidBlock2DCrossAttn'"),
+    (UNetConfig, "mid_block_type", None, "; supported: 'UNetMidBlock2DCrossAttn'"),
+    (UNetConfig, "downsample_padding", 0, "; supported: 1"),
+    (UNetConfig, "time_embedding_type", "fourier", "; supported: 'positional'"),
+    (UNetConfig, "class_embed_type", "timestep", OPTION),
+    (UNetConfig, "num_class_embeds", 10, OPTION),
+    (UNetConfig, "center_input_sample", True, OPTION),
+    (UNetConfig, "reverse_transformer_layers_per_block", [[1]], OPTION),
+    (UNetConfig, "an_option_of_tomorrow", 3, OPTION),
+    (UNetConfig, "addition_embed_type", "text", "; supported: None, 'text_time'"),
+    (UNetConfig, "norm_num_groups", None, NUMBER),
+    (UNetConfig, "cross_attention_dim", [768, 768, 768, 768], NUMBER),
+    (UNetConfig, "block_out_channels", "320", NUMBER),
+    (UNetConfig, "layers_per_block", True, NUMBER),
+    (UNetConfig, "attention_head_dim", None, NUMBER),
+    (UNetConfig, "time_cond_proj_dim", 0, NUMBER),
+    (VAEConfig, "act_fn", "relu", "; supported: 'silu'"),
+    (VAEConfig, "latents_mean", [0.1], "; supported: None"),
+    (VAEConfig, "layers_per_block", 0, NUMBER),
+    (CLIPTextConfig, "hidden_act", "relu", "; did you mean 'gelu'?"),
+    (CLIPTextConfig, "model_type", "t5", "; choose from clip_text_model"),
+    (CLIPTextConfig, "vocab_size", "many", NUMBER),
+    (CLIPTextConfig, "projection_dim", -1, NUMBER),
+    (CLIPTextConfig, "eos_token_id", [1, 2], "; supported: one token id"),
+]
+INCONSISTENT = [  # class, config, message
+    (UNetConfig, {"num_attention_heads": 8}, "num_attention_heads is set; the format gives the number of heads as"),
+    (UNetConfig, {"addition_embed_type": "text_time"}, "addition_time_embed_dim is None" + NUMBER),
+    (
+        UNetConfig,
+        {"addition_embed_type": "text_time", "addition_time_embed_dim": 4},
+        "projection_class_embeddings_input_dim is None" + NUMBER,
+    ),
+    (UNetConfig, {"down_block_types": ["AttnDownBlock2D"] * 4}, "down_block_types is 'AttnDownBlock2D'; did you mean"),
+    (UNetConfig, {"up_block_types": ["DownBlock2D"] * 4}, "up_block_types is 'DownBlock2D'; did you mean 'UpBlock2D'"),
+    (
+        UNetConfig,
+        {"down_block_types": ["DownBlock2D"]},
+        "down_block_types has 1 values; block_out_channels has 4 levels",
+    ),
+    (UNetConfig, {"attention_head_dim": [8, 8]}, "attention_head_dim has 2 values; block_out_channels has 4 levels"),
+    (UNetConfig, {"transformer_layers_per_block": [1, [2], 1, 1]}, "transformer_layers_per_block is [2]" + NUMBER),
+    (UNetConfig, {"attention_head_dim": 7}, "block_out_channels has 320, no multiple of 7 heads and of 32 norm groups"),
+    (UNetConfig, {"norm_num_groups": 48}, "block_out_channels has 320, no multiple of 8 heads and of 48 norm groups"),
+    (VAEConfig, {"down_block_types": ["AttnDownEncoderBlock2D"]}, "down_block_types is 'AttnDownEncoderBlock2D'; did"),
+    (VAEConfig, {"up_block_types": ["UpDecoderBlock2D"] * 2}, "up_block_types has 2 values; block_out_channels has 1"),
+    (VAEConfig, {"block_out_channels": [64, 80]}, "block_out_channels has 80, no multiple of 32 norm groups"),
+    (CLIPTextConfig, {"num_attention_heads": 7}, "hidden_size is 512, no multiple of 7 heads"),
+]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "config", "message"),
+    [(c, {key: value}, f"{key} is {value!r}{rest}") for c, key, value, rest in REFUSED] + INCONSISTENT,
+    ids=lambda value: str(value)[:60],
+)
+def test_what_is_not_supported_is_named(config_class, config, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        config_class.from_dict(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("class_name", MODEL_CLASSES)
+def test_an_empty_config_takes_the_peers_defaults(class_name):
+    config_class, _ = MODEL_CLASSES[class_name]
+    if class_name.startswith("CLIP"):
+        defaults = transformers.CLIPTextConfig().to_dict()
+    else:
+        signature = inspect.signature(getattr(diffusers, class_name).__init__)
+        defaults = {name: p.default for name, p in signature.parameters.items() if name != "self"}
+    wanted = dataclasses.asdict(config_class.from_dict(defaults))
+    ours = dataclasses.asdict(config_class.from_dict({}))
+    assert {**ours, "sample_size": None} == {**wanted, "sample_size": None}  # which is of no account here
+
+
+def test_notes_and_options_that_are_off_are_read_over():
+    off = {
+        "_class_name": "UNet2DConditionModel",
+        "_name_or_path": "/x",
+        "an_option_of_tomorrow": None,
+        "another": False,
+    }
+    assert UNetConfig.from_dict(off) == UNetConfig.from_dict({})

@@ -1,0 +1,58 @@
+"""Fresh random weights for a torch module, the same as our flat parameters, and how far two outputs are apart."""
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from fixtures_folders import randomize
+
+from lcm_jax.interop import names
+from lcm_jax.models import MODEL_CLASSES, Flat, Network
+
+CLIP_PREFIX = "text_model."  # which the peer's class with a projection has, and the one without has not
+
+# Compiles a program that is run once in a third of the time; what is computed stays the same.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def network(peer: torch.nn.Module, **options) -> Network:
+    """Our network of the configuration of a diffusers or transformers model, as its config.json would give it."""
+    config = peer.config.to_dict() if hasattr(peer.config, "to_dict") else dict(peer.config)
+    config_class, model_class = MODEL_CLASSES[type(peer).__name__]
+    return Network(model_class, config_class.from_dict(config), **options)
+
+
+def random_weights(peer: torch.nn.Module, seed: int) -> Flat:
+    """Gives every parameter of `peer` a random value, norms included, and returns them in our names and layout."""
+    randomize(peer.eval(), seed)
+    flat = {}
+    net = network(peer)
+    state = {key.removeprefix(CLIP_PREFIX): tensor for key, tensor in peer.state_dict().items()}
+    for path in net.shapes:
+        tensor = state.pop(names.file_key(path)).numpy()
+        flat[path] = jnp.asarray(np.ascontiguousarray(names.from_file(path, tensor)))
+    assert not [key for key in state if not key.endswith("position_ids")], "the peer has weights that we lack"
+    net.check(flat)
+    return flat
+
+
+def nchw(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 1)))
+
+
+def nhwc(tensor: torch.Tensor) -> np.ndarray:
+    return np.moveaxis(tensor.detach().numpy(), 1, -1)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def assert_close(ours, theirs, tolerance: float = 1e-4) -> None:
+    """max |difference| <= tolerance * max |reference|, of arrays that are finite and not nearly constant."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    assert ours.dtype == np.float32
+    assert np.isfinite(theirs).all()
+    assert theirs.std() > 1e-2 * np.abs(theirs).max(), "a reference that is nearly constant proves nothing"
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    assert error <= tolerance, f"relative error {error:.1e}"

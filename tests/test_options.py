@@ -1,0 +1,197 @@
+"""Every option changes the program: its step, its start, its data or what it leaves behind."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcm_jax import train
+from lcm_jax.blank import write_blank
+from lcm_jax.config import CheckpointConfig, Config, LogConfig, ModelConfig, default_config, from_dict
+from lcm_jax.data.pipeline import DataConfig
+from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.tokenizer import load_tokenizer
+from lcm_jax.previews import make_preview
+from lcm_jax.state import frozen_params, initial_params, initial_state, make_parts
+from lcm_jax.step import make_step
+
+# option -> (another value, the objective under which it counts)
+STEP = {
+    "seed": (1, "lcd"),
+    "objective": ("denoising", "lcd"),
+    "model.dtype": ("bfloat16", "lcd"),
+    "model.remat": ("block", "lcd"),
+    "optimizer.learning_rate": (3e-4, "lcd"),
+    "optimizer.warmup_steps": (3, "lcd"),
+    "optimizer.decay": ("cosine", "lcd"),
+    "optimizer.b1": (0.8, "lcd"),
+    "optimizer.b2": (0.98, "lcd"),
+    "optimizer.eps": (1e-6, "lcd"),
+    "optimizer.weight_decay": (0.1, "lcd"),
+    "optimizer.clip_norm": (0.5, "lcd"),
+    "ema.decay": (0.9, "lcd"),
+    "ema.warmup": (True, "lcd"),
+    "lcd.skip": (10, "lcd"),
+    "lcd.solver": ("dpmpp", "lcd"),
+    "lcd.guidance_min": (2.0, "lcd"),
+    "lcd.guidance_max": (9.0, "lcd"),
+    "lcd.distance": ("l2", "lcd"),
+    "lcd.huber_c": (1e-2, "lcd"),
+    "lcd.timestep_scaling": (5.0, "lcd"),
+    "lcd.empty_prompts": (0.5, "lcd"),
+    "lcd.w_embedding_dim": (0, "lcd"),
+    "denoising.caption_dropping": (0.5, "denoising"),
+    "denoising.min_snr_gamma": (5.0, "denoising"),
+    "denoising.train_text_encoder": (True, "denoising"),
+    "autoencoder.kl_weight": (1e-3, "autoencoder"),
+}
+START = {"lcd.w_embedding_init": "random"}
+ELSEWHERE = {
+    "batch_size": "the shapes of the batch: tests/test_train.py",
+    "model.folder": "tests/test_train.py",
+    "model.attention": "test_the_attention_option_reaches_the_networks",
+    "steps": "test_the_loop_does_what_it_is_told",
+    "max_skipped": "test_max_skipped_is_how_many_steps_are_forgiven",
+    **{f"checkpoint.{f.name}": "test_the_loop_does_what_it_is_told" for f in dataclasses.fields(CheckpointConfig)},
+    **{f"log.{f.name}": "test_the_loop_does_what_it_is_told, test_a_preview_…" for f in dataclasses.fields(LogConfig)},
+    **{f"data.{f.name}": "tests/data/test_pipeline.py" for f in dataclasses.fields(DataConfig)},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return read_folder(write_blank("micro", tmp_path_factory.mktemp("micro") / "teacher"))
+
+
+def configure(folder, changes):
+    tree = default_config().to_dict()
+    tree["model"]["folder"] = str(folder.path)
+    for name, value in changes.items():
+        *section, key = name.split(".")
+        (tree[section[0]] if section else tree)[key] = value
+    return from_dict(tree)
+
+
+def program(folder, changes):
+    """The step's jaxpr, with each number that stands in it."""
+    config = configure(folder, changes)
+    parts = make_parts(config, folder, load_tokenizer(folder))
+    state = jax.eval_shape(lambda: initial_state(config, initial_params(config, parts, folder)))
+    frozen = jax.eval_shape(lambda: frozen_params(config, folder))
+    batch = {
+        "image": jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.uint8),
+        "input_ids": jax.ShapeDtypeStruct((2, 16), jnp.int32),
+    }
+    return str(jax.make_jaxpr(make_step(config, parts))(state, frozen, batch))
+
+
+def test_no_option_is_untested():
+    tree = default_config()
+    names = {
+        f"{section}.{key}" if hasattr(value, "items") else section
+        for section, value in tree.items()
+        for key in (value if hasattr(value, "items") else [None])
+    }
+    assert names == STEP.keys() | START.keys() | ELSEWHERE.keys()
+
+
+@pytest.fixture(scope="module")
+def programs(folder):
+    return {objective: program(folder, {"objective": objective}) for objective in ("lcd", "denoising", "autoencoder")}
+
+
+@pytest.mark.parametrize("option", STEP)
+def test_an_option_changes_the_step(option, folder, programs):
+    value, objective = STEP[option]
+    assert program(folder, {"objective": objective, option: value}) != programs[objective]
+
+
+def test_the_same_options_are_the_same_step(folder, programs):
+    assert program(folder, {}) == programs["lcd"]
+
+
+@pytest.mark.parametrize("option", START)
+def test_an_option_changes_the_start(option, folder):
+    def start(changes):
+        config = configure(folder, changes)
+        return initial_params(config, make_parts(config, folder, load_tokenizer(folder)), folder)
+
+    a, b = start({}), start({option: START[option]})
+    assert any(not np.array_equal(a["unet"][name], b["unet"][name]) for name in a["unet"])
+
+
+def test_the_attention_option_reaches_the_networks(folder):
+    config = configure(folder, {"model.attention": "cudnn"})
+    networks = make_parts(config, folder, load_tokenizer(folder)).networks
+    assert networks["unet"].options["attention"] == networks["teacher"].options["attention"] == "cudnn"
+
+
+def preview(folder, changes):
+    config = configure(folder, changes)
+    parts = make_parts(config, folder, load_tokenizer(folder))
+    state = initial_state(config, initial_params(config, parts, folder))
+    return make_preview(config, parts, load_tokenizer(folder))(state, frozen_params(config, folder))
+
+
+def test_a_preview_follows_its_options(folder):
+    # the w-embedding's projection must not be zero, or guidance would change nothing
+    base = {"log.prompts": ("a red seven",), "log.sample_steps": 2, "lcd.w_embedding_init": "random"}
+    usual = preview(folder, base)
+    assert usual.shape == (1, 32, 32, 3)
+    assert not np.array_equal(preview(folder, {**base, "log.sample_steps": 3}), usual)
+    assert not np.array_equal(preview(folder, {**base, "log.guidance_scale": 2.0}), usual)
+    assert preview(folder, {**base, "log.prompts": ("a red seven", "a blue two")}).shape[0] == 2
+
+
+def leavings(folder, workdir, digits_data_dir, changes):
+    """The names in the workdir after a run of a few steps, and the steps in its TensorBoard file."""
+    config = configure(
+        folder,
+        {
+            "objective": "autoencoder",
+            "batch_size": 8,
+            "data.data_dir": digits_data_dir,
+            "steps": 4,
+            "checkpoint.every": 1,
+            "checkpoint.keep_last": 1,
+            "log.samples_every": 4,
+            "log.every": 4,
+            **changes,
+        },
+    )
+    train.train(config, workdir)
+    checkpoints = {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
+    samples = {path.name for path in (workdir / "samples").iterdir()} if (workdir / "samples").exists() else set()
+    size = sum(path.stat().st_size for path in (workdir / "tensorboard").iterdir())
+    return checkpoints, samples, size
+
+
+def test_the_loop_does_what_it_is_told(folder, tmp_path, digits_data_dir):
+    def run(name, **changes):
+        options = {key.replace("__", "."): value for key, value in changes.items()}
+        return leavings(folder, tmp_path / name, digits_data_dir, options)
+
+    usual = run("usual")
+    assert usual[:2] == ({"4"}, {"step_000004.png"})
+    assert run("steps", steps=3)[0] == {"3"}
+    assert run("keep_last", checkpoint__keep_last=3)[0] == {"2", "3", "4"}
+    assert run("keep_every", checkpoint__keep_every=2)[0] == {"2", "4"}
+    assert run("every", checkpoint__every=3, checkpoint__keep_last=9)[0] == {"3", "4"}
+    assert run("samples", log__samples_every=2)[1] == {"step_000002.png", "step_000004.png"}
+    assert run("no_samples", log__samples_every=0)[1] == set()
+    assert run("log", log__samples_every=0, log__every=1)[2] > run("quiet", log__samples_every=0)[2]
+
+
+@pytest.mark.parametrize("allowed", [1, 3])
+def test_max_skipped_is_how_many_steps_are_forgiven(allowed, folder, tmp_path, digits_data_dir):
+    changes = {"max_skipped": allowed, "autoencoder.kl_weight": 3e38, "steps": 9}
+    with pytest.raises(Exception, match=rf"not finite in {allowed} steps in a row, up to step {allowed};"):
+        leavings(folder, tmp_path, digits_data_dir, changes)
+
+
+def test_config_needs_a_model():
+    with pytest.raises(Exception, match="config.model.folder is empty"):
+        from_dict(default_config().to_dict())
+    assert Config(model=ModelConfig(folder="x")).steps > 0
