@@ -15,6 +15,7 @@ import logging
 import pathlib
 import shutil
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -260,18 +261,27 @@ def _mute_asyncio() -> Iterator[None]:
     """After the first error Orbax neither waits for its other reads nor asks what became of them; Python tells."""
     logger = logging.getLogger("asyncio")
     logger.disabled, before = True, logger.disabled
-    _ignore_closed_loops()
+    _ignore_dropped_reads()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+            yield
     finally:
         logger.disabled = before
 
 
 @functools.cache
-def _ignore_closed_loops() -> None:
+def _ignore_dropped_reads() -> None:
     """For good: such a read may end at any later time, in a thread of TensorStore's."""
     before = sys.unraisablehook
-    sys.unraisablehook = lambda seen: None if str(seen.exc_value) == "Event loop is closed" else before(seen)
+
+    def hook(seen: Any) -> None:
+        code = getattr(seen.object, "cr_code", None)
+        dropped = code is not None and "orbax" in pathlib.PurePath(code.co_filename).parts
+        if not dropped and str(seen.exc_value) != "Event loop is closed":
+            before(seen)
+
+    sys.unraisablehook = hook
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

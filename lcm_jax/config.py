@@ -147,7 +147,7 @@ class Config:
                 raise UserError(f"{name}.{changed[0]} has no effect: objective is {self.objective!r}")
 
 
-_SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+_SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
 _FREE_ON_RESUME = ("steps", "max_skipped", "checkpoint", "log")  # these don't change what a step computes
 
 

@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Returns "; did you mean 'x'?" for the closest of `choices`, and lists them where they are few or none is close."""
+    """Returns "; did you mean 'x'?" for the closest of `choices`; lists them where they are few, or none is close."""
     choices = sorted(choices)
     close = difflib.get_close_matches(word, choices, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""

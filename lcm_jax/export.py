@@ -70,7 +70,7 @@ def recipe_of(config: Config, teacher: Folder, which: str, step: int) -> Recipe:
         guidance_max=lcd.guidance_max,
         solver=lcd.solver,
         skip=lcd.skip,
-        original_inference_steps=teacher.schedule.num_train_timesteps // lcd.skip,
+        original_inference_steps=lcd.solver_steps(teacher.schedule.num_train_timesteps),
         timestep_scaling=lcd.timestep_scaling,
         w_embedding_dim=lcd.w_embedding_dim,
         distance=lcd.distance,

@@ -22,7 +22,6 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
     A consistency model draws `config.log.prompts` in `sample_steps` steps, a diffusion model likewise with DDIM; an
     autoencoder shows training pictures, each followed by its reconstruction.
     """
-    weights = lambda state: state["ema"] or state["params"]
     if config.objective == "autoencoder":
         pictures = next(batches(config.data, tokenize=tokenizer, batch_size=8, seed=SEED))["image"]
         vae = parts.networks["vae"]
@@ -33,7 +32,7 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
             return to_uint8(vae.apply(params, latents, method="to_images"))
 
         def preview(state: State, frozen: dict) -> np.ndarray:
-            decoded = np.asarray(reconstruct(weights(state)["vae"]))
+            decoded = np.asarray(reconstruct(_weights(state)["vae"]))
             return np.stack([pictures, decoded], axis=1).reshape(-1, *pictures.shape[1:])
 
         return preview
@@ -46,11 +45,12 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
     )
     total = parts.schedule.num_train_timesteps
     if config.objective == "lcd":
-        timesteps = lcm_timesteps(config.log.sample_steps, total // config.lcd.skip, total)
+        timesteps = lcm_timesteps(config.log.sample_steps, config.lcd.solver_steps(total), total)
     else:
         timesteps = trailing_timesteps(config.log.sample_steps, total)
+    grid = jnp.asarray(timesteps)
     prompts = list(config.log.prompts) or [""]
-    ids, null_ids = tokenizer(prompts), np.repeat(parts.null_ids, len(prompts), 0)
+    ids, null_ids = jnp.asarray(tokenizer(prompts)), jnp.repeat(parts.null_ids, len(prompts), 0)
     w = jnp.full(len(prompts), config.log.guidance_scale - 1.0, jnp.float32)
     shape = parts.latent_shape(config.data.image_size)
     key_z, key_noise = jax.random.split(jax.random.key(SEED))
@@ -59,9 +59,13 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
     @jax.jit
     def draw(params: dict, frozen: dict) -> jax.Array:
         # the trained weights stand before the frozen ones of the same component
-        return to_uint8(generate(sampler, {**frozen, **params}, ids, null_ids, w, timesteps, z_T, key_noise))
+        return to_uint8(generate(sampler, {**frozen, **params}, ids, null_ids, w, grid, z_T, key_noise))
 
-    return lambda state, frozen: np.asarray(draw(weights(state), frozen))
+    return lambda state, frozen: np.asarray(draw(_weights(state), frozen))
+
+
+def _weights(state: State) -> dict:
+    return state["ema"] or state["params"]
 
 
 def to_uint8(images: jax.Array) -> jax.Array:

@@ -81,7 +81,8 @@ def test_a_wrong_file_or_variant_is_named(name, said):
 def test_a_config_file_that_fails_is_one_line(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from lcm_jax.config import default_config\ndef get_config():\n  c = default_config()\n  c.stesp = 3\n  return c\n"
+        "from lcm_jax.config import default_config\n"
+        "def get_config():\n  config = default_config()\n  config.stesp = 3\n  return config\n"
     )
     with pytest.raises(UserError, match="stesp") as error:
         config_lib.load(str(file))

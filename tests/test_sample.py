@@ -51,7 +51,7 @@ def test_options_of_a_diffusion_model(teacher_folder, tmp_path):
         (["--negative_prompt=ugly"], "takes no negative_prompt"),
         (["--out=picture.jpg"], "should end in .png"),
         (["--step=4"], "there is no option --step=4; did you mean '--steps'"),
-        (["--out=/proc/nowhere/x.png"], "/proc/nowhere"),
+        (["--steps=1", "--out=/proc/nowhere/x.png"], "/proc/nowhere"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
