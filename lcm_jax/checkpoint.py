@@ -111,23 +111,27 @@ class Checkpoints:
         content = {"leaves": {name: [*leaf, value] for (name, leaf), value in sums}, "data": data_state}
         content = json.loads(json.dumps(content))  # as it will be read, so that its checksum will be the same
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        arguments["meta"] = ocp.args.JsonSave({"content": content, "crc": _crc(content)})
+        meta = ocp.args.JsonSave({"content": content, "crc": _crc(content)})
         try:
-            self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+            self._manager.save(step, args=ocp.args.Composite(**arguments, meta=meta), force=True)
         except Exception as error:
             raise self._failed(error) from None
 
     def wait(self) -> None:
         """Waits until everything is on disk. Raises UserError if writing failed; older checkpoints stay good."""
+        if self._open is None:
+            return
         try:
-            self._manager.wait_until_finished()
+            self._open.wait_until_finished()
         except Exception as error:
             raise self._failed(error) from None
 
     def close(self) -> None:
         """Waits, and ends the writing threads."""
         self.wait()
-        self._manager.close()
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
     def _failed(self, error: Exception) -> UserError:
         good = good_steps(self.folder)
@@ -166,9 +170,12 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> pathlib.Path:
         target = self.folder / f"{step}.damaged"
-        if target.exists():
-            shutil.rmtree(target)
-        return (self.folder / str(step)).rename(target)
+        try:
+            if target.exists():
+                shutil.rmtree(target)
+            return (self.folder / str(step)).rename(target)
+        except OSError as error:
+            raise UserError(f"{target} can't be written: {error.strerror or error}") from None
 
 
 def good_steps(folder: pathlib.Path) -> list[int]:

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +17,10 @@ LABEL = 14  # pixels of a label's line
 def grid(
     images: UInt8[np.ndarray, "n h w 3"], columns: int = 8, *, scale: int = 1, labels: Sequence[str] | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Lays pictures out row by row on white, enlarged `scale` times without smoothing, each above its label."""
+    """Lays pictures out row by row on white, enlarged `scale` times without smoothing, each above its label.
+
+    A label is one line, cut where its picture ends; there is one for each picture or none at all.
+    """
     if scale > 1:
         images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     n, h, w, _ = images.shape
@@ -26,32 +28,33 @@ def grid(
     rows = -(-n // columns)
     cell = h + (LABEL if labels else 0)
     sheet = np.full((rows * (cell + GAP) - GAP, columns * (w + GAP) - GAP, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * (cell + GAP), i % columns * (w + GAP)
+    corners = [(i // columns * (cell + GAP), i % columns * (w + GAP)) for i in range(n)]
+    for image, (top, left) in zip(images, corners, strict=True):
         sheet[top : top + h, left : left + w] = image
     if not labels:
         return sheet
     canvas = Image.fromarray(sheet)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(10)
-    for i, label in enumerate(labels):
-        while label and pen.textlength(label, font=font) > w:
-            label = label[:-1]
-        pen.text((i % columns * (w + GAP), i // columns * (cell + GAP) + h), label, fill="black", font=font)
-    return np.asarray(canvas)
+    for text, (top, left) in zip(labels, corners, strict=True):
+        text = " ".join(text.split())
+        while pen.textlength(text, font=font) > w:
+            text = text[:-1]
+        pen.text((left, top + h), text, fill="black", font=font)
+    return np.array(canvas)
 
 
 def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"]) -> None:
     """Writes a PNG beside `path` and renames it there; makes the folder. Raises UserError where that can't be done."""
     path = pathlib.Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(suffix=".png.tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray(image).save(file, format="PNG")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        try:
+            Image.fromarray(image).save(temporary, format="PNG")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except FileExistsError:
+        raise UserError(f"{path} can't be written: {path.parent} is a file") from None
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         raise UserError(f"{path} can't be written: {error.strerror or error}") from None

@@ -1,30 +1,66 @@
-"""A run's curves and pictures for TensorBoard, in `<workdir>/tensorboard`."""
+"""A run's curves and pictures for TensorBoard, in `<workdir>/tensorboard`.
 
+tensorboardX's SummaryWriter hands events to a thread of its own: when the disk is full that thread dies, and the run
+then waits for it without end. Here each event is on disk when a method returns, or the method says why not.
+"""
+
+import contextlib
 import pathlib
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from jaxtyping import UInt8
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import RecordWriter
+
+from lcm_jax.errors import UserError
 
 
 class Metrics:
     """Writes scalars and pictures by step. A resumed run hides what an earlier one wrote beyond its start."""
 
     def __init__(self, workdir: pathlib.Path, start_step: int = 0) -> None:
-        """Args: the run's folder; the number of steps done, after which older points are stale."""
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        """Args: the run's folder; the number of steps done, after which older points are stale.
+
+        Raises: UserError, here and below, if the file can't be written.
+        """
+        self._folder = workdir / "tensorboard"
+        with self._one_line():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # read in the order of names: nanoseconds, since two runs may start within one second
+            name = f"events.out.tfevents.{time.time_ns() / 1e9:.9f}.{socket.gethostname()}"
+            self._file = RecordWriter(str(self._folder / name))
+        started = SessionLog(status=SessionLog.START)  # TensorBoard drops older points at and after this event's step
+        self._write(Event(file_version="brain.Event:2"), Event(step=start_step + 1, session_log=started))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point to each curve."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        points = [summary.scalar(name, value) for name, value in values.items()]
+        self._write(*(Event(step=step, summary=point) for point in points))
 
     def images(self, step: int, name: str, images: UInt8[np.ndarray, "n h w 3"]) -> None:
-        """Adds pictures under one name."""
-        self._writer.add_images(name, images, step, dataformats="NHWC")
-        self._writer.flush()
+        """Adds pictures under one name, eight a row."""
+        sheet = summary.image(name, images, dataformats="NHWC")
+        self._write(Event(step=step, summary=sheet))
 
     def close(self) -> None:
-        """Writes out what is still in memory."""
-        self._writer.close()
+        """Closes the file."""
+        with self._one_line():
+            self._file.close()
+
+    def _write(self, *events: Event) -> None:
+        with self._one_line():
+            for event in events:
+                event.wall_time = time.time()
+                self._file.write(event.SerializeToString())
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._folder} can't be written: {error.strerror or error}") from None

@@ -1,11 +1,12 @@
 """What a person sees of a run: a bar with loss, images/s and ETA on a terminal, else a plain line now and then."""
 
 import collections
+import math
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 LINE_EVERY = 10.0  # seconds between plain lines
@@ -19,15 +20,15 @@ class Progress:
         """Args: the run's steps, those done before, images a step; the console for tests."""
         self.total, self.batch_size = total_steps, batch_size
         self._console = console or Console()
-        self._start, self._line = time.perf_counter(), 0.0
-        self._times: collections.deque[tuple[int, float]] = collections.deque(maxlen=WINDOW)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[says]}"), TimeRemainingColumn())
+        self._start, self._line = time.perf_counter(), -math.inf
+        self._times: collections.deque[tuple[int, float]] = collections.deque(maxlen=WINDOW + 1)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[says]}", markup=False))
         self._bar = Bar(*columns, console=self._console, transient=False) if self._console.is_terminal else None
         if self._bar:
-            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, says="compiling …")
+            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, says="compiling")
 
     def __enter__(self) -> "Progress":
-        self.say("Compiling the step …")
+        self.say("Compiling the step ...")
         if self._bar:
             self._bar.start()
         return self
@@ -39,24 +40,29 @@ class Progress:
             self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Prints a line above the bar."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        """Prints a line as it is; above the bar where there is one."""
+        self._console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def update(self, step: int, loss: float) -> float:
-        """Notes that `step` steps are done; returns images/s over the last steps (nan until there are two)."""
+        """Notes that `step` steps are done; returns images/s over the last WINDOW steps (nan until there are two).
+
+        Time is measured from the end of the first step on, which is the one that waits for the compiler.
+        """
         now = time.perf_counter()
         if not self._times:
             self.say(f"First step after {now - self._start:.1f} s")
         self._times.append((step, now))
-        (first, then), count = self._times[0], len(self._times)
-        rate = (step - first) * self.batch_size / (now - then) if count > 1 else float("nan")
-        says = f"loss {loss:.4g}  {rate:.1f} images/s" if count > 1 else f"loss {loss:.4g}"
+        first, then = self._times[0]
+        seconds = now - then
+        rate = (step - first) * self.batch_size / seconds if seconds > 0 else math.nan
+        says = f"loss {loss:.4g}"
+        if rate > 0:
+            says += f"  {rate:.1f} images/s  {_clock((self.total - step) * self.batch_size / rate)} left"
         if self._bar:
             self._bar.update(self._task, completed=step, says=says)
         elif now - self._line >= LINE_EVERY or step == self.total:
             self._line = now
-            left = f"  {_clock((self.total - step) * self.batch_size / rate)} left" if count > 1 else ""
-            self.say(f"step {step}/{self.total}  {says}{left}")
+            self.say(f"step {step}/{self.total}  {says}")
         return rate
 
 

@@ -4,7 +4,8 @@ last part (kernel for weight, …); everything is NHWC; no network knows of diff
 from lcm_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from lcm_jax.models.functional import Flat, Network
 from lcm_jax.models.policy import FP32, Policy
-from lcm_jax.models.unet import UNet2DConditionModel, UNetConfig
+from lcm_jax.models.unet import UNet2DConditionModel
+from lcm_jax.models.unet_config import UNetConfig
 from lcm_jax.models.vae import AutoencoderKL, VAEConfig
 
 MODEL_CLASSES = {

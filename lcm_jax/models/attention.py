@@ -1,5 +1,7 @@
 """Attention over a flattened grid, and the transformer that the UNet puts after its residual blocks."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,8 @@ from jaxtyping import Array, Float
 
 from lcm_jax.models.layers import GroupNorm, conv
 from lcm_jax.models.policy import Policy
+
+Implementation = Literal["xla", "cudnn"]  # of jax.nn.dot_product_attention
 
 
 class Attention(nnx.Module):
@@ -20,12 +24,13 @@ class Attention(nnx.Module):
         head_dim: int,
         *,
         bias: bool,
-        implementation: str,
+        implementation: Implementation,
         policy: Policy,
         rngs: nnx.Rngs,
     ) -> None:
         inner, dtype = heads * head_dim, policy.compute
-        self.heads, self.implementation = heads, implementation
+        self.heads = heads
+        self.implementation: Implementation = implementation
         self.to_q = nnx.Linear(dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
         self.to_k = nnx.Linear(context_dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
         self.to_v = nnx.Linear(context_dim, inner, use_bias=bias, dtype=dtype, rngs=rngs)
@@ -73,7 +78,7 @@ class BasicTransformerBlock(nnx.Module):
         heads: int,
         head_dim: int,
         *,
-        implementation: str,
+        implementation: Implementation,
         policy: Policy,
         rngs: nnx.Rngs,
     ) -> None:
@@ -104,7 +109,7 @@ class Transformer2DModel(nnx.Module):
         *,
         groups: int,
         linear: bool,
-        implementation: str,
+        implementation: Implementation,
         policy: Policy,
         rngs: nnx.Rngs,
     ) -> None:

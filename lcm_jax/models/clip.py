@@ -69,9 +69,11 @@ class _SelfAttention(nnx.Module):
     """Causal: a token sees those before it and itself."""
 
     def __init__(self, config: CLIPTextConfig, *, policy: Policy, rngs: nnx.Rngs) -> None:
-        self.heads = config.num_attention_heads
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, nnx.Linear(config.hidden_size, config.hidden_size, dtype=policy.compute, rngs=rngs))
+        self.heads, width, dtype = config.num_attention_heads, config.hidden_size, policy.compute
+        self.q_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.k_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.v_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.out_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q_proj, self.k_proj, self.v_proj))

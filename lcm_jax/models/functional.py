@@ -39,6 +39,16 @@ def _natural(path: str) -> list[tuple[bool, Any]]:
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in path.split(".")]
 
 
+class _OneKey(nnx.Rngs):
+    """Gives every initializer the same key: for an abstract model, whose values nobody sees.
+
+    The counter of nnx.Rngs would be traced, at a cost quadratic in the number of parameters (a minute for SDXL).
+    """
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
 class Network:
     """A model class with its configuration, applied to flat parameters; cheap, and free of arrays.
 
@@ -50,7 +60,7 @@ class Network:
     def __init__(self, model_class: type[nnx.Module], config: Any, *, policy: Policy = FP32, **options: Any) -> None:
         self.model_class, self.config, self.policy, self.options = model_class, config, policy, options
         self._make = functools.partial(model_class, config, policy=policy, **options)
-        abstract = nnx.eval_shape(lambda: self._make(rngs=nnx.Rngs(0)))
+        abstract = nnx.eval_shape(lambda: self._make(rngs=_OneKey()))
         self._graphdef, state = nnx.split(abstract)
         self.shapes: dict[str, jax.ShapeDtypeStruct] = flatten(state)
 
