@@ -8,15 +8,24 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUNS ?= runs
 
+PROMPTS := --prompt="a red seven on a blue background" --prompt="a white three on a black background" \
+  --prompt="a yellow five on a green background" --prompt="a black zero on a cyan background" \
+  --prompt="a magenta nine on a white background" --prompt="a green two on a yellow background" \
+  --prompt="a blue eight on a white background" --prompt="a cyan four on a red background" \
+  --prompt="a black six on a yellow background"
+
 .PHONY: demo test lint teacher clean
 
 demo: .venv/demo
 	$(BIN)/python -m lcm_jax.train --config=configs/digits.py --workdir=$(RUNS)/digits
 	$(BIN)/python -m lcm_jax.export --workdir=$(RUNS)/digits --out=$(RUNS)/digits/lcm
 	$(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm --prompt="a red seven on a blue background" --steps=4 --seed=0 --out=seven.png
+	$(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm $(PROMPTS) --steps=4 --seed=0 --scale=4 --out=digits.png
 	@echo
-	@echo "The model: $(RUNS)/digits/lcm   its picture: seven.png   samples while training: $(RUNS)/digits/samples"
-	@echo "More: $(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm --prompt='a yellow three on a black background' --out=three.png"
+	@echo "The four-step model:     $(RUNS)/digits/lcm (diffusers loads it too)"
+	@echo "What it draws:           seven.png (32 x 32), digits.png (nine prompts, enlarged)"
+	@echo "Samples while training:  $(RUNS)/digits/samples   curves: $(RUNS)/digits/tensorboard"
+	@echo "Draw more:               $(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm --prompt='a yellow three on a black background' --scale=8 --out=three.png"
 
 test: .venv/test lint
 	$(BIN)/python -m pytest

@@ -311,4 +311,6 @@ def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:
 
 
 def _line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+    """One line, without the array's description that TensorStore adds; of a long message the end says most."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).partition(" [tensorstore_spec")[0]
+    return text if len(text) <= 240 else f"{text[:50]} ... {text[-180:]}"

@@ -64,7 +64,7 @@ def recipe_of(config: Config, teacher: Folder, which: str, step: int) -> Recipe:
     """Returns what lcm_jax.json says about a distillation."""
     lcd = config.lcd
     return Recipe(
-        teacher=config.model.folder,
+        teacher=teacher.path.name if pathlib.Path(config.model.folder).is_dir() else config.model.folder,
         weights=which,
         guidance_min=lcd.guidance_min,
         guidance_max=lcd.guidance_max,

@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("sample.png"), help="default: sample.png")
+    parser.add_argument("--scale", type=int, default=1, help="enlarge small pictures so many times (default: 1)")
     parser.add_argument("--negative_prompt", help="what guidance leads away from; not for a consistency model")
     parser.add_argument("--height", type=int, help="in pixels (default: what the model was trained for)")
     parser.add_argument("--width", type=int)
@@ -38,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out={args.out} should end in .png")
+    if args.scale < 1:
+        raise UserError(f"--scale={args.scale} must be at least 1")
     compile_cache.enable()
     pipe = load_pipeline(args.model, dtype=args.dtype)
     pictures = pipe(
@@ -51,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         timesteps=args.timesteps,
         sampler=args.sampler,
     )
-    write_png(args.out, grid(pictures, columns=math.ceil(math.sqrt(len(pictures)))))
+    write_png(args.out, grid(pictures, columns=math.ceil(math.sqrt(len(pictures))), scale=args.scale))
     what = "picture is" if len(pictures) == 1 else f"{len(pictures)} pictures are"
     print(f"The {what} in {args.out}")
     return 0

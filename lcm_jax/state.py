@@ -81,7 +81,9 @@ def make_parts(config: Config, folder: Folder, tokenizer: Tokenizer) -> Parts:
         networks["unet"] = Network(
             teacher.model_class, student, policy=policy, remat=config.model.remat, attention=config.model.attention
         )
-    return Parts(networks, folder.schedule, tokenizer([""]))
+    parts = Parts(networks, folder.schedule, tokenizer([""]))
+    parts.latent_shape(config.data.image_size)  # an error now, not in the middle of the first step
+    return parts
 
 
 def initial_params(config: Config, parts: Parts, folder: Folder) -> dict[str, Flat]:

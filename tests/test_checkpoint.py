@@ -1,9 +1,11 @@
 """Checkpoints: the same bits back, and what happens when a file, a disk or a process fails."""
 
 import contextlib
+import gc
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -28,12 +30,12 @@ DATA = {"position": 7, "nested": {"2": [1, 2], "10": "ü"}}
 
 
 def make_state(seed=0, ema=True, optimizer=True, sharding=None):
-    """A micro state of a run with keys that sort unlike numbers, and values that a cast or a comparison would lose."""
+    """A micro state of a run: keys that sort unlike numbers, arrays on both sides of what Orbax puts into one file."""
     rng = np.random.default_rng(seed)
     sharding = sharding or SingleDeviceSharding(jax.devices()[0])
     params = {
         "unet": {f"down_blocks.{i}.kernel": rng.standard_normal((4, 8)).astype(np.float32) for i in ("2", "10", "1")},
-        "text_encoder": {"embedding": rng.standard_normal((16, 8)).astype(np.float32)},
+        "text_encoder": {"embedding": rng.standard_normal((64, 32)).astype(np.float32)},
     }
     params = jax.device_put(params, sharding)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1e-3, 5)))
@@ -249,7 +251,8 @@ def test_damaged_newest_is_named_and_the_one_before_is_used(workdir, file, harm,
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("warning: the checkpoint of step 3 is damaged (")
-    assert "(); " not in err
+    assert re.search(r"damaged \(.{15,}\); ", err)
+    assert "tensorstore_spec" not in err
     assert err.endswith(f"); going on from step 2; it is kept as {folder}/3.damaged\n")
     assert len(err) < 500
     assert not (folder / "3").exists()
@@ -264,7 +267,7 @@ def test_damaged_newest_is_named_and_the_one_before_is_used(workdir, file, harm,
     assert contents(folder / "3.damaged") == content
 
 
-def test_no_bit_of_any_file_changes_the_state_unseen(three, tmp_path):
+def test_no_bit_of_any_file_changes_the_state_unseen(three, tmp_path, caplog):
     """Files that Orbax doesn't need may be harmed; then the state is whole."""
     step_folder = three / "checkpoints" / "3"
     files = [path.relative_to(step_folder) for path in sorted(step_folder.rglob("*")) if path.is_file()]
@@ -290,6 +293,8 @@ def test_no_bit_of_any_file_changes_the_state_unseen(three, tmp_path):
     refused = f"{target.parent}: no checkpoint is whole"
     assert set(outcomes) == {"whole", refused}
     assert outcomes.count(refused) > 20
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records] == []  # nor do asyncio and Orbax complain
     assert len(files) > 30
 
 
@@ -379,7 +384,7 @@ def _other_optimizer(state):
         (_add, r"\['params'\]\['unet'\]\['down_blocks.11.kernel'\] is absent there, float32 \(4, 8\) in this run"),
         (_reshape, r"\['down_blocks.10.kernel'\] is float32 \(4, 8\) there, float32 \(8, 4\) in this run"),
         (_cast, r"\['down_blocks.10.kernel'\] is float32 \(4, 8\) there, bfloat16 \(4, 8\) in this run"),
-        (_no_ema, r"\['ema'\]\['text_encoder'\]\['embedding'\] is float32 \(16, 8\) there, absent in this run"),
+        (_no_ema, r"\['ema'\]\['text_encoder'\]\['embedding'\] is float32 \(64, 32\) there, absent in this run"),
         (_other_optimizer, r"\['opt_state'\].* is absent there"),
     ],
 )
@@ -493,7 +498,7 @@ def test_a_full_disk(workdir):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, old[1]))
     try:
         checkpoints.save(4, state, DATA)
-        with pytest.raises(UserError, match=r"could not be written to .*: .+; the checkpoint of step 3 is good"):
+        with pytest.raises(UserError, match=r"could not be written to .*File too large.*; the checkpoint of step 3 is"):
             checkpoints.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -516,17 +521,19 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 # ---- in a process of its own
 
 QUIET = """
-import sys, pathlib, test_checkpoint as t
+import gc, sys, pathlib, test_checkpoint as t
 workdir = pathlib.Path(sys.argv[1])
-t.save(workdir, 3, 4, keep_last=2)
+t.save(workdir, 3, 4, 5, keep_last=3)
 t.flip(t.FILES["params"](workdir / "checkpoints" / "4"))
+t.FILES["manifest"](workdir / "checkpoints" / "5").unlink()  # Orbax fails in several reads at once
 assert t.restore(workdir)[2] == 3
 t.restore_params(workdir, "ema")
+gc.collect()
 async def fail(*args, **kwargs):
     raise OSError(28, "No space left on device")
 t.serialization.async_serialize_from_host = fail
 try:
-    t.save(workdir, 5)
+    t.save(workdir, 6)
 except t.UserError as error:
     print(f"error: {error}", file=sys.stderr)
 else:
@@ -553,7 +560,7 @@ def run_script(script, workdir):
 def test_nothing_but_our_own_lines_on_the_terminal(tmp_path):
     done = run_script(QUIET, tmp_path)
     assert done.stdout == ""
-    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["warning", "error"], done.stderr
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["warning", "warning", "error"], done.stderr
     assert done.returncode == 0
 
 

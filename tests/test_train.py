@@ -52,9 +52,24 @@ def options(teacher, digits_data_dir):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(options, tmp_path_factory):
+def quick(teacher, digits_data_dir):
+    """The same loop around the smallest step there is."""
+    return [
+        f"--config={ROOT}/configs/digits_teacher.py:vae",
+        f"--config.model.folder={teacher}",
+        f"--config.data.data_dir={digits_data_dir}",
+        "--config.batch_size=8",
+        "--config.steps=6",
+        "--config.optimizer.decay=constant",
+        "--config.checkpoint.every=2",
+        "--config.log.samples_every=0",
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(quick, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    assert cli.run(train.main, [*options, f"--workdir={workdir}", "--config.log.samples_every=3"]) == 0
+    assert cli.run(train.main, [*quick, f"--workdir={workdir}", "--config.log.samples_every=3"]) == 0
     return workdir
 
 
@@ -89,9 +104,13 @@ def start(options, workdir, *more):
     )
 
 
-def wait_for(workdir, step, process):
+def newest(workdir):
+    return max(checkpoint.good_steps(workdir / "checkpoints"), default=0)
+
+
+def wait_for_another(workdir, before, process):
     deadline = time.monotonic() + 240
-    while not (workdir / "checkpoints" / str(step)).is_dir():
+    while newest(workdir) <= before:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -105,71 +124,66 @@ def test_a_run_leaves_what_it_says(uninterrupted):
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir() if p.name.isdigit()) == ["4", "6"]
 
 
-def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, options, capsys):
+def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, quick, capsys):
     before = everything(uninterrupted)[2]
-    assert cli.run(train.main, [*options, f"--workdir={uninterrupted}", "--config.log.samples_every=3"]) == 0
+    assert cli.run(train.main, [*quick, f"--workdir={uninterrupted}", "--config.log.samples_every=3"]) == 0
     assert everything(uninterrupted)[2] == before
     assert "lcm_jax.export" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_saves_and_ends_bit_identical(number, uninterrupted, options, tmp_path):
-    process = start([*options, "--config.steps=400"], tmp_path)
-    wait_for(tmp_path, 2, process)
-    process.send_signal(number)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + number, output
-    stopped = int(re.search(r"Stopped at step (\d+) of 400, saved", output)[1])
-    assert everything(tmp_path)[2] == stopped
-    # the comparison runs as far as the stopped one came
-    longer = tmp_path / "longer"
-    steps = f"--config.steps={stopped + 2}"
-    assert cli.run(train.main, [*options, steps, f"--workdir={tmp_path}"]) == 0
-    assert cli.run(train.main, [*options, steps, f"--workdir={longer}", "--config.checkpoint.every=1000"]) == 0
-    assert_same_bits(tmp_path, longer)
+def test_a_run_that_is_stopped_twice_and_killed_ends_bit_identical(options, tmp_path):
+    """SIGTERM, Ctrl-C and kill -9, each after another checkpoint, against a run that nobody touched."""
+    options = [*options, "--config.steps=60", "--config.checkpoint.every=10"]
+    workdir, reference = tmp_path / "stopped", tmp_path / "reference"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        before = newest(workdir)
+        process = start(options, workdir)
+        wait_for_another(workdir, before, process)
+        process.send_signal(number)
+        output = process.communicate(timeout=240)[0]
+        if number == signal.SIGKILL:
+            continue
+        assert process.returncode == 128 + number, output
+        stopped = int(re.search(r"Stopped at step (\d+) of 60, saved", output)[1])
+        assert before < stopped < 60
+        assert everything(workdir)[2] == stopped
+    for folder in (workdir, reference):
+        process = start(options, folder)
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
+        assert "Done: 60 steps" in output
+    assert_same_bits(workdir, reference)
 
 
-def test_a_killed_run_ends_bit_identical(uninterrupted, options, tmp_path):
-    process = start([*options, "--config.steps=400"], tmp_path)
-    wait_for(tmp_path, 4, process)
-    process.kill()
-    process.communicate()
-    steps = everything(tmp_path)[2] + 3
-    assert cli.run(train.main, [*options, f"--config.steps={steps}", f"--workdir={tmp_path}"]) == 0
-    longer = tmp_path / "longer"
-    assert cli.run(train.main, [*options, f"--config.steps={steps}", f"--workdir={longer}"]) == 0
-    assert_same_bits(tmp_path, longer)
-
-
-def test_grids_and_logging_use_no_training_key(uninterrupted, options, tmp_path):
+def test_grids_and_logging_use_no_training_key(uninterrupted, quick, tmp_path):
     more = ["--config.log.every=1000", "--config.checkpoint.every=3"]
-    assert cli.run(train.main, [*options, *more, f"--workdir={tmp_path}"]) == 0
+    assert cli.run(train.main, [*quick, *more, f"--workdir={tmp_path}"]) == 0
     assert_same_bits(tmp_path, uninterrupted)
 
 
-def test_another_seed_is_another_run(uninterrupted, options, tmp_path):
-    assert cli.run(train.main, [*options, "--config.seed=1", f"--workdir={tmp_path}"]) == 0
+def test_another_seed_is_another_run(uninterrupted, quick, tmp_path):
+    assert cli.run(train.main, [*quick, "--config.seed=1", f"--workdir={tmp_path}"]) == 0
     a, b = everything(tmp_path)[0], everything(uninterrupted)[0]
     assert any(a[name].tobytes() != b[name].tobytes() for name in a)
 
 
-def test_a_flipped_bit_in_the_newest_checkpoint_costs_its_steps_only(options, uninterrupted, tmp_path, capsys):
+def test_a_flipped_bit_in_the_newest_checkpoint_costs_its_steps_only(quick, uninterrupted, tmp_path, capsys):
     workdir = tmp_path / "run"
-    assert cli.run(train.main, [*options, f"--workdir={workdir}"]) == 0
+    assert cli.run(train.main, [*quick, f"--workdir={workdir}"]) == 0
     largest = max((workdir / "checkpoints" / "6").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    assert cli.run(train.main, [*options, f"--workdir={workdir}"]) == 0
+    assert cli.run(train.main, [*quick, f"--workdir={workdir}"]) == 0
     assert "6" in capsys.readouterr().err
     assert_same_bits(workdir, uninterrupted)
 
 
-def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_last_good_checkpoint(options, tmp_path, capsys):
+def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_last_good_checkpoint(quick, tmp_path, capsys):
     good = ["--config.steps=2", f"--workdir={tmp_path}"]
-    assert cli.run(train.main, [*options, *good, "--config.optimizer.learning_rate=1e30"]) in (0, 2)
+    assert cli.run(train.main, [*quick, *good, "--config.optimizer.learning_rate=1e30"]) in (0, 2)
     more = ["--config.steps=60", f"--workdir={tmp_path}", "--config.optimizer.learning_rate=1e30"]
-    assert cli.run(train.main, [*options, *more]) == 2
+    assert cli.run(train.main, [*quick, *more]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "not finite in 5 steps in a row" in error
     assert "learning_rate" in error
@@ -185,8 +199,8 @@ def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_last_good_chec
         ("--config.data.image_size=30", "config.data.image_size=30"),
     ],
 )
-def test_bad_input_is_one_line(option, said, options, tmp_path, capsys):
-    assert cli.run(train.main, [*options, option, f"--workdir={tmp_path / 'run'}"]) == 2
+def test_bad_input_is_one_line(option, said, quick, tmp_path, capsys):
+    assert cli.run(train.main, [*quick, option, f"--workdir={tmp_path / 'run'}"]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert said in error[-1]
     assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())
@@ -199,13 +213,13 @@ def test_a_batch_is_divided_by_all_devices():
         ALL_DEVICES(7)
 
 
-def test_an_unwritable_workdir_is_one_line(options, tmp_path, capsys):
+def test_an_unwritable_workdir_is_one_line(quick, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert cli.run(train.main, [*options, f"--workdir={tmp_path / 'file' / 'run'}"]) == 2
+    assert cli.run(train.main, [*quick, f"--workdir={tmp_path / 'file' / 'run'}"]) == 2
     assert "can't be written" in capsys.readouterr().err
 
 
-def test_a_workdir_of_another_configuration_is_one_line(uninterrupted, options, capsys):
-    assert cli.run(train.main, [*options, "--config.lcd.skip=10", f"--workdir={uninterrupted}"]) == 2
-    assert "holds a run with config.lcd.skip=20, not 10" in capsys.readouterr().err
-    assert json.loads((uninterrupted / "config.json").read_text())["lcd"]["skip"] == 20
+def test_a_workdir_of_another_configuration_is_one_line(uninterrupted, quick, capsys):
+    assert cli.run(train.main, [*quick, "--config.ema.decay=0.5", f"--workdir={uninterrupted}"]) == 2
+    assert "holds a run with config.ema.decay=0.99, not 0.5" in capsys.readouterr().err
+    assert json.loads((uninterrupted / "config.json").read_text())["ema"]["decay"] == 0.99

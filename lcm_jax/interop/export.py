@@ -37,7 +37,7 @@ class Recipe:
     """How a consistency model was distilled: the content of lcm_jax.json.
 
     Attributes:
-      teacher: the folder or hub id that it was distilled from, as the user gave it.
+      teacher: the hub id that it was distilled from, or the folder's name.
       weights: "ema" or "student".
       guidance_min, guidance_max: the trained range of guidance_scale (w + 1).
       solver: psi, "ddim", "dpm" or "dpmpp".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = 
     Raises:
       UserError: the files are missing or broken.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it says that PyTorch is missing, which is meant so
     from transformers import CLIPTokenizer  # imported late: it takes half a second
 
     directory = folder.path / name

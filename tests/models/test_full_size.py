@@ -1,12 +1,15 @@
-"""The published models: the names and shapes of every parameter are the peer's. No weights are made."""
+"""The published models: names and shapes of all parameters and eps of all norms are the peer's. No weights are made."""
 
 import diffusers
 import pytest
 import torch
 import transformers
+from flax import nnx
 from torch_weights import CLIP_PREFIX, network
 
 from lcm_jax.interop import names
+from lcm_jax.models.functional import unflatten
+from lcm_jax.models.layers import GroupNorm
 
 # The values of the published config.json files.
 SD15_UNET = {
@@ -127,11 +130,23 @@ CASES = {  # class, config.json, millions of parameters as published
 
 
 @pytest.mark.parametrize(("peer_class", "config", "millions"), CASES.values(), ids=CASES)
-def test_names_and_shapes_are_the_peers(peer_class, config, millions):
+def test_structure_is_the_peers(peer_class, config, millions):
     with torch.device("meta"):
         is_clip = issubclass(peer_class, transformers.PreTrainedModel)
         peer = peer_class(transformers.CLIPTextConfig(**config)) if is_clip else peer_class(**config)
-    ours = {names.file_key(path): names.file_shape(path, leaf.shape) for path, leaf in network(peer).shapes.items()}
+    net = network(peer)
+    ours = {names.file_key(path): names.file_shape(path, leaf.shape) for path, leaf in net.shapes.items()}
     theirs = {key.removeprefix(CLIP_PREFIX): tuple(tensor.shape) for key, tensor in peer.named_parameters()}
     assert ours == theirs
     assert sum(p.numel() for p in peer.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+    # 1e-5 or 1e-6: too small a difference for outputs to show
+    modules = nnx.iter_modules(nnx.merge(net._graphdef, unflatten(net.shapes)))
+    ours = {".".join(map(str, path)): eps(m) for path, m in modules if isinstance(m, (GroupNorm, nnx.LayerNorm))}
+    norms = (torch.nn.GroupNorm, torch.nn.LayerNorm)
+    theirs = {key.removeprefix(CLIP_PREFIX): m.eps for key, m in peer.named_modules() if isinstance(m, norms)}
+    assert ours == theirs
+
+
+def eps(norm: GroupNorm | nnx.LayerNorm) -> float:
+    return norm.eps if isinstance(norm, GroupNorm) else norm.epsilon
