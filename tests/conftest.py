@@ -24,3 +24,17 @@ def digits_data_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     open_source("captioned_digits", data_dir=str(root))
     return str(root)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs of the train command take one device: eight copies of each array make Orbax slow and nothing clearer."""
+    import jax
+    import numpy as np
+
+    from lcm_jax import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+        patch.setattr(train, "data_mesh", lambda batch_size: mesh)
+        yield

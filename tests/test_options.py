@@ -168,6 +168,7 @@ def leavings(folder, workdir, digits_data_dir, changes):
     return checkpoints, samples, size
 
 
+@pytest.mark.usefixtures("one_device")
 def test_the_loop_does_what_it_is_told(folder, tmp_path, digits_data_dir):
     def run(name, **changes):
         options = {key.replace("__", "."): value for key, value in changes.items()}
@@ -184,6 +185,7 @@ def test_the_loop_does_what_it_is_told(folder, tmp_path, digits_data_dir):
     assert run("log", log__samples_every=0, log__every=1)[2] > run("quiet", log__samples_every=0)[2]
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("allowed", [1, 3])
 def test_max_skipped_is_how_many_steps_are_forgiven(allowed, folder, tmp_path, digits_data_dir):
     changes = {"max_skipped": allowed, "autoencoder.kl_weight": 3e38, "steps": 9}

@@ -23,14 +23,7 @@ ALL_DEVICES = train.data_mesh
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Most runs here take one device: eight copies of each array make Orbax slow and nothing clearer."""
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
-        one = np.array(jax.devices()[:1])
-        context.setattr(train, "data_mesh", lambda batch_size: jax.sharding.Mesh(one, ("data",)))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
