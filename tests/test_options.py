@@ -56,7 +56,7 @@ ELSEWHERE = {
     "max_skipped": "test_max_skipped_is_how_many_steps_are_forgiven",
     **{f"checkpoint.{f.name}": "test_the_loop_does_what_it_is_told" for f in dataclasses.fields(CheckpointConfig)},
     **{f"log.{f.name}": "test_the_loop_does_what_it_is_told, test_a_preview_…" for f in dataclasses.fields(LogConfig)},
-    **{f"data.{f.name}": "tests/data/test_pipeline.py" for f in dataclasses.fields(DataConfig)},
+    **{f"data.{f.name}": "tests/data/test_batches.py" for f in dataclasses.fields(DataConfig)},
 }
 
 
