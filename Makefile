@@ -20,7 +20,7 @@ demo: .venv/demo
 	$(BIN)/python -m lcm_jax.train --config=configs/digits.py --workdir=$(RUNS)/digits
 	$(BIN)/python -m lcm_jax.export --workdir=$(RUNS)/digits --out=$(RUNS)/digits/lcm
 	$(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm --prompt="a red seven on a blue background" --steps=4 --seed=0 --out=seven.png
-	$(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm $(PROMPTS) --steps=4 --seed=0 --scale=4 --out=digits.png
+	$(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm $(PROMPTS) --steps=4 --seed=0 --scale=6 --label --out=digits.png
 	@echo
 	@echo "The four-step model:     $(RUNS)/digits/lcm (diffusers loads it too)"
 	@echo "What it draws:           seven.png (32 x 32), digits.png (nine prompts, enlarged)"

@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("sample.png"), help="default: sample.png")
     parser.add_argument("--scale", type=int, default=1, help="enlarge small pictures so many times (default: 1)")
+    parser.add_argument("--label", action="store_true", help="write each prompt under its picture")
     parser.add_argument("--negative_prompt", help="what guidance leads away from; not for a consistency model")
     parser.add_argument("--height", type=int, help="in pixels (default: what the model was trained for)")
     parser.add_argument("--width", type=int)
@@ -54,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
         timesteps=args.timesteps,
         sampler=args.sampler,
     )
-    write_png(args.out, grid(pictures, columns=math.ceil(math.sqrt(len(pictures))), scale=args.scale))
+    columns, labels = math.ceil(math.sqrt(len(pictures))), args.prompt if args.label else None
+    write_png(args.out, grid(pictures, columns=columns, scale=args.scale, labels=labels))
     what = "picture is" if len(pictures) == 1 else f"{len(pictures)} pictures are"
     print(f"The {what} in {args.out}")
     return 0

@@ -6,6 +6,7 @@ import pytest
 
 from lcm_jax import cli, load_pipeline, sample
 from lcm_jax.errors import UserError
+from lcm_jax.grids import GAP, LABEL
 
 
 def test_one_prompt(lcm_folder, tmp_path, capsys):
@@ -75,3 +76,17 @@ def test_warnings_are_plain_lines(lcm_folder, tmp_path, capsys):
 def test_no_such_model(capsys, tmp_path):
     assert cli.run(sample.main, [f"--model={tmp_path}/nowhere", "--prompt=a"]) == 2
     assert capsys.readouterr().err == f"lcm-jax sample: error: there is no folder {tmp_path}/nowhere\n"
+
+
+def test_pictures_are_enlarged_and_labelled(lcm_folder, tmp_path):
+    def size(*more):
+        out = tmp_path / "x.png"
+        sample.main([f"--model={lcm_folder}", "--prompt=a", "--prompt=b", "--steps=1", f"--out={out}", *more])
+        with PIL.Image.open(out) as picture:
+            return picture.size
+
+    width, height = size()
+    assert size("--scale=3") == (3 * (width - GAP) + GAP, 3 * height)
+    assert size("--label") == (width, height + LABEL)
+    with pytest.raises(UserError, match="--scale=0 must be at least 1"):
+        size("--scale=0")
