@@ -184,4 +184,7 @@ def _write(folder: Folder, to: pathlib.Path, replaced: tuple[str, ...]) -> None:
     write_json(to / "model_index.json", folder.model_index)
     write_json(to / "scheduler" / "scheduler_config.json", folder.scheduler)
     for component in folder.components.values():
-        write_component(component, to)
+        # transformers loads in the dtype that its config.json names, diffusers in float32 unless it is told: a half
+        # precision text encoder beside a float32 UNet would fail there
+        named = {key: "float32" for key in ("dtype", "torch_dtype") if key in component.config}
+        write_component(dataclasses.replace(component, config={**component.config, **named}), to)

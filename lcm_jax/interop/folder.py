@@ -237,9 +237,6 @@ def replace_params(
     cast = {path: np.asarray(array).astype(dtype) for path, array in params.items()}
     network.check(cast, where=component.name)
     new = Component(component.name, component.library_class, dict(config or component.config), cast)
-    for key in ("dtype", "torch_dtype"):  # transformers loads in the dtype that config.json names
-        if key in new.config:
-            new.config[key] = np.dtype(dtype).name
     source = new_source(new)
     if component.source:
         keys = {**source.keys, **{path: key for path, key in component.source.keys.items() if path in params}}
