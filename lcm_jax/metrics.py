@@ -5,6 +5,7 @@ then waits for it without end. Here each event is on disk when a method returns,
 """
 
 import contextlib
+import logging
 import pathlib
 import socket
 import time
@@ -27,6 +28,7 @@ class Metrics:
 
         Raises: UserError, here and below, if the file can't be written.
         """
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # what a NaN means, the run itself says
         self._folder = workdir / "tensorboard"
         with self._one_line():
             self._folder.mkdir(parents=True, exist_ok=True)

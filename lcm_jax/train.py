@@ -6,6 +6,7 @@ from its last checkpoint and ends with the same bits as a run that was never sto
 """
 
 import dataclasses
+import math
 import pathlib
 import signal
 import sys
@@ -89,7 +90,8 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
         scalars = {name: float(value) for name, value in jax.device_get(values).items()}
         rate = progress.update(done, scalars["loss"])
         if done % config.log.every == 0 or done == config.steps:
-            metrics.scalars(done, {**scalars, "images_per_second": rate, "data_wait_seconds": waited})
+            speed = {"images_per_second": rate} if math.isfinite(rate) else {}  # the first step has none
+            metrics.scalars(done, {**scalars, **speed, "data_wait_seconds": waited})
         if scalars["skipped"] >= config.max_skipped:
             checkpoints.wait()
             raise UserError(_diverged(workdir, config, done, checkpoints.newest_step()))
