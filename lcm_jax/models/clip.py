@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lcm_jax.errors import UserError, one_of
-from lcm_jax.models.config_json import whole_numbers
+from lcm_jax.models.config_json import numbers, whole_numbers, whole_numbers_or_none
 from lcm_jax.models.policy import FP32, Policy
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -26,7 +26,7 @@ class CLIPTextConfig:
     vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
-    projection_dim: int = 512
+    projection_dim: int | None = 512
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
@@ -42,10 +42,10 @@ class CLIPTextConfig:
         one_of("hidden_act", values.get("hidden_act", cls.hidden_act), ACTIVATIONS)
         sizes = [f.name for f in dataclasses.fields(cls) if isinstance(f.default, int)]
         whole_numbers(values, [name for name in sizes if name not in ("eos_token_id", "projection_dim")])
-        if values.get("projection_dim") is not None:  # null where there is no projection
-            whole_numbers(values, ("projection_dim",))
+        whole_numbers_or_none(values, ("projection_dim",))
+        numbers(values, ("layer_norm_eps",), positive=True)
         end = values.get("eos_token_id", cls.eos_token_id)
-        if not isinstance(end, int):
+        if isinstance(end, bool) or not isinstance(end, int):
             raise UserError(f"eos_token_id is {end!r}; supported: one token id")
         self = cls(**values)
         if self.hidden_size % self.num_attention_heads:
@@ -158,6 +158,8 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
     def __init__(self, config: CLIPTextConfig, *, policy: Policy = FP32, rngs: nnx.Rngs) -> None:
         super().__init__(config, policy=policy, rngs=rngs)
+        if config.projection_dim is None:
+            raise UserError("projection_dim is None; CLIPTextModelWithProjection needs a positive whole number")
         self.text_projection = nnx.Linear(
             config.hidden_size, config.projection_dim, use_bias=False, dtype=policy.compute, rngs=rngs
         )

@@ -1,6 +1,7 @@
 """Reading the config.json of a diffusers or transformers model: each value is used, has the one value that this
 program implements, or is an error that names it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,27 @@ def whole_numbers(config: Mapping[str, Any], names: Sequence[str]) -> None:
         value = config.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{name} is {value!r}; supported: a positive whole number")
+
+
+def whole_numbers_or_none(config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """As `whole_numbers`; None says that the model has no such part."""
+    whole_numbers(config, [name for name in names if config.get(name) is not None])
+
+
+def numbers(config: Mapping[str, Any], names: Sequence[str], *, positive: bool) -> None:
+    """Raises UserError unless each of `names` that `config` has is a finite number, above zero where `positive`."""
+    for name in names:
+        value = config.get(name, 1.0)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or (positive and value <= 0):
+            raise UserError(f"{name} is {value!r}; supported: a {'positive ' if positive else ''}number")
+
+
+def booleans(config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises UserError unless each of `names` that `config` has is true or false: "false" would count as true."""
+    for name in names:
+        if not isinstance(config.get(name, True), bool):
+            raise UserError(f"{name} is {config[name]!r}; supported: true, false")
 
 
 def per_level(value: Any, levels: int, key: str) -> tuple[Any, ...]:

@@ -14,12 +14,15 @@ from lcm_jax.models.policy import Policy
 def sinusoid(
     t: Num[Array, " b"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
 ) -> Float[Array, "b dim"]:
-    """Sinusoidal features of timesteps, float32 (DDPM, arXiv 2006.11239; order and shift as the config says)."""
+    """Sinusoidal features of timesteps, float32 (DDPM, arXiv 2006.11239; order and shift as the config says).
+
+    An odd `dim` ends in a zero, as in the peer.
+    """
     half = dim // 2
     frequency = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
     angle = t.astype(jnp.float32)[:, None] * frequency
     parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
-    return jnp.concatenate(parts, axis=-1)
+    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, dim % 2)))
 
 
 class GroupNorm(nnx.Module):

@@ -78,7 +78,9 @@ class Block(nnx.Module):
         if up:
             self.upsamplers = nnx.List([Upsample2D(channels, policy=policy, rngs=rngs)])
 
-    def down(self, x, time, context):
+    def down(
+        self, x: Float[Array, "b h w c"], time: Float[Array, "b e"], context: Float[Array, "b l d"]
+    ) -> tuple[Float[Array, "b h2 w2 c2"], list[Array]]:
         """Returns the map at the end of the level and all maps that the way up wants."""
         skips = []
         for i, resnet in enumerate(self.resnets):
@@ -91,7 +93,14 @@ class Block(nnx.Module):
             skips.append(x)
         return x, skips
 
-    def up(self, x, skips, time, context, size):
+    def up(
+        self,
+        x: Float[Array, "b h w c"],
+        skips: list[Array],
+        time: Float[Array, "b e"],
+        context: Float[Array, "b l d"],
+        size: tuple[int, int] | None,
+    ) -> Float[Array, "b h2 w2 c2"]:
         """`skips` in the order of use; `size` is that of the next level's maps, None on the last."""
         for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
             x = resnet(jnp.concatenate([x, skip], axis=-1), time)
@@ -125,7 +134,9 @@ class MidBlock(nnx.Module):
             ResnetBlock2D(channels, channels, **options, policy=policy, rngs=rngs) for _ in range(2)
         )
 
-    def __call__(self, x, time, context):
+    def __call__(
+        self, x: Float[Array, "b h w c"], time: Float[Array, "b e"], context: Float[Array, "b l d"]
+    ) -> Float[Array, "b h w c"]:
         x = self.attentions[0](self.resnets[0](x, time), context)
         return self.resnets[1](x, time)
 
@@ -227,6 +238,6 @@ class UNet2DConditionModel(nnx.Module):
         for block in self.up_blocks:
             count = len(block.resnets)
             skips, taken = skips[:-count], skips[-count:][::-1]
-            size = skips[-1].shape[1:3] if skips else None
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
             x = run(Block.up, static_argnums=5)(block, x, taken, time, context, size)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

@@ -4,7 +4,15 @@ import dataclasses
 from typing import Any
 
 from lcm_jax.errors import UserError, one_of
-from lcm_jax.models.config_json import check, per_level, whole_numbers, whole_numbers_per_level
+from lcm_jax.models.config_json import (
+    booleans,
+    check,
+    numbers,
+    per_level,
+    whole_numbers,
+    whole_numbers_or_none,
+    whole_numbers_per_level,
+)
 
 # whether a block has attention to the text
 CROSS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
@@ -34,7 +42,6 @@ class UNetConfig:
 
     in_channels: int = 4
     out_channels: int = 4
-    sample_size: int | None = None
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
@@ -46,7 +53,7 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
-    freq_shift: int = 0
+    freq_shift: float = 0
     time_cond_proj_dim: int | None = None
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
@@ -58,9 +65,14 @@ class UNetConfig:
         names = [field.name for field in dataclasses.fields(cls) if field.name != "heads"]
         if config.get("num_attention_heads") is not None:  # the peer refuses it too
             raise UserError("num_attention_heads is set; the format gives the number of heads as attention_head_dim")
-        check(config, [*names, "attention_head_dim"], FIXED)
+        check(config, [*names, "attention_head_dim", "sample_size"], FIXED)
         values = {name: config[name] for name in names if name in config}
+        added = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
         whole_numbers(values, ("in_channels", "out_channels", "cross_attention_dim", "norm_num_groups"))
+        whole_numbers_or_none(values, ("time_cond_proj_dim", *added))
+        numbers(values, ("norm_eps",), positive=True)
+        numbers(values, ("freq_shift",), positive=False)
+        booleans(values, ("use_linear_projection", "flip_sin_to_cos"))
         channels = values.get("block_out_channels", cls.block_out_channels)
         levels = len(channels) if isinstance(channels, (list, tuple)) else 1
         values["block_out_channels"] = channels = whole_numbers_per_level(channels, levels, "block_out_channels")
@@ -71,13 +83,10 @@ class UNetConfig:
             values[name] = per_level(values.get(name, getattr(cls, name)), levels, name)
             for block in values[name]:
                 one_of(name, block, [b for b in CROSS if name.split("_")[0].title() in b])
-        if values.get("time_cond_proj_dim") is not None:
-            whole_numbers(values, ("time_cond_proj_dim",))
         if values.get("addition_embed_type") not in (None, "text_time"):
             raise UserError(f"addition_embed_type is {values['addition_embed_type']!r}; supported: None, 'text_time'")
         if values.get("addition_embed_type"):
-            needed = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-            whole_numbers({name: values.get(name) for name in needed}, needed)
+            whole_numbers({name: values.get(name) for name in added}, added)
         groups = values.get("norm_num_groups", cls.norm_num_groups)
         for c, heads in zip(channels, values["heads"], strict=True):
             if c % heads or c % groups:

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lcm_jax.errors import UserError, one_of
-from lcm_jax.models.config_json import check, per_level, whole_numbers, whole_numbers_per_level
+from lcm_jax.models.config_json import booleans, check, numbers, per_level, whole_numbers, whole_numbers_per_level
 from lcm_jax.models.layers import GroupNorm, ResnetBlock2D, conv, enlarge
 from lcm_jax.models.policy import FP32, Policy
 
@@ -48,6 +48,10 @@ class VAEConfig:
         check(config, [*names, "sample_size"], FIXED)
         values = {name: config[name] for name in names if name in config}
         whole_numbers(values, ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"))
+        numbers(values, ("scaling_factor",), positive=True)
+        if values.get("shift_factor") is not None:
+            numbers(values, ("shift_factor",), positive=False)
+        booleans(values, ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"))
         channels = values.get("block_out_channels", cls.block_out_channels)
         levels = len(channels) if isinstance(channels, (list, tuple)) else 1
         values["block_out_channels"] = channels = whole_numbers_per_level(channels, levels, "block_out_channels")

@@ -55,6 +55,10 @@ CASES = {
     "odd sizes, three levels": ({**SD, **DEEP, "attention_head_dim": (1, 2, 4)}, (7, 9)),
     "even sizes that turn odd, layers differ by level": ({**SD, **DEEP, "layers_per_block": (1, 2, 1)}, (6, 10)),
     "sdxl": (SDXL, (8, 8)),
+    "an odd number of channels, whose sinusoids end in a zero": (
+        {**SD, "block_out_channels": (9, 18), "norm_num_groups": 3, "attention_head_dim": 3, "sample_size": [4, 6]},
+        (4, 6),
+    ),
     "sinusoids the other way round, other channels, eps": (
         {**SD, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 0.3, "in_channels": 9, "out_channels": 3},
         (4, 4),
