@@ -53,7 +53,7 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
-    freq_shift: float = 0
+    freq_shift: float = 0.0
     time_cond_proj_dim: int | None = None
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
@@ -72,6 +72,7 @@ class UNetConfig:
         whole_numbers_or_none(values, ("time_cond_proj_dim", *added))
         numbers(values, ("norm_eps",), positive=True)
         numbers(values, ("freq_shift",), positive=False)
+        values["freq_shift"] = float(values.get("freq_shift", cls.freq_shift))
         booleans(values, ("use_linear_projection", "flip_sin_to_cos"))
         channels = values.get("block_out_channels", cls.block_out_channels)
         levels = len(channels) if isinstance(channels, (list, tuple)) else 1

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 FLOAT = jnp.float32
+S = jax.ShapeDtypeStruct
 
 
 def shape(net, *args, **kwargs):
-    args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(*s), args, is_leaf=lambda x: isinstance(x, tuple))
     return jax.eval_shape(lambda params, args: net.apply(params, *args, **kwargs), net.shapes, args)
 
 
@@ -34,7 +34,7 @@ unet = {
     "projection_class_embeddings_input_dim": 7 + 6 * 4,
     "out_channels": 3,
 }
-added = {"text_embeds": ((2, 7), FLOAT), "time_ids": ((2, 6), jnp.int32)}
+added = {"text_embeds": S((2, 7), FLOAT), "time_ids": S((2, 6), jnp.int32)}
 vae = {
     "block_out_channels": [8, 16],
     "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -55,23 +55,23 @@ for policy in map(models.Policy.named, ("float32", "bfloat16")):
     for remat in ("none", "block"):
         for t, linear in ((jnp.int32, True), (FLOAT, False)):
             net = network("UNet2DConditionModel", {**unet, "use_linear_projection": linear}, policy=policy, remat=remat)
-            given = ((2, 7, 5, 4), FLOAT), ((2,), t), ((2, 3, 12), FLOAT), ((2, 10), FLOAT), added
+            given = S((2, 7, 5, 4), FLOAT), S((2,), t), S((2, 3, 12), FLOAT), S((2, 10), FLOAT), added
             out = shape(net, *given)
             assert (out.shape, out.dtype) == ((2, 7, 5, 3), FLOAT)
     for options in ({}, {"use_quant_conv": False, "mid_block_add_attention": False}):
         net = network("AutoencoderKL", {**vae, **options}, policy=policy)
-        picture, latent = ((2, 6, 8, 1), FLOAT), ((2, 3, 4, 4), FLOAT)
+        picture, latent = S((2, 6, 8, 1), FLOAT), S((2, 3, 4, 4), FLOAT)
         assert shape(net, picture).shape == (2, 6, 8, 2)
         assert shape(net, picture, latent, method="to_latents").shape == (2, 3, 4, 4)
         assert shape(net, picture, None, method="to_latents").shape == (2, 3, 4, 4)
         assert shape(net, latent, method="to_images").shape == (2, 6, 8, 2)
     for name, width in (("CLIPTextModel", 8), ("CLIPTextModelWithProjection", 6)):
-        net, ids = network(name, clip, policy=policy), ((2, 5), jnp.int32)
+        net, ids = network(name, clip, policy=policy), S((2, 5), jnp.int32)
         assert shape(net, ids).shape == (2, 5, 8)
         assert shape(net, ids, method="hidden_states")[1].shape == (2, width)
 
 try:  # and a wrong one is noticed
-    shape(network("CLIPTextModel", clip), ((2, 5), FLOAT))
+    shape(network("CLIPTextModel", clip), S((2, 5), FLOAT))
 except jaxtyping.TypeCheckError:
     print("checked")
 """
