@@ -163,7 +163,7 @@ class _Encoder(nnx.Module):
         self.conv_norm_out = GroupNorm(groups, channels[-1], EPS, policy=policy)
         self.conv_out = conv(channels[-1], 2 * config.latent_channels, dtype=policy.compute, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b h w c2"]:
+    def __call__(self, x: Float[Array, "b H W i"]) -> Float[Array, "b h w c2"]:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -190,7 +190,7 @@ class _Decoder(nnx.Module):
         self.conv_norm_out = GroupNorm(groups, channels[-1], EPS, policy=policy)
         self.conv_out = conv(channels[-1], config.out_channels, dtype=policy.compute, rngs=rngs)
 
-    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
@@ -210,11 +210,11 @@ class AutoencoderKL(nnx.Module):
         if config.use_post_quant_conv:
             self.post_quant_conv = conv(c, c, 1, dtype=policy.compute, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
+    def __call__(self, images: Float[Array, "b H W i"]) -> Float[Array, "b H W o"]:
         """Encodes and decodes, without noise."""
         return self.decode(self.encode(images)[0])
 
-    def encode(self, images: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    def encode(self, images: Float[Array, "b H W i"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """Pictures in [-1, 1] to mean and log-variance of q(z|x), float32; log-variance is clipped to [-30, 20]."""
         moments = self.encoder(images.astype(self.policy.compute))
         if self.config.use_quant_conv:
@@ -222,7 +222,7 @@ class AutoencoderKL(nnx.Module):
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
         """Unscaled latents to pictures, about [-1, 1], float32."""
         z = z.astype(self.policy.compute)
         if self.config.use_post_quant_conv:
@@ -230,7 +230,7 @@ class AutoencoderKL(nnx.Module):
         return self.decoder(z).astype(jnp.float32)
 
     def to_latents(
-        self, images: Float[Array, "b H W 3"], noise: Float[Array, "b h w c"] | None
+        self, images: Float[Array, "b H W i"], noise: Float[Array, "b h w c"] | None
     ) -> Float[Array, "b h w c"]:
         """Pictures in [-1, 1] to scaled latents: the mean, or with standard normal `noise` a draw from q(z|x)."""
         z, logvar = self.encode(images)
@@ -238,6 +238,6 @@ class AutoencoderKL(nnx.Module):
             z = z + jnp.exp(0.5 * logvar) * noise
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
-    def to_images(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    def to_images(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
         """Scaled latents to pictures, about [-1, 1], float32."""
         return self.decode(latents / self.config.scaling_factor + (self.config.shift_factor or 0.0))
