@@ -89,15 +89,18 @@ def make_parts(config: Config, folder: Folder, tokenizer: Tokenizer) -> Parts:
 def initial_params(config: Config, parts: Parts, folder: Folder) -> dict[str, Flat]:
     """Returns the float32 weights that training starts from: the folder's own, the w-embedding's projection zero.
 
-    With the projection at zero the student equals the teacher for every guidance at step 0.
+    With the projection at zero the student equals the teacher for every guidance at step 0. The arrays are on the host:
+    they go to the devices at once, not by one small program for each shape.
     """
     params = {}
     for name in trained_components(config):
-        flat = {path: jnp.asarray(array, jnp.float32) for path, array in folder.components[name].params.items()}
+        flat: dict[str, Any] = {
+            path: np.asarray(array, np.float32) for path, array in folder.components[name].params.items()
+        }
         if name == "unet" and config.objective == "lcd" and config.lcd.w_embedding_dim:
             shape = parts.networks["unet"].shapes[W_PROJECTION].shape
             if config.lcd.w_embedding_init == "zeros":
-                flat[W_PROJECTION] = jnp.zeros(shape, jnp.float32)
+                flat[W_PROJECTION] = np.zeros(shape, np.float32)
             else:
                 key = jax.random.fold_in(jax.random.key(config.seed), W_PROJECTION_KEY)
                 flat[W_PROJECTION] = jax.nn.initializers.lecun_normal()(key, shape, jnp.float32)
@@ -121,7 +124,7 @@ def frozen_params(config: Config, folder: Folder) -> dict[str, Flat]:
     for name in trained_components(config):
         names.pop(name, None)
     return {
-        name: {path: jnp.asarray(array, dtype) for path, array in folder.components[source].params.items()}
+        name: {path: np.asarray(array, dtype) for path, array in folder.components[source].params.items()}
         for name, source in names.items()
     }
 

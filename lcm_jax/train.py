@@ -6,6 +6,7 @@ from its last checkpoint and ends with the same bits as a run that was never sto
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import signal
@@ -65,8 +66,8 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
     if restored:
         state, data_state, start = restored
     else:
-        params = initial_params(config, parts, folder)
-        state, data_state, start = jax.device_put(initial_state(config, params), replicated), None, 0
+        start_from = jax.jit(functools.partial(initial_state, config), out_shardings=replicated)
+        state, data_state, start = start_from(initial_params(config, parts, folder)), None, 0
     if start >= config.steps:
         checkpoints.close()
         return Result(start, 0)
