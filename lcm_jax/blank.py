@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "heads": 4,
         "text_width": 64,
         "text_heads": 4,
+        "beta_schedule": "squaredcos_cap_v2",
         "prediction_type": "v_prediction",
         "zero_init": True,
     },
@@ -42,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "heads": 2,
         "text_width": 16,
         "text_heads": 2,
+        "beta_schedule": "scaled_linear",
         "prediction_type": "epsilon",
         "zero_init": False,
     },
@@ -126,11 +128,11 @@ def text_config(preset: dict[str, Any], vocabulary: int) -> dict[str, Any]:
 
 
 def scheduler_config(preset: dict[str, Any]) -> dict[str, Any]:
-    """scheduler_config.json: SD's noise schedule, sampled by DDIM at trailing timesteps."""
+    """scheduler_config.json: SD's ends of the noise schedule, or the cosine one; DDIM at trailing timesteps."""
     return {
         "_class_name": "DDIMScheduler",
         "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
+        "beta_schedule": preset["beta_schedule"],
         "beta_start": 0.00085,
         "clip_sample": False,
         "num_train_timesteps": 1000,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax import checkpoint, cli
+from lcm_jax import checkpoint, cli, compile_cache
 from lcm_jax.config import Config, load_resolved
 from lcm_jax.data.pipeline import batches
 from lcm_jax.errors import UserError
@@ -82,7 +82,7 @@ def recipe_of(config: Config, teacher: Folder, which: str, step: int) -> Recipe:
 
 
 def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarray]) -> float:
-    """Returns the VAE's scaling_factor: 1 / the standard deviation of its latents over some training pictures.
+    """Returns the VAE's scaling_factor: latent_std / the standard deviation of its latents over some training pictures.
 
     All channels and places together, draws from the posterior included (arXiv 2112.10752, appendix G).
     """
@@ -100,7 +100,7 @@ def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarra
     with contextlib.closing(batches(config.data, tokenize=no_tokens, batch_size=PICTURES, seed=config.seed)) as data:
         seen = [moments(device_params, next(data)["image"]) for _ in range(BATCHES)]
     first, second = np.mean(np.asarray(seen, np.float64), axis=0)
-    return float(1.0 / np.sqrt(second - first**2))
+    return float(config.autoencoder.latent_std / np.sqrt(second - first**2))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -113,6 +113,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the trained weights (default: float32)")
     parser.add_argument("--verify", action="store_true", help="compare with diffusers; needs lcm_jax[diffusers]")
     args = parser.parse_args(argv)
+    compile_cache.enable()
     step, which = export(args.workdir, args.out, which=args.which, step=args.step, dtype=args.dtype)
     if args.verify:
         from lcm_jax.interop.verify import verify

@@ -12,6 +12,7 @@ from lcm_jax import checkpoint, cli, config, export, load_pipeline
 from lcm_jax.errors import UserError
 from lcm_jax.interop.export import Recipe
 from lcm_jax.interop.folder import read_folder
+from lcm_jax.objectives.autoencoder import AutoencoderConfig
 from lcm_jax.objectives.lcd import LCDConfig
 
 
@@ -92,8 +93,9 @@ def test_diffusion_model(run, tmp_path, teacher_folder, monkeypatch):
     assert Recipe.read(out) is None
 
 
-def test_autoencoder(run, tmp_path, teacher_folder, teacher_pipeline, monkeypatch):
-    """scaling_factor is 1 over the deviation of the latents that the trained VAE draws."""
+@pytest.mark.parametrize("latent_std", [1.0, 4.0])
+def test_autoencoder(run, tmp_path, teacher_folder, teacher_pipeline, monkeypatch, latent_std):
+    """scaling_factor is latent_std over the deviation of the latents that the trained VAE draws."""
     monkeypatch.setattr(
         checkpoint, "restore_params", lambda *_: ({"vae": read_folder(teacher_folder).components["vae"].params}, 5)
     )
@@ -104,13 +106,14 @@ def test_autoencoder(run, tmp_path, teacher_folder, teacher_pipeline, monkeypatc
 
     monkeypatch.setattr(export, "batches", batches)
     out = tmp_path / "model"
-    export.main([f"--workdir={run('autoencoder')}", f"--out={out}"])
+    workdir = run("autoencoder", autoencoder=AutoencoderConfig(latent_std=latent_std))
+    export.main([f"--workdir={workdir}", f"--out={out}"])
     found = read_folder(out).components["vae"].config["scaling_factor"]
     images = torch.from_numpy(pictures.reshape(-1, 16, 16, 3)).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         posterior = teacher_pipeline.vae.encode(images).latent_dist
     drawn = torch.cat([posterior.sample(torch.Generator().manual_seed(i)) for i in range(8)])
-    assert found == pytest.approx(1 / drawn.std().item(), rel=0.01)
+    assert found == pytest.approx(latent_std / drawn.std().item(), rel=0.01)
 
 
 def test_no_run(tmp_path, capsys):

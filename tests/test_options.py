@@ -51,6 +51,7 @@ START = {"lcd.w_embedding_init": "random"}
 ELSEWHERE = {
     "batch_size": "the shapes of the batch: tests/test_train.py",
     "model.folder": "tests/test_train.py",
+    "autoencoder.latent_std": "test_autoencoder: tests/test_export.py",
     "model.attention": "test_the_attention_option_reaches_the_networks",
     "steps": "test_the_loop_does_what_it_is_told",
     "max_skipped": "test_max_skipped_is_how_many_steps_are_forgiven",

@@ -18,10 +18,13 @@ class AutoencoderConfig:
     """How an autoencoder is trained."""
 
     kl_weight: float = 1e-6  # of the KL divergence from the standard normal, both terms means over their elements
+    latent_std: float = 1.0  # the standard deviation that scaled latents get (scaling_factor, written at export)
 
     def __post_init__(self) -> None:
         if not 0 <= self.kl_weight < float("inf"):
             raise UserError(f"kl_weight is {self.kl_weight}; it can't be negative")
+        if not 0 < self.latent_std < float("inf"):
+            raise UserError(f"latent_std is {self.latent_std}; it must be positive")
 
 
 def autoencoder_loss(

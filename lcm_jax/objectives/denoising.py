@@ -20,12 +20,15 @@ class DenoisingConfig:
     """How a diffusion model is trained."""
 
     caption_dropping: float = 0.1  # the share of captions that are replaced by the empty one, for guidance
+    timestep_shift: float = 1.0  # above 1, more of the noisy timesteps are drawn; 1: all alike
     min_snr_gamma: float = 0.0  # weigh timesteps by min(SNR, gamma); 5 in the paper; 0: all alike
     train_text_encoder: bool = False  # jointly with the UNet
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropping < 1:
             raise UserError(f"caption_dropping is {self.caption_dropping}; it must be in [0, 1)")
+        if not 0 < self.timestep_shift < float("inf"):
+            raise UserError(f"timestep_shift is {self.timestep_shift}; it must be positive")
         if not 0 <= self.min_snr_gamma < float("inf"):
             raise UserError(f"min_snr_gamma is {self.min_snr_gamma}; it must be positive, or 0 for none")
 
@@ -39,11 +42,16 @@ class Draws(NamedTuple):
 
 
 def draw(key: jax.Array, shape: tuple[int, ...], config: DenoisingConfig, num_train_timesteps: int) -> Draws:
-    """Draws for latents of this shape (B, h, w, C); float32."""
+    """Draws for latents of this shape (B, h, w, C); float32.
+
+    t / T is uniform, then shifted: a u / (1 + (a - 1) u) with a = timestep_shift (SD3, arXiv 2403.03206, eq. 23).
+    """
     key_eps, key_t, key_drop = jax.random.split(key, 3)
+    u, a, T = jax.random.uniform(key_t, shape[:1]), config.timestep_shift, num_train_timesteps
+    t = (T * a * u / (1 + (a - 1) * u)).astype(jnp.int32)
     return Draws(
         eps=jax.random.normal(key_eps, shape),
-        t=jax.random.randint(key_t, shape[:1], 0, num_train_timesteps),
+        t=jnp.minimum(t, T - 1),  # u rounds up to 1
         drop=jax.random.bernoulli(key_drop, config.caption_dropping, shape[:1]),
     )
 

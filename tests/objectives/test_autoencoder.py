@@ -91,3 +91,9 @@ def test_each_draw_and_weight_counts():
 def test_wrong_values_are_named(value):
     with pytest.raises(UserError, match="kl_weight is"):
         AutoencoderConfig(kl_weight=value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_wrong_latent_std_is_named(value):
+    with pytest.raises(UserError, match="latent_std is"):
+        AutoencoderConfig(latent_std=value)
