@@ -1,5 +1,6 @@
 """Compiled programs kept on disk, so that the second start of a command compiles nothing."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -8,12 +9,57 @@ import jax
 DEFAULT = "~/.cache/lcm_jax/compiled"
 
 
+@dataclasses.dataclass
+class Counts:
+    """The programs that this process has asked for since `enable`.
+
+    Attributes:
+      programs: all of them; from_cache: those that were on disk.
+      seconds: spent in the compiler, reading the cache left out.
+    """
+
+    programs: int = 0
+    from_cache: int = 0
+    seconds: float = 0.0
+
+    def note_event(self, event: str, **_: str | int) -> None:
+        """A listener for `jax.monitoring`."""
+        self.programs += event == "/jax/compilation_cache/compile_requests_use_cache"
+        self.from_cache += event == "/jax/compilation_cache/cache_hits"
+
+    def note_duration(self, event: str, seconds: float, **_: str | int) -> None:
+        """A listener for `jax.monitoring`."""
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += seconds
+        elif event == "/jax/compilation_cache/cache_retrieval_time_sec":
+            self.seconds -= seconds
+
+
+_counts: Counts | None = None
+
+
 def enable() -> str:
     """Turns JAX's persistent compilation cache on and returns its folder.
 
     The folder is JAX_COMPILATION_CACHE_DIR (a path or `gs://…`) where that is set, else `~/.cache/lcm_jax/compiled`.
     """
+    global _counts
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(pathlib.Path(DEFAULT).expanduser())
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if _counts is None:
+        _counts = Counts()
+        jax.monitoring.register_event_listener(_counts.note_event)
+        jax.monitoring.register_event_duration_secs_listener(_counts.note_duration)
     return folder
+
+
+def summary() -> str:
+    """How many programs this process compiled since `enable`, and how many were in the cache; empty before."""
+    if _counts is None:
+        return ""
+    compiled = _counts.programs - _counts.from_cache
+    folder = jax.config.jax_compilation_cache_dir
+    if not compiled:
+        return f"compile cache: {_counts.programs} hits, no miss ({folder})"
+    return f"compile cache: {_counts.from_cache} hits, {compiled} compiled in {_counts.seconds:.1f} s ({folder})"

@@ -3,6 +3,7 @@
 import collections
 import math
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -16,9 +17,16 @@ WINDOW = 50  # steps over which speed is measured
 class Progress:
     """Use as a context manager; `update` once a step."""
 
-    def __init__(self, total_steps: int, start_step: int, batch_size: int, console: Console | None = None) -> None:
-        """Args: the run's steps, those done before, images a step; the console for tests."""
-        self.total, self.batch_size = total_steps, batch_size
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int,
+        batch_size: int,
+        console: Console | None = None,
+        compiled: Callable[[], str] = str,
+    ) -> None:
+        """Args: the run's steps, those done before, images a step; the console for tests; what the compiler did."""
+        self.total, self.batch_size, self._compiled = total_steps, batch_size, compiled
         self._console = console or Console()
         self._start, self._line = time.perf_counter(), -math.inf
         self._times: collections.deque[tuple[int, float]] = collections.deque(maxlen=WINDOW + 1)
@@ -50,7 +58,7 @@ class Progress:
         """
         now = time.perf_counter()
         if not self._times:
-            self.say(f"First step after {now - self._start:.1f} s")
+            self.say("; ".join(filter(None, [f"First step after {now - self._start:.1f} s", self._compiled()])))
         self._times.append((step, now))
         first, then = self._times[0]
         seconds = now - then

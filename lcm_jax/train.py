@@ -84,7 +84,7 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
         data.set_state(data_state)
     preview = make_preview(config, parts, tokenizer)
     metrics = Metrics(workdir, start_step=start)
-    progress = Progress(config.steps, start, config.batch_size)
+    progress = Progress(config.steps, start, config.batch_size, compiled=compile_cache.summary)
 
     def read(done: int, values: dict[str, jax.Array], waited: float) -> None:
         """Waits for that step's metrics and passes them on; raises UserError if the loss stays non-finite."""

@@ -143,3 +143,11 @@ def test_an_exception_passes_and_ends_the_bar():
     with pytest.raises(KeyboardInterrupt), Progress(8, 0, 4, console):
         raise KeyboardInterrupt
     assert console.file.getvalue().rstrip("\n").endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_the_first_step_says_what_the_compiler_did(clock):
+    console = plain()
+    with Progress(2, 0, 8, console, compiled=lambda: "compile cache: 3 hits, no miss (folder)") as bar:
+        clock.now += 1.0
+        bar.update(1, 1.0)
+    assert lines(console)[1] == "First step after 1.0 s; compile cache: 3 hits, no miss (folder)"
