@@ -113,7 +113,7 @@ W_PROJECTION = "time_embedding.cond_proj.kernel"
 W_PROJECTION_KEY = 2**31 - 1  # no step has this number, so the key is used nowhere else
 
 
-def frozen_params(config: Config, folder: Folder) -> dict[str, Flat]:
+def frozen_params(config: Config, folder: Folder) -> dict[str, dict[str, np.ndarray]]:
     """Returns the weights that the step reads but does not train, in the compute dtype."""
     dtype = Policy.named(config.model.dtype).compute
     if config.objective == "autoencoder":
