@@ -31,9 +31,9 @@ demo: .venv/demo
 	@echo "Draw more:               $(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm --prompt='a yellow three on a black background' --scale=8 --out=three.png"
 
 full: .venv/demo
-	$(BIN)/python -m lcm_jax.train --config=configs/digits.py:full --workdir=$(RUNS)/digits_full
-	$(BIN)/python -m lcm_jax.export --workdir=$(RUNS)/digits_full --out=$(RUNS)/digits_full/lcm
-	$(BIN)/python -m lcm_jax.evaluate --model=$(RUNS)/digits_full/lcm
+	$(BIN)/python -m lcm_jax.train --config=configs/digits.py:full --workdir=$(RUNS)/full
+	$(BIN)/python -m lcm_jax.export --workdir=$(RUNS)/full --out=$(RUNS)/full/lcm
+	$(BIN)/python -m lcm_jax.evaluate --model=$(RUNS)/full/lcm
 
 test: .venv/test lint
 	$(BIN)/python -m pytest

@@ -1,7 +1,8 @@
 """The demo: the digits teacher (lcm_jax/assets/digits_teacher) to a model that draws in one to four steps.
 
-python -m lcm_jax.train --config=configs/digits.py --workdir=runs/digits          # minutes on two cores
-python -m lcm_jax.train --config=configs/digits.py:smoke --workdir=runs/smoke     # seconds: does it run here?
+python -m lcm_jax.train --config=configs/digits.py --workdir=runs/digits      # minutes on two cores
+python -m lcm_jax.train --config=configs/digits.py:full --workdir=runs/full   # ten times as long
+python -m lcm_jax.train --config=configs/digits.py:smoke --workdir=runs/smoke # seconds: does it run here?
 """
 
 import pathlib
@@ -23,26 +24,32 @@ PROMPTS = (
 
 
 def get_config(variant=""):
-    if variant not in ("", "smoke"):
-        raise ValueError(f"no variant {variant!r}; digits.py has :smoke")
+    if variant not in ("", "full", "smoke"):
+        raise ValueError(f"no variant {variant!r}; digits.py has :full and :smoke")
     config = default_config()
     config.objective = "lcd"
     config.model.folder = TEACHER
     config.data.dataset = "captioned_digits"
     config.data.data_dir = "data"
     config.data.image_size = 32
-    config.steps = 600
+    config.steps = 1000
     config.batch_size = 32
-    config.optimizer.learning_rate = 2e-4
+    config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 20
+    config.optimizer.decay = "cosine"
     config.ema.decay = 0.95
-    config.lcd.guidance_min = 2.0
-    config.lcd.guidance_max = 8.0
+    config.lcd.guidance_min = 1.0
+    config.lcd.guidance_max = 4.0
     config.checkpoint.every = 100
     config.log.every = 5
-    config.log.samples_every = 100
+    config.log.samples_every = 200
     config.log.prompts = PROMPTS
-    config.log.guidance_scale = 4.0
+    config.log.guidance_scale = 2.5
+    if variant == "full":
+        config.steps = 10_000
+        config.checkpoint.every = 500
+        config.log.every = 20
+        config.log.samples_every = 1000
     if variant == "smoke":
         config.steps = 4
         config.batch_size = 8

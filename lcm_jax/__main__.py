@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train what a config file says: a consistency model, its teacher, an autoencoder",
     "export": "write a trained model as a folder that diffusers loads",
     "sample": "draw pictures for prompts",
+    "evaluate": "measure a model of the captioned digits: a table, curves, a sheet of pictures",
     "blank": "write a folder with random weights, to train from nothing",
 }
 
@@ -19,7 +20,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print("usage: lcm-jax <command> …; lcm-jax <command> --help says more\n")
         for name, what in COMMANDS.items():
-            print(f"  {name:8} {what}")
+            print(f"  {name:9} {what}")
         return 0 if len(sys.argv) > 1 else 2
     command, argv = sys.argv[1], sys.argv[2:]
     if command not in COMMANDS:

@@ -1,7 +1,9 @@
 """What the commands share: a user's mistake and a warning are one line each on stderr, without traceback."""
 
 import argparse
+import pathlib
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +35,21 @@ def parser(command: str, doc: str | None) -> Parser:
     return Parser(
         f"lcm-jax {command}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+
+
+def make_folder(option: str, folder: pathlib.Path) -> None:
+    """Makes the folder that `option` names, before work that takes long; raises UserError where nothing can be written.
+
+    One that is there already stays as it is.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise UserError(f"{option}: {folder} is a file; choose a folder") from None
+    except OSError as error:
+        raise UserError(f"{option}: {folder} can't be written: {error.strerror or error}") from None
 
 
 def run(main: Main, argv: Sequence[str] | None = None, command: str | None = None) -> int:

@@ -7,6 +7,7 @@ import pytest
 
 import lcm_jax
 from lcm_jax.config import load
+from lcm_jax.evaluation import teacher
 from lcm_jax.export import recipe_of
 from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
@@ -48,6 +49,14 @@ def test_diffusers_runs_what_is_exported_from_it(config, tmp_path):
     pipe = LatentConsistencyModelPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
     assert pipe(PROMPT, num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
+
+
+def test_its_evaluation_is_its_own(config):
+    """The rows that come with the package were measured with the files that come with it."""
+    rows, machine = teacher.shipped()
+    assert [(row.name, row.steps) for row in rows] == [(n, s) for n in teacher.SAMPLERS.values() for s in teacher.STEPS]
+    assert teacher.folder_hash(pathlib.Path(config.model.folder)) == teacher.folder_hash(teacher.TEACHER)
+    assert machine
 
 
 def test_it_draws_the_colours_that_it_is_asked_for(config):

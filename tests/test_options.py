@@ -43,6 +43,7 @@ STEP = {
     "lcd.empty_prompts": (0.5, "lcd"),
     "lcd.w_embedding_dim": (0, "lcd"),
     "denoising.caption_dropping": (0.5, "denoising"),
+    "denoising.timestep_shift": (6.0, "denoising"),
     "denoising.min_snr_gamma": (5.0, "denoising"),
     "denoising.train_text_encoder": (True, "denoising"),
     "autoencoder.kl_weight": (1e-3, "autoencoder"),

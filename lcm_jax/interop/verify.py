@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,42 @@ def verify(folder: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, 
 
 def _difference(ours: Any, theirs: np.ndarray) -> float:
     return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def lcm_drawer(
+    pipe: Pipeline, steps: int, guidance_scale: float
+) -> Callable[[list[str], np.ndarray, np.ndarray | None], np.ndarray]:
+    """Returns `draw(prompts, first noise, noise between the steps) -> uint8 pictures`: the same model in diffusers.
+
+    The noise is NHWC, as in `Pipeline.__call__`. Raises UserError without torch or diffusers.
+    """
+    try:
+        import diffusers
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError(f"drawing in diffusers needs {error.name}: pip install lcm_jax[diffusers]") from None
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    peer = getattr(diffusers, pipe.folder.pipeline_class).from_pretrained(str(pipe.folder.path), **load_networks(pipe))
+    peer.set_progress_bar_config(disable=True)
+
+    def draw(prompts: list[str], first: np.ndarray, between: np.ndarray | None) -> np.ndarray:
+        def nchw(noise: np.ndarray) -> Any:
+            return torch.from_numpy(np.ascontiguousarray(np.moveaxis(noise, -1, -3)))
+
+        later = [] if between is None else list(nchw(between))
+        with injected_noise(later), torch.no_grad():
+            result = peer(
+                prompts,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                latents=nchw(first),
+                output_type="np",
+            )
+        return np.round(result.images * 255).astype(np.uint8)
+
+    return draw
 
 
 def load_networks(pipe: Pipeline) -> dict[str, Any]:

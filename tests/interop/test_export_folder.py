@@ -309,6 +309,9 @@ def test_verify_reports_a_key_that_diffusers_misses(exported, tmp_path, monkeypa
 
 
 def test_verify_without_diffusers(exported, monkeypatch):
+    pipe = lcm_jax.load_pipeline(exported)
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(UserError, match=r"pip install lcm_jax\[diffusers\]"):
         verify(exported)
+    with pytest.raises(UserError, match=r"drawing in diffusers needs diffusers: pip install lcm_jax\[diffusers\]"):
+        verify_module.lcm_drawer(pipe, 2, 1.0)

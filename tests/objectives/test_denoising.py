@@ -110,7 +110,44 @@ def test_draws():
     assert all((a != b).any() for a, b in zip(draws, other, strict=True))
 
 
-@pytest.mark.parametrize("change", [{"caption_dropping": 0.9}, {"min_snr_gamma": 5.0}], ids=str)
+def timesteps(shift, total=1000, n=20000):
+    return np.asarray(draw(jax.random.key(0), (n, 1, 1, 1), DenoisingConfig(timestep_shift=shift), total).t)
+
+
+def test_timesteps_are_uniform_without_a_shift():
+    t, n = timesteps(1.0, total=10), 20000
+    counts = np.bincount(t, minlength=10)
+    assert len(counts) == 10
+    assert np.abs(counts - n / 10).max() < 5 * (n / 10) ** 0.5
+    np.testing.assert_array_equal(t, np.arange(n)[t])  # whole numbers
+    np.testing.assert_array_equal(t, timesteps(DenoisingConfig().timestep_shift, total=10))
+
+
+@pytest.mark.parametrize("shift", [0.5, 6.0])
+def test_shifted_timesteps_have_the_papers_quantiles(shift):
+    """t / T is a u / (1 + (a - 1) u) for u uniform (arXiv 2403.03206, eq. 23); for a = 6, 6 of 7 are above a half."""
+    u = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
+    expected = shift * u / (1 + (shift - 1) * u)
+    np.testing.assert_allclose(np.quantile(timesteps(shift), u) / 1000, expected, atol=0.015)
+    assert np.mean(timesteps(shift) >= 500) == pytest.approx(shift / (shift + 1), abs=0.015)
+
+
+@pytest.mark.parametrize("shift", [1e-6, 0.1, 1.0, 3.0, 6.0, 1e3, 1e9])
+def test_shifted_timesteps_stay_in_range(shift, monkeypatch):
+    for total in (2, 1000):
+        t = timesteps(shift, total)
+        assert t.dtype == np.int32
+        assert 0 <= t.min() <= t.max() <= total - 1
+    ends = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))])
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: ends)
+    first, last = timesteps(shift, n=2)
+    assert first == 0
+    assert last == (999 if shift > 1e-3 else last) <= 999
+
+
+@pytest.mark.parametrize(
+    "change", [{"caption_dropping": 0.9}, {"min_snr_gamma": 5.0}, {"timestep_shift": 6.0}], ids=str
+)
 def test_each_option_changes_the_loss(change):
     def loss(config):
         return loss_of(draws=draw(jax.random.key(0), SHAPE, config, 1000), config=config)[0]
@@ -123,6 +160,10 @@ def test_each_option_changes_the_loss(change):
     [
         ({"caption_dropping": -0.1}, "caption_dropping is -0.1"),
         ({"caption_dropping": 1.0}, r"caption_dropping is 1.0; it must be in \[0, 1\)"),
+        ({"timestep_shift": 0.0}, "timestep_shift is 0.0; it must be positive"),
+        ({"timestep_shift": -1.0}, "timestep_shift is -1.0"),
+        ({"timestep_shift": float("inf")}, "timestep_shift is inf"),
+        ({"timestep_shift": float("nan")}, "timestep_shift is nan"),
         ({"min_snr_gamma": -5.0}, "min_snr_gamma is -5.0"),
         ({"min_snr_gamma": float("nan")}, "min_snr_gamma is nan"),
     ],

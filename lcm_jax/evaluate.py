@@ -1,0 +1,191 @@
+"""python -m lcm_jax.evaluate --model=runs/digits/lcm [--out=runs/digits/evaluation] [--diffusers] [--teacher]
+
+Measures how well a model of the captioned digits draws what it is asked for: 1,120 prompts (10 digits, 56 pairs of
+colours, twice), the same noise for every row. Digits are read by a classifier that saw real digits only, colours from
+the pixels; the Fréchet distance is that to real test pictures in the classifier's 64 features. Writes table.md,
+evaluation.json, sheet.png and curves.png.
+
+The teacher's rows come with the package, for the files that its hash names; --teacher measures them again (half an
+hour on two cores), --teacher=FOLDER those of another teacher.
+"""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax import cli, compile_cache
+from lcm_jax.data.digits import SIZE
+from lcm_jax.diffusion.sampling import lcm_timesteps
+from lcm_jax.errors import UserError
+from lcm_jax.evaluation import teacher as teacher_rows
+from lcm_jax.evaluation.classifier import Classifier, load_classifier
+from lcm_jax.evaluation.digits import Prompt, real_pictures, score, sheet_prompts, test_prompts
+from lcm_jax.evaluation.draw import BATCH, draw_all, in_batches
+from lcm_jax.evaluation.report import Row, curves, figure_class, table, write_json, write_text
+from lcm_jax.evaluation.sheet import sheet
+from lcm_jax.grids import write_png
+from lcm_jax.pipeline import Pipeline, load_pipeline, to_unit
+
+STEPS = (1, 2, 4, 8)
+
+
+def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt]) -> list[Row]:
+    """Real test pictures, and the same through the model's VAE.
+
+    Distance and variety of the first are those of real *validation* pictures: what two sets of real pictures differ by.
+    """
+    real = real_pictures(prompts, "test")
+    features, _ = classifier(real)
+    others = score(real_pictures(prompts, "validation"), prompts, classifier, features)
+    real_row = dataclasses.replace(
+        score(real, prompts, classifier, features), frechet=others.frechet, variety=others.variety
+    )
+    decoded = []
+    for start in range(0, len(real), BATCH):
+        pixels = jnp.asarray(real[start : start + BATCH], jnp.float32) / 127.5 - 1.0
+        latents = pipe.vae(pixels, None, method="to_latents")
+        decoded.append(np.asarray(pipe.vae(latents, method="to_images")))
+    through = np.round(to_unit(np.concatenate(decoded)) * 255).astype(np.uint8)
+    return [
+        Row("real test pictures", real_row),
+        Row("the same through the VAE", score(through, prompts, classifier, features)),
+    ]
+
+
+def student_rows(
+    student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], steps: Sequence[int], guidance_scale: float
+) -> list[Row]:
+    """The consistency model at each number of steps."""
+    features, _ = classifier(real_pictures(prompts, "test"))
+    rows = []
+    for n in steps:
+        pictures, rate = draw_all(student, prompts, n, guidance_scale)
+        rows.append(Row("student", score(pictures, prompts, classifier, features), n, guidance_scale, rate))
+    return rows
+
+
+def diffusers_row(
+    student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], steps: int, guidance_scale: float
+) -> Row:
+    """The same model, prompts and noise in diffusers."""
+    from lcm_jax.interop.verify import lcm_drawer
+
+    features, _ = classifier(real_pictures(prompts, "test"))
+    draw = lcm_drawer(student, steps, guidance_scale)
+    pictures, rate = in_batches(draw, prompts, student.latent_shape(1)[1:], steps)
+    return Row("student in diffusers", score(pictures, prompts, classifier, features), steps, guidance_scale, rate)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; `argv` without the program's name. Returns the exit code."""
+    parser = cli.parser("evaluate", __doc__)
+    parser.add_argument("--model", help="a consistency model's folder, as lcm_jax.export writes it")
+    parser.add_argument("--out", type=pathlib.Path, help="a folder for the results (default: beside the model)")
+    parser.add_argument("--steps", type=_steps, default=STEPS, help="network steps of the model (default: 1,2,4,8)")
+    parser.add_argument("--guidance_scale", type=float, help="default: the middle of the model's trained range")
+    parser.add_argument("--diffusers", action="store_true", help="also draw in diffusers (needs lcm_jax[diffusers])")
+    parser.add_argument(
+        "--teacher",
+        nargs="?",
+        const=str(teacher_rows.TEACHER),
+        help="measure the teacher's rows (of this folder) again",
+    )
+    args = parser.parse_args(argv)
+    if not args.model and not args.teacher:
+        raise UserError("give --model=FOLDER, or --teacher to measure the teacher alone")
+    if args.diffusers and not args.model:
+        raise UserError("--diffusers draws with the model; give --model=FOLDER as well")
+    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
+        raise UserError(f"--guidance_scale={args.guidance_scale} is no finite number")
+    out = args.out or (pathlib.Path(args.model).parent if args.model else pathlib.Path()) / "evaluation"
+    compile_cache.enable()
+    figure_class()  # what can be wrong is found before anything that takes long
+    classifier = load_classifier()
+    teacher = _digits_model(args.teacher or str(teacher_rows.TEACHER), is_lcm=False)
+    shipped, where = ([], "") if args.teacher else teacher_rows.shipped()
+    on_sheet, prompts = sheet_prompts(), test_prompts()
+    rows, drawn = [], {}
+
+    if args.model:
+        student = _digits_model(args.model, is_lcm=True)
+        if not args.teacher and not _same_autoencoder(student, teacher):
+            raise UserError(
+                f"{args.model} was not distilled from {teacher.folder.path}, whose rows come with the package; "
+                "give its own teacher with --teacher=FOLDER"
+            )
+        original = student.folder.scheduler.get("original_inference_steps", 50)
+        for steps in args.steps:
+            lcm_timesteps(steps, original, student.schedule.num_train_timesteps)
+        cli.make_folder("--out", out)
+        guidance = student.default_guidance if args.guidance_scale is None else args.guidance_scale
+        peer = [diffusers_row(student, classifier, prompts, args.steps[-1], guidance)] if args.diffusers else []
+        rows = [*student_rows(student, classifier, prompts, args.steps, guidance), *peer]
+        for steps in args.steps:
+            name = f"student, {steps} step{'s' * (steps > 1)}"
+            drawn[name], _ = draw_all(student, on_sheet, steps, guidance, fill=True)
+    if args.teacher:
+        cli.make_folder("--out", out)
+        print("Measuring the teacher …", flush=True)
+        shipped = teacher_rows.measure(teacher, classifier, lambda line: print(line, flush=True))
+        write_json(out / "teacher.json", teacher_rows.to_json(shipped, teacher.folder.path))
+    pictures = {"real test pictures": real_pictures(on_sheet, "test")}
+    for row in shipped:
+        if row.name == teacher_rows.SAMPLERS["ddim"] and row.steps in (4, 50):
+            name = f"teacher, {row.steps} steps"
+            pictures[name], _ = draw_all(teacher, on_sheet, row.steps, row.guidance_scale or 1.0, "ddim")
+    drawn = {**pictures, **drawn}
+    rows = [*ceilings(teacher, classifier, prompts), *shipped, *rows]
+
+    here = teacher_rows.machine()
+    text = table(rows)
+    print(text)
+    if where:
+        print(f"\nimages/s: the teacher's on {where}; the others here, on {here}")
+    values = {"model": args.model, "prompts": len(prompts), "machine": here, "teacher_machine": where or here}
+    write_json(out / "evaluation.json", {**values, "rows": [row.to_dict() for row in rows]})
+    write_text(out / "table.md", text + "\n")
+    write_png(out / "sheet.png", sheet(drawn, [prompt.text for prompt in on_sheet]))
+    write_png(out / "curves.png", curves(rows))
+    print(f"Done: {out} holds table.md, evaluation.json, sheet.png and curves.png")
+    return 0
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    try:
+        steps = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 1,2,4") from None
+    if min(steps) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has {min(steps)}; each must be at least 1")
+    return steps
+
+
+def _digits_model(folder: str, *, is_lcm: bool) -> Pipeline:
+    """Loads a model of the captioned digits; raises UserError if it is none, or of the other kind."""
+    pipe = load_pipeline(folder)
+    if pipe.is_lcm != is_lcm:
+        kinds = ("a diffusion model", "a consistency model")
+        raise UserError(f"{folder} holds {kinds[pipe.is_lcm]}; {kinds[is_lcm]} is needed here")
+    factor = 2 ** (len(pipe.vae.network.config.block_out_channels) - 1)
+    height, width = (side * factor for side in pipe.latent_shape(1)[1:3])
+    if (height, width) != (SIZE, SIZE):
+        raise UserError(
+            f"{folder} draws {width} x {height}; only models of the captioned digits are evaluated ({SIZE} x {SIZE})"
+        )
+    return pipe
+
+
+def _same_autoencoder(a: Pipeline, b: Pipeline) -> bool:
+    """Whether both were made around the same VAE, bit for bit, as a student and its teacher are."""
+    ours, theirs = (pipe.folder.components["vae"].params for pipe in (a, b))
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[k], theirs[k]) for k in ours)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

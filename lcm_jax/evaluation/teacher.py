@@ -1,0 +1,109 @@
+"""The teacher's rows: measured once, shipped with the package, and tied to the teacher's files by their hash."""
+
+import hashlib
+import os
+import pathlib
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lcm_jax.errors import UserError
+from lcm_jax.evaluation.classifier import WEIGHTS, Classifier
+from lcm_jax.evaluation.digits import SEED, real_pictures, score, test_prompts, validation_prompts
+from lcm_jax.evaluation.draw import draw_all
+from lcm_jax.evaluation.report import Row
+from lcm_jax.interop.weights import read_json
+from lcm_jax.pipeline import Pipeline
+
+ASSETS = pathlib.Path(__file__).parent.parent / "assets"
+TEACHER = ASSETS / "digits_teacher"
+ROWS = ASSETS / "digits_teacher_rows.json"
+
+SAMPLERS = {"ddim": "teacher, DDIM", "dpmpp": "teacher, DPM-Solver++"}
+STEPS = (1, 2, 4, 8, 50)
+VALIDATION_SEED = SEED + 2  # the rows themselves have other noise
+GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5)
+WITHIN = 0.01  # of the best prompt accuracy; among those the Fréchet distance decides
+
+
+def measure(pipe: Pipeline, classifier: Classifier, say: Callable[[str], None]) -> list[Row]:
+    """Measures a diffusion model with each sampler and number of steps, at the guidance that suits it best.
+
+    That guidance is chosen with the validation prompts and the real validation pictures: of those whose prompt
+    accuracy is within a percentage point of the best, the one of the smallest Fréchet distance.
+    """
+    chosen_with = validation_prompts()
+    validation_features, _ = classifier(real_pictures(chosen_with, "validation"))
+    prompts = test_prompts()
+    test_features, _ = classifier(real_pictures(prompts, "test"))
+    rows = []
+    for sampler, name in SAMPLERS.items():
+        for steps in STEPS:
+            scores = {}
+            for guidance in GUIDANCE:
+                images, _ = draw_all(pipe, chosen_with, steps, guidance, sampler, seed=VALIDATION_SEED)
+                scores[guidance] = score(images, chosen_with, classifier, validation_features)
+            best = max(s.prompt.value for s in scores.values())
+            good = {g: s.frechet for g, s in scores.items() if s.prompt.value >= best - WITHIN}
+            guidance = min(good, key=lambda g: good[g])
+            images, rate = draw_all(pipe, prompts, steps, guidance, sampler)
+            rows.append(Row(name, score(images, prompts, classifier, test_features), steps, guidance, rate))
+            accuracy = rows[-1].score.prompt.value
+            say(f"{name}, {steps} steps: guidance {guidance:g}, {100 * accuracy:.1f} %, {rows[-1].score.frechet:.1f}")
+    return rows
+
+
+def to_json(rows: list[Row], folder: pathlib.Path) -> dict[str, Any]:
+    """What ROWS holds."""
+    return {
+        "folder_sha256": folder_hash(folder),
+        "classifier_sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
+        "machine": machine(),
+        "rows": [row.to_dict() for row in rows],
+    }
+
+
+def shipped(folder: pathlib.Path = TEACHER, path: pathlib.Path = ROWS) -> tuple[list[Row], str]:
+    """Returns the rows that come with the package, and the machine that they were measured on.
+
+    Raises UserError if they belong to other files than the teacher's or the classifier's.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing; measure the teacher's rows with --teacher")
+    values = read_json(path)
+    found = {
+        "folder_sha256": folder_hash(folder),
+        "classifier_sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
+    }
+    for key, value in found.items():
+        if values.get(key) != value:
+            what = folder if key == "folder_sha256" else WEIGHTS
+            raise UserError(f"{path} was measured with other files than those of {what}; measure again with --teacher")
+    return [Row.from_dict(row) for row in values["rows"]], values["machine"]
+
+
+def folder_hash(folder: pathlib.Path) -> str:
+    """SHA-256 over the names and contents of a model folder's files, its README.md left out."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "README.md":
+            total.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+            total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def machine() -> str:
+    """The processor or accelerator, in words."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} × {device.device_kind}"
+    names = [
+        line.partition(":")[2].strip()
+        for line in (
+            pathlib.Path("/proc/cpuinfo").read_text().splitlines() if pathlib.Path("/proc/cpuinfo").exists() else []
+        )
+        if line.startswith("model name")
+    ]
+    return f"{os.cpu_count()} cores, {names[0] if names else platform.processor() or platform.machine()}"

@@ -1,0 +1,50 @@
+"""Micro models that draw 32 x 32 pixels, and the classifier that comes with the package."""
+
+import numpy as np
+import pytest
+
+from lcm_jax.blank import write_blank
+from lcm_jax.evaluation.classifier import load_classifier
+from lcm_jax.interop.export import Recipe, write_lcm_folder
+from lcm_jax.interop.folder import read_folder
+from lcm_jax.state import W_PROJECTION
+
+W_DIM = 16
+RECIPE = Recipe(
+    teacher="micro",
+    weights="ema",
+    guidance_min=2.0,
+    guidance_max=4.0,
+    solver="ddim",
+    skip=20,
+    original_inference_steps=50,
+    timestep_scaling=10.0,
+    w_embedding_dim=W_DIM,
+    distance="huber",
+    steps=1,
+    batch_size=1,
+    learning_rate=1e-4,
+    ema_decay=0.9,
+)
+
+
+@pytest.fixture(scope="session")
+def classifier():
+    return load_classifier()
+
+
+@pytest.fixture(scope="session")
+def micro_teacher(tmp_path_factory):
+    """A diffusion model's folder."""
+    return write_blank("micro", tmp_path_factory.mktemp("micro") / "teacher")
+
+
+@pytest.fixture(scope="session")
+def micro_student(micro_teacher, tmp_path_factory):
+    """A consistency model's folder, around the same VAE."""
+    teacher = read_folder(micro_teacher)
+    params = teacher.components["unet"].params
+    width = params["time_embedding.linear_1.kernel"].shape[0]
+    random = np.random.default_rng(0)
+    params = {**params, W_PROJECTION: random.standard_normal((W_DIM, width), np.float32)}
+    return write_lcm_folder(teacher, params, tmp_path_factory.mktemp("micro_lcm") / "lcm", recipe=RECIPE)

@@ -1,0 +1,128 @@
+"""The classifier: the weights that come with the package, and their training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcm_jax.data.digits import load_grids
+from lcm_jax.errors import UserError
+from lcm_jax.evaluation import classifier as module
+from lcm_jax.evaluation import digits
+from lcm_jax.evaluation.classifier import CHUNK, WEIGHTS, load_classifier, real_accuracy, train_classifier
+from lcm_jax.evaluation.colours import NAMES
+from lcm_jax.evaluation.digits import real_pictures
+
+
+def test_it_reads_real_test_digits(classifier):
+    assert real_accuracy(classifier) >= 0.98
+
+
+def test_a_picture_is_read_alike_in_any_company(classifier):
+    images = real_pictures(digits.test_prompts()[: CHUNK + 5], "test")
+    features, read = classifier(images)
+    assert features.shape == (CHUNK + 5, module.FEATURES)
+    assert read.shape == (CHUNK + 5,)
+    for part in (slice(3), slice(-4, None)):
+        some, some_read = classifier(images[part])
+        np.testing.assert_allclose(some, features[part], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(some_read, read[part])
+
+
+def test_features_are_what_the_answers_are_read_from(classifier):
+    images = real_pictures(digits.test_prompts()[:20], "test")
+    features, read = classifier(images)
+    kernel, bias = classifier.params["digit.kernel"], classifier.params["digit.bias"]
+    np.testing.assert_array_equal((features @ kernel + bias).argmax(-1), read)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "No such file or directory"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "incomplete metadata"),
+        (lambda path: path.write_bytes(b"no weights, but something that is long enough"), "header"),
+        (lambda path: (path.unlink(), path.mkdir()), "No such device"),
+    ],
+)
+def test_damaged_weights(tmp_path, damage, message):
+    path = tmp_path / "digits.safetensors"
+    path.write_bytes(WEIGHTS.read_bytes())
+    damage(path)
+    with pytest.raises(UserError, match=message) as error:
+        load_classifier(path)
+    assert str(error.value).startswith(f"{path} can't be read: ")
+    assert str(error.value).endswith(f"python -m lcm_jax.evaluation.classifier --out={path}")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_something_else(micro_teacher):
+    path = micro_teacher / "unet/diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model.safetensors: parameters do not fit; missing: conv1"):
+        load_classifier(path)
+
+
+def test_a_short_training_learns(monkeypatch):
+    """Colours almost wholly, and to tell two digits apart better than by chance."""
+    grids, labels = load_grids()
+    two = np.isin(labels, (4, 7))
+    monkeypatch.setattr(module, "load_grids", lambda: (grids[two], labels[two]))
+    trained = train_classifier(200, batch_size=32)
+    prompts = [p for p in digits.test_prompts() if p.digit in (4, 7)]
+    images = jnp.asarray(real_pictures(prompts, "test"), jnp.float32) / 127.5 - 1
+    _, logits = jax.jit(module._network().apply)(trained.params, images)
+    answers = {
+        "digit": [p.digit for p in prompts],
+        "ink": [NAMES.index(p.ink) for p in prompts],
+        "paper": [NAMES.index(p.paper) for p in prompts],
+    }
+    right = {name: np.mean(logits[name].argmax(-1) == np.array(answers[name])) for name in answers}
+    assert right["digit"] > 0.65
+    assert min(right["ink"], right["paper"]) > 0.95
+
+
+def test_training_pictures_are_warped_a_little():
+    """By no more than 2 pixels, 10 degrees and 10 %, and each in its own way."""
+    square = jnp.zeros((32, 32)).at[8:24, 8:24].set(1.0)
+    warped = np.asarray(jax.vmap(module._warped, (0, None))(jax.random.split(jax.random.key(0), 200), square))
+    place = np.arange(32) - 15.5
+    mass = warped.sum((1, 2))
+    for axis in (1, 2):
+        centre = (warped.sum(3 - axis) * place).sum(-1) / mass
+        assert 1.5 < np.abs(centre).max() < 2.5
+    side = np.sqrt(mass)
+    assert 16 / 1.12 < side.min() < 15 < 17 < side.max() < 16 / 0.88
+    assert warped[:, :3].max() == 0
+    assert len({w.tobytes() for w in warped}) == 200
+
+
+def test_command(tmp_path, monkeypatch, classifier, capsys):
+    trained = []
+    monkeypatch.setattr(module, "train_classifier", lambda steps: trained.append(steps) or classifier)
+    monkeypatch.setattr(module, "real_accuracy", lambda _: 0.98765)
+    out = tmp_path / "new" / "digits.safetensors"
+    assert module.main([f"--out={out}", "--steps=7"]) == 0
+    assert trained == [7]
+    again = load_classifier(out).params
+    assert all(np.array_equal(again[name], classifier.params[name]) for name in classifier.params)
+    assert capsys.readouterr().out == f"{out}: reads 98.77 % of the real test digits\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out=x", "--steps=0"], "--steps=0 must be at least 1"),
+        (["--out=x", "--steps=many"], "argument --steps: invalid int value: 'many'"),
+        ([], "the following arguments are required: --out"),
+        (["--out=."], r"--out=\. is a folder; give a file's name in it"),
+        (["--out=/proc/nowhere/x"], "--out: /proc/nowhere can't be written: No such file or directory"),
+        (["--out=file/x"], "--out: file is a file; choose a folder"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_found_before_the_training(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(module, "train_classifier", None)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        module.main(arguments)

@@ -1,0 +1,60 @@
+"""Ink and paper are read from pixels as they were drawn."""
+
+import numpy as np
+import pytest
+
+from lcm_jax.data.digits import ALL_PAIRS, COLOURS, coverage, draw, load_grids, split_pictures
+from lcm_jax.evaluation.colours import NAMES, read_colours
+
+
+@pytest.fixture(scope="module")
+def grids():
+    """Of the real test pictures."""
+    grids, digits = load_grids()
+    return grids[split_pictures(digits)["test"]]
+
+
+def read(*pictures):
+    ink, paper = read_colours(np.stack(pictures))
+    return [("" if i < 0 else NAMES[i], NAMES[p]) for i, p in zip(ink, paper, strict=True)]
+
+
+def test_every_pair_of_colours_is_read_from_real_digits(grids):
+    for number, pair in enumerate(ALL_PAIRS):
+        some = grids[number % 4 :: 4]
+        assert read(*(draw(grid, *pair) for grid in some)) == [pair] * len(some)
+
+
+def test_a_picture_of_one_colour_has_no_ink():
+    flat = [np.full((32, 32, 3), colour, np.uint8) for colour in COLOURS.values()]
+    assert read(*flat) == [("", name) for name in COLOURS]
+    grey = np.uint8([[[90, 160, 200]]])  # nearest to cyan
+    assert read(np.tile(grey, (32, 32, 1))) == [("", "cyan")]
+
+
+def test_noise_that_leaves_each_pixel_nearest_to_its_colour(grids):
+    inked = coverage(grids[:20])[..., None] > 0.5
+    noise = np.random.default_rng(0).integers(0, 120, (20, 32, 32, 3))
+    noisy = np.where(inked, COLOURS["yellow"], COLOURS["blue"])
+    noisy = np.where(noisy > 0, noisy - noise, noisy + noise).astype(np.uint8)
+    assert read(*noisy) == [("yellow", "blue")] * 20
+
+
+def test_the_commonest_colour_beside_the_paper_is_the_ink(grids):
+    picture = draw(grids[0], "red", "blue")
+    spot = picture.copy()
+    spot[12:16, 12:16] = COLOURS["green"]
+    inked = (picture == COLOURS["red"]).all(-1).sum()
+    assert inked > 16
+    much = picture.copy()
+    much[4:28, 4:28] = COLOURS["green"]
+    assert read(spot, much) == [("red", "blue"), ("green", "blue")]
+
+
+def test_the_paper_is_what_frames_the_picture():
+    """Also where most of the picture is ink, and where ink reaches the edge."""
+    picture = np.full((32, 32, 3), COLOURS["cyan"], np.uint8)
+    picture[2:30, 2:30] = COLOURS["black"]
+    touched = picture.copy()
+    touched[:, 8:20] = COLOURS["black"]
+    assert read(picture, touched) == [("black", "cyan")] * 2

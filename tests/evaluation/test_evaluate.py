@@ -1,0 +1,267 @@
+"""The evaluate command, from the command line to what it leaves behind."""
+
+import functools
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from lcm_jax import cli, evaluate, load_pipeline
+from lcm_jax.blank import write_blank
+from lcm_jax.errors import UserError
+from lcm_jax.evaluation import digits, draw, teacher
+from lcm_jax.evaluation.digits import first_noise, later_noise, real_pictures, score, sheet_prompts
+from lcm_jax.evaluation.draw import draw_all
+from lcm_jax.evaluation.report import Row, table
+from lcm_jax.evaluation.sheet import HEAD, LEFT
+from lcm_jax.grids import GAP
+from lcm_jax.interop.verify import lcm_drawer
+
+PROMPTS = [*digits.test_prompts()[::400], sheet_prompts()[8]]  # three, and one of a held-out pair
+ON_SHEET = sheet_prompts()[3:8:4]
+
+
+@pytest.fixture
+def few(monkeypatch, micro_teacher, micro_student):
+    """Few prompts and steps in batches of one size; the micro teacher is the one that comes with the package."""
+    for module in (evaluate, teacher):
+        monkeypatch.setattr(module, "test_prompts", lambda: PROMPTS)
+    monkeypatch.setattr(teacher, "validation_prompts", lambda: PROMPTS[::-1])
+    monkeypatch.setattr(evaluate, "sheet_prompts", lambda: ON_SHEET)
+    for module in (evaluate, draw):
+        monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(teacher, "SAMPLERS", {"ddim": "teacher, DDIM"})
+    monkeypatch.setattr(teacher, "STEPS", (4,))
+    monkeypatch.setattr(teacher, "GUIDANCE", (2.0, 3.0))
+    monkeypatch.setattr(teacher, "TEACHER", micro_teacher)
+    return f"--model={micro_student}"
+
+
+def ship(rows_file, micro_teacher, monkeypatch):
+    monkeypatch.setattr(teacher, "shipped", functools.partial(teacher.shipped, micro_teacher, rows_file))
+
+
+@pytest.fixture
+def shipped(few, micro_teacher, tmp_path_factory, monkeypatch):
+    """Rows as they come with the package."""
+    row = Row("teacher, DDIM", score_of(PROMPTS), 4, 2.0, 10.0)
+    rows_file = tmp_path_factory.mktemp("assets") / "rows.json"
+    values = teacher.to_json([row, Row("teacher, DDIM", score_of(PROMPTS), 50, 3.0, 1.0)], micro_teacher)
+    rows_file.write_text(json.dumps({**values, "machine": "a slide rule"}))
+    ship(rows_file, micro_teacher, monkeypatch)
+    return few
+
+
+def score_of(prompts):
+    features = np.random.default_rng(0).standard_normal((2, len(prompts), 64))
+    return score(
+        real_pictures(prompts, "test"), prompts, lambda _: (features[0], np.zeros(len(prompts), int)), features[1]
+    )
+
+
+def cell(sheet, row, column):
+    """An enlarged picture of the sheet, in its own size again."""
+    top, left = HEAD + row * (64 + GAP), LEFT + column * (64 + GAP)
+    return sheet[top : top + 64 : 2, left : left + 64 : 2]
+
+
+@pytest.fixture
+def one_thread_of_torch():
+    """More cost more than they give on layers this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread_of_torch")
+def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, capsys):
+    out = tmp_path / "new" / "results"
+    assert evaluate.main([few, "--teacher", "--steps=2", "--diffusers", f"--out={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {
+        *("teacher.json", "evaluation.json", "table.md"),
+        *("sheet.png", "curves.png"),
+    }
+    values = json.loads((out / "evaluation.json").read_text())
+    assert (values["prompts"], values["model"]) == (len(PROMPTS), str(micro_student))
+    rows = [Row.from_dict(row) for row in values["rows"]]
+    assert [(row.name, row.steps) for row in rows] == [
+        ("real test pictures", None),
+        ("the same through the VAE", None),
+        ("teacher, DDIM", 4),
+        ("student", 2),
+        ("student in diffusers", 2),
+    ]
+    assert table(rows) in printed
+    assert (out / "table.md").read_text() == table(rows) + "\n"
+    assert json.loads((out / "teacher.json").read_text())["rows"] == values["rows"][2:3]
+    assert "images/s" not in printed.replace(table(rows), "")  # all on one machine
+    assert all(row.score.prompt.count == 4 and row.score.held_out.count == 1 for row in rows)
+
+    # rows are those of the pictures that the model draws from the fixed noise
+    student, real = load_pipeline(micro_student), real_pictures(PROMPTS, "test")
+    features, _ = classifier(real)
+    pictures, _ = draw_all(student, PROMPTS, 2, 3.0)
+    assert rows[3].score == score(pictures, PROMPTS, classifier, features)
+    assert rows[3].guidance_scale == 3.0  # the middle of the trained range
+    assert rows[4].score.frechet == pytest.approx(rows[3].score.frechet, rel=2e-4)
+    others, _ = draw_all(student, PROMPTS, 2, 2.0)
+    other = score(others, PROMPTS, classifier, features)
+    assert other.frechet != pytest.approx(rows[3].score.frechet, rel=1e-3)
+    drawn, _ = draw_all(load_pipeline(micro_teacher), PROMPTS, 4, rows[2].guidance_scale, "ddim")
+    assert rows[2].score == score(drawn, PROMPTS, classifier, features)
+
+    with PIL.Image.open(out / "sheet.png") as image:
+        sheet = np.asarray(image)
+    teachers, _ = draw_all(load_pipeline(micro_teacher), ON_SHEET, 4, rows[2].guidance_scale, "ddim")
+    students, _ = draw_all(student, ON_SHEET, 2, 3.0)
+    for column in range(2):
+        np.testing.assert_array_equal(cell(sheet, 0, column), real_pictures(ON_SHEET, "test")[column])
+        np.testing.assert_array_equal(cell(sheet, 1, column), teachers[column])
+        np.testing.assert_array_equal(cell(sheet, 2, column), students[column])
+    assert sheet.shape[0] == HEAD + 3 * (64 + GAP) - GAP
+
+
+@pytest.mark.usefixtures("one_thread_of_torch")
+def test_pictures_in_diffusers_are_ours(micro_student, capfd):
+    """To within a grey level, from the same noise."""
+    pipe = load_pipeline(micro_student)
+    texts, first = [prompt.text for prompt in PROMPTS[:2]], first_noise(2, (8, 8, 4))
+    between = later_noise(2, 2, (8, 8, 4))
+    theirs = lcm_drawer(pipe, 2, 2.5)(texts, first, between).astype(int)
+    assert theirs.shape == (2, 32, 32, 3)
+    assert np.abs(theirs - pipe(texts, 2, 2.5, latents=first, noise=between)).max() <= 1
+    assert np.abs(theirs[0] - theirs[1]).max() > 50
+    assert capfd.readouterr() == ("", "")
+
+
+def test_rows_that_come_with_the_package(shipped, micro_student, tmp_path, capsys, monkeypatch):
+    """The results are beside the model, and the teacher's rows are taken as they are."""
+    asked = []
+
+    def draw_all(pipe, prompts, steps, guidance_scale, sampler=None, *, fill=False):
+        asked.append((pipe.is_lcm, len(prompts), steps, guidance_scale))
+        return real_pictures(prompts, "train"), 7.0
+
+    monkeypatch.setattr(evaluate, "draw_all", draw_all)
+    lcm = shutil.copytree(micro_student, tmp_path / "run" / "lcm")
+    evaluate.main([f"--model={lcm}", "--steps=4,1", "--guidance_scale=2.5"])
+    out = tmp_path / "run" / "evaluation"
+    assert {path.name for path in out.iterdir()} == {"evaluation.json", "table.md", "sheet.png", "curves.png"}
+    values = json.loads((out / "evaluation.json").read_text())
+    rows = [Row.from_dict(row) for row in values["rows"]]
+    assert rows[2:4] == teacher.shipped()[0]
+    assert [(row.name, row.steps, row.guidance_scale) for row in rows[4:]] == [("student", 4, 2.5), ("student", 1, 2.5)]
+    assert rows[5].images_per_second == 7
+    students = [(True, count, steps, 2.5) for count in (4, 2) for steps in (4, 1)]
+    assert sorted(asked) == sorted([*students, (False, 2, 4, 2.0), (False, 2, 50, 3.0)])
+    with PIL.Image.open(out / "sheet.png") as image:
+        assert image.height == HEAD + 5 * (64 + GAP) - GAP
+    assert values["teacher_machine"] == "a slide rule"
+    assert f"the teacher's on a slide rule; the others here, on {values['machine']}" in capsys.readouterr().out
+
+
+class Model:
+    """Has a VAE that gives back what it is given, but darker."""
+
+    @staticmethod
+    def vae(x, noise=None, *, method):
+        assert noise is None
+        return x if method == "to_latents" else 0.6 * jnp.asarray(x) - 0.4
+
+
+def test_ceilings(classifier):
+    prompts = digits.test_prompts()[::6]
+    assert len(prompts) > evaluate.BATCH
+    real, through = evaluate.ceilings(Model, classifier, prompts)
+    pictures, others = (real_pictures(prompts, split) for split in ("test", "validation"))
+    features, _ = classifier(pictures)
+    assert real.score.prompt.value > 0.95
+    assert real.score.frechet == score(others, prompts, classifier, features).frechet > 0
+    darker = np.round(pictures * 0.6).astype(np.uint8)
+    assert through.score == score(darker, prompts, classifier, features)
+
+
+# ---- mistakes
+
+
+@pytest.fixture
+def nothing_is_drawn(monkeypatch):
+    """A mistake must be found before anything that takes long."""
+    for module in (evaluate, teacher):
+        monkeypatch.setattr(module, "draw_all", None)
+    monkeypatch.setattr(evaluate, "in_batches", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --model=FOLDER, or --teacher to measure the teacher alone"),
+        (["--teacher", "--diffusers"], "--diffusers draws with the model; give --model=FOLDER as well"),
+        (["--model=nowhere"], "there is no folder nowhere"),
+        (["--model=TEACHER"], "TEACHER holds a diffusion model; a consistency model is needed here"),
+        (
+            ["--model=STUDENT", "--teacher=STUDENT"],
+            "STUDENT holds a consistency model; a diffusion model is needed here",
+        ),
+        (["--model=SMALL", "--teacher"], r"SMALL draws 16 x 16; only .* captioned digits are evaluated \(32 x 32\)"),
+        (["--model=STUDENT", "--steps=0"], "argument --steps: '0' has 0; each must be at least 1"),
+        (["--model=STUDENT", "--steps=4,-1"], "argument --steps: '4,-1' has -1; each must be at least 1"),
+        (["--model=STUDENT", "--steps=x"], "argument --steps: 'x' is no list of whole numbers like 1,2,4"),
+        (["--model=STUDENT", "--steps=4,60"], "steps is 60; it must be in 1 … 50, the steps of the trained grid"),
+        (["--model=STUDENT", "--guidance_scale=much"], "argument --guidance_scale: invalid float value: 'much'"),
+        (["--model=STUDENT", "--guidance_scale=nan"], "--guidance_scale=nan is no finite number"),
+        (["--model=STUDENT", "--step=4"], "there is no option --step=4; did you mean '--steps'.*"),
+        (["--model=STUDENT", "--out=file"], "--out: file is a file; choose a folder"),
+        (["--teacher", "--out=file/x"], "--out: file/x can't be written: Not a directory"),
+        (["--model=STUDENT", "--out=/proc/nowhere"], "--out: /proc/nowhere can't be written: No such file .*"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.usefixtures("nothing_is_drawn", "shipped")
+def test_mistakes(arguments, message, micro_teacher, micro_student, lcm_folder, tmp_path, monkeypatch):
+    places = {"STUDENT": micro_student, "TEACHER": micro_teacher, "SMALL": lcm_folder}
+    for name, place in places.items():
+        arguments = [argument.replace(name, str(place)) for argument in arguments]
+        message = message.replace(name, str(place))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"^{message}$") as error:
+        evaluate.main(arguments)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.usefixtures("nothing_is_drawn")
+def test_no_rows_of_the_teacher(few, micro_teacher, tmp_path, monkeypatch, capsys):
+    ship(tmp_path / "rows.json", micro_teacher, monkeypatch)
+    assert cli.run(evaluate.main, [few]) == 2
+    line = f"{tmp_path}/rows.json is missing; measure the teacher's rows with --teacher"
+    assert capsys.readouterr().err == f"lcm-jax evaluate: error: {line}\n"
+
+
+@pytest.mark.usefixtures("nothing_is_drawn")
+def test_a_student_of_another_teacher(shipped, tmp_path, monkeypatch):
+    other = write_blank("micro", tmp_path / "other", seed=1)
+    monkeypatch.setattr(teacher, "TEACHER", other)
+    with pytest.raises(UserError, match=r"/lcm was not distilled from .*/other, whose rows .* --teacher=FOLDER$"):
+        evaluate.main([shipped])
+
+
+@pytest.mark.usefixtures("nothing_is_drawn")
+@pytest.mark.parametrize(
+    ("module", "argument", "message"),
+    [
+        ("matplotlib.figure", "--steps=1", r"the curves need matplotlib: pip install 'lcm_jax\[demo\]'"),
+        ("diffusers", "--diffusers", r"drawing in diffusers needs diffusers: pip install lcm_jax\[diffusers\]"),
+    ],
+)
+def test_what_is_not_installed(shipped, tmp_path, monkeypatch, module, argument, message):
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        evaluate.main([shipped, argument, f"--out={tmp_path}"])

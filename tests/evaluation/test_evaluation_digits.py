@@ -1,0 +1,192 @@
+"""What models are asked for, from which noise, and how their pictures are scored."""
+
+import collections
+import functools
+
+import numpy as np
+import pytest
+
+from lcm_jax.data.digits import ALL_PAIRS, HELD_OUT_PAIRS, PHRASES, SEEN_PAIRS, draw, load_grids, split_pictures
+from lcm_jax.evaluation import digits
+from lcm_jax.evaluation.digits import Prompt, Share, first_noise, later_noise, real_pictures, score
+from lcm_jax.evaluation.frechet import frechet_distance
+
+# ---- prompts
+
+
+def classes(prompts):
+    return collections.Counter((p.digit, p.ink, p.paper) for p in prompts)
+
+
+def test_each_class_is_asked_for_twice():
+    prompts = digits.test_prompts()
+    assert len(prompts) == 1120
+    assert classes(prompts) == {(digit, *pair): 2 for digit in range(10) for pair in ALL_PAIRS}
+    assert len({p.text for p in prompts}) == 1120  # in two phrasings
+    assert collections.Counter(p.phrase for p in prompts) == dict.fromkeys(range(len(PHRASES)), 224)
+    assert sum(p.held_out for p in prompts) == 160
+
+
+def test_validation_has_no_held_out_pair():
+    prompts = digits.validation_prompts()
+    assert classes(prompts) == {(digit, *pair): 1 for digit in range(10) for pair in SEEN_PAIRS}
+    assert not any(p.held_out for p in prompts)
+    assert {p.phrase for p in prompts} == set(range(len(PHRASES)))
+
+
+def test_the_sheet_has_four_pictures_of_each_of_its_classes():
+    prompts = digits.sheet_prompts()
+    assert list(classes(prompts).values()) == [4] * 4
+    assert [p.held_out for p in prompts[::4]] == [False, False, True, True]
+    assert all(p == prompts[i // 4 * 4] for i, p in enumerate(prompts))
+
+
+def test_prompts_are_for_ever():
+    """Rows that were measured once stand beside rows of today."""
+    prompts = digits.test_prompts()
+    assert prompts[0].text == "a black zero on a white background"
+    assert prompts[777].text == "a green seven on a black background"
+    assert prompts[1119].text == "the digit nine in magenta on cyan"
+    assert digits.validation_prompts()[123].text == "a picture of the digit three in red on a black background"
+
+
+# ---- noise
+
+
+@pytest.mark.parametrize("noise", [first_noise, functools.partial(later_noise, 3)])
+def test_noise_is_standard_normal_and_fixed(noise):
+    drawn = noise(300, (4, 4, 2), 0)
+    assert drawn.shape[-4:] == (300, 4, 4, 2)
+    assert drawn.dtype == np.float32
+    np.testing.assert_allclose([drawn.mean(), drawn.std()], [0, 1], atol=0.03)
+    np.testing.assert_array_equal(noise(300, (4, 4, 2), 0), drawn)
+    assert (noise(300, (4, 4, 2), 1) != drawn).any()
+
+
+def test_noises_differ_from_one_another():
+    first, later = first_noise(2, (3, 3, 1), 0), later_noise(3, 2, (3, 3, 1), 1)
+    assert later.shape == (2, 2, 3, 3, 1)
+    assert later_noise(1, 2, (3, 3, 1), 0).shape == (0, 2, 3, 3, 1)
+    assert len({x.tobytes() for x in (*first, *later[0], *later[1])}) == 6
+
+
+def test_first_noise_of_a_picture_is_the_same_however_many_there_are():
+    np.testing.assert_array_equal(first_noise(7, (3, 3, 2), 0)[:4], first_noise(4, (3, 3, 2), 0))
+
+
+# ---- real pictures
+
+
+def test_real_pictures_are_of_their_split_and_take_turns():
+    grids, real = load_grids()
+    drawn = {}
+    for split, members in split_pictures(real).items():
+        threes = members[real[members] == 3]
+        pictures = real_pictures([Prompt(3, "white", "black", 0)] * (len(threes) + 2), split)
+        expected = [draw(grids[i], "white", "black") for i in threes]
+        np.testing.assert_array_equal(pictures, [*expected, *expected[:2]])
+        drawn[split] = {picture.tobytes() for picture in pictures}
+    assert not drawn["train"] & drawn["test"]
+    assert not drawn["validation"] & drawn["test"]
+
+
+def test_real_pictures_are_as_asked(classifier):
+    prompts = digits.test_prompts()[::4]
+    found = score(real_pictures(prompts, "test"), prompts, classifier, np.zeros((280, 64), np.float32))
+    assert found.colours.value == 1
+    assert found.prompt.value == found.digit.value > 0.98
+
+
+# ---- shares
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [  # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilsons_interval(right, count, low, high):
+    assert Share(right, count).interval == pytest.approx((low, high), abs=5e-5)
+    assert Share(count - right, count).interval == pytest.approx((1 - high, 1 - low), abs=5e-5)
+    assert Share(right, count).value == right / count
+
+
+def test_an_interval_stays_within_zero_and_one():
+    """Also after rounding: a table would show -0.0."""
+    for n in range(1, 300):
+        assert Share(0, n).interval[0] >= 0
+        assert Share(n, n).interval[1] <= 1
+
+
+# ---- scores
+
+ASKED = [Prompt(7, "red", "blue", 0), Prompt(3, "white", "black", 1), Prompt(5, *HELD_OUT_PAIRS[0], 2)]
+FEATURES = np.random.default_rng(0).standard_normal((2, 3, 64)).astype(np.float32)
+
+
+def scored(*, drawn=ASKED, reads=(7, 3, 5)):
+    """The score of real pictures of what was `drawn`, with a classifier that reads these digits."""
+
+    def classifier(images):
+        return FEATURES[0], np.array(reads)
+
+    return score(real_pictures(drawn, "train"), ASKED, classifier, FEATURES[1])
+
+
+def rights(of):
+    return [share.right for share in (of.prompt, of.seen, of.held_out, of.digit, of.colours)]
+
+
+def test_pictures_as_asked_are_right():
+    found = scored()
+    assert rights(found) == [3, 2, 1, 3, 3]
+    assert [share.count for share in (found.prompt, found.seen, found.held_out, found.digit, found.colours)] == [
+        *(3, 2, 1),
+        *(3, 3),
+    ]
+    assert found.frechet == frechet_distance(FEATURES[0], FEATURES[1])
+
+
+def test_a_wrong_digit():
+    assert rights(scored(reads=(1, 3, 5))) == [2, 1, 1, 2, 3]
+    assert rights(scored(reads=(7, 3, 6))) == [2, 2, 0, 2, 3]
+
+
+@pytest.mark.parametrize(("ink", "paper"), [("red", "green"), ("green", "blue"), ("blue", "red")])
+def test_wrong_paper_wrong_ink_and_a_swap_of_both(ink, paper):
+    assert rights(scored(drawn=[Prompt(7, ink, paper, 0), *ASKED[1:]])) == [2, 1, 1, 3, 2]
+
+
+def test_the_wrong_halves_of_two_pictures_are_two_wrong_pictures():
+    found = scored(drawn=[Prompt(7, "blue", "red", 0), *ASKED[1:]], reads=(7, 4, 5))
+    assert rights(found) == [1, 0, 1, 2, 2]
+
+
+def test_variety_is_the_variance_within_a_prompt_that_is_drawn_right():
+    asked = [ASKED[0], ASKED[1], ASKED[0], ASKED[1]]
+    offsets = np.array([0, 5, 2, 9], np.float32)  # variances 2 and 8
+    real = np.array([0, 7, 4, 7], np.float32)  # variances 8 and 0
+
+    def variety(reads):
+        def classifier(images):
+            return np.repeat(offsets[:, None], 64, 1), np.array(reads)
+
+        return score(real_pictures(asked, "test"), asked, classifier, np.repeat(real[:, None], 64, 1)).variety
+
+    assert variety((7, 3, 7, 3)) == pytest.approx((2 + 8) / (8 + 0))
+    assert variety((7, 3, 7, 4)) == pytest.approx(2 / 8)
+    assert variety((7, 3, 1, 4)) is None
+    assert scored().variety is None  # no prompt is there twice
+
+
+def test_without_held_out_prompts():
+    def classifier(images):
+        return FEATURES[0, :2], np.array([7, 3])
+
+    found = score(real_pictures(ASKED[:2], "test"), ASKED[:2], classifier, FEATURES[1, :2])
+    assert found.held_out is None
+    assert found.seen == found.prompt == Share(2, 2)

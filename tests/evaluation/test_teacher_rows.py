@@ -1,0 +1,159 @@
+"""The teacher's rows: how its guidance is chosen, and the files that they are tied to."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from lcm_jax.errors import UserError
+from lcm_jax.evaluation import teacher
+from lcm_jax.evaluation.digits import Score, Share
+from lcm_jax.evaluation.report import Row
+from lcm_jax.evaluation.teacher import folder_hash, measure, shipped, to_json
+
+
+def score_of(accuracy, frechet):
+    share = Share(round(1000 * accuracy), 1000)
+    return Score(share, share, None, share, share, frechet)
+
+
+# ---- the choice of guidance
+
+
+def measured(monkeypatch, table, *, guidance):
+    """Rows of a model whose (prompt accuracy, distance) is table[guidance] with validation prompts, and what was asked.
+
+    With test prompts the accuracy is 0 and the distance is the guidance.
+    """
+    asked = []
+    monkeypatch.setattr(teacher, "GUIDANCE", guidance)
+    monkeypatch.setattr(teacher, "validation_prompts", lambda: "validation prompts")
+    monkeypatch.setattr(teacher, "test_prompts", lambda: "test prompts")
+    monkeypatch.setattr(teacher, "real_pictures", lambda prompts, split: f"{split} pictures of {prompts}")
+
+    def draw_all(pipe, prompts, steps, guidance_scale, sampler):
+        assert pipe == "a model"
+        asked.append((prompts, sampler, steps, guidance_scale))
+        return (prompts, guidance_scale), 10.0 * steps
+
+    def score(images, prompts, classifier, features):
+        kind, scale = images
+        assert prompts == kind
+        split = kind.split()[0]
+        assert features == f"features of {split} pictures of {kind}"
+        return score_of(*table[scale]) if split == "validation" else score_of(0, scale)
+
+    monkeypatch.setattr(teacher, "draw_all", draw_all)
+    monkeypatch.setattr(teacher, "score", score)
+    lines = []
+    return measure("a model", lambda pictures: (f"features of {pictures}", None), lines.append), asked, lines
+
+
+def test_every_sampler_and_number_of_steps(monkeypatch):
+    monkeypatch.setattr(teacher, "STEPS", (1, 4))
+    rows, asked, lines = measured(monkeypatch, {1.0: (0.5, 9.0), 3.0: (0.9, 5.0)}, guidance=(1.0, 3.0))
+    expected = [("ddim", 1), ("ddim", 4), ("dpmpp", 1), ("dpmpp", 4)]
+    assert [(row.name, row.steps) for row in rows] == [(teacher.SAMPLERS[s], n) for s, n in expected]
+    assert rows[1] == Row("teacher, DDIM", score_of(0, 3.0), 4, 3.0, 40.0)
+    validation, test = "validation prompts", "test prompts"
+    assert asked == [
+        call for s, n in expected for call in ((validation, s, n, 1.0), (validation, s, n, 3.0), (test, s, n, 3.0))
+    ]
+    assert lines[0] == "teacher, DDIM, 1 steps: guidance 3, 0.0 %, 3.0"
+
+
+@pytest.mark.parametrize(
+    ("table", "best"),
+    [
+        ({1.0: (0.90, 1.0), 2.0: (0.95, 9.0), 3.0: (0.80, 0.5)}, 2.0),  # accuracy first
+        ({1.0: (0.941, 3.0), 2.0: (0.950, 4.0), 3.0: (0.945, 5.0)}, 1.0),  # within a point of it, the distance
+        ({1.0: (0.938, 3.0), 2.0: (0.950, 4.0), 3.0: (0.945, 5.0)}, 2.0),  # but not beyond
+    ],
+)
+def test_the_guidance_that_is_chosen(monkeypatch, table, best):
+    monkeypatch.setattr(teacher, "STEPS", (2,))
+    rows, _, _ = measured(monkeypatch, table, guidance=tuple(table))
+    assert [row.guidance_scale for row in rows] == [best, best]
+
+
+def test_usual_numbers():
+    assert teacher.STEPS == (1, 2, 4, 8, 50)
+    assert {1.0, 7.5} <= set(teacher.GUIDANCE)
+
+
+# ---- files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "teacher"
+    (made / "unet").mkdir(parents=True)
+    (made / "unet/weights").write_bytes(b"\0\1\2")
+    (made / "model_index.json").write_text("{}")
+    (made / "README.md").write_text("a card")
+    return made
+
+
+CHANGES = {
+    "byte": lambda folder: (folder / "unet/weights").write_bytes(b"\0\1\3"),
+    "name": lambda folder: (folder / "unet/weights").rename(folder / "unet/weight"),
+    "place": lambda folder: (folder / "unet/weights").rename(folder / "weights"),
+    "one more": lambda folder: (folder / "unet/more").write_bytes(b""),
+    "one less": lambda folder: (folder / "model_index.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_folders_hash_follows_its_files(folder, tmp_path, change):
+    before = folder_hash(folder)
+    assert folder_hash(shutil.copytree(folder, tmp_path / "elsewhere")) == before
+    CHANGES[change](folder)
+    assert folder_hash(folder) != before
+
+
+def test_a_folders_hash_does_not_follow_its_card(folder):
+    before = folder_hash(folder)
+    (folder / "README.md").write_text("another card")
+    assert folder_hash(folder) == before
+    (folder / "README.md").unlink()
+    assert folder_hash(folder) == before
+
+
+ROWS = [Row("teacher, DDIM", score_of(0.5, 3.0), 4, 2.0, 10.0), Row("teacher, DPM-Solver++", score_of(0.6, 2.0), 50)]
+
+
+@pytest.fixture
+def rows_file(folder, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(to_json(ROWS, folder)))
+    return path
+
+
+def test_shipped_rows_there_and_back(folder, rows_file):
+    assert shipped(folder, rows_file) == (ROWS, teacher.machine())
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_rows_of_another_folder(folder, rows_file, change):
+    CHANGES[change](folder)
+    with pytest.raises(UserError, match=f"^{rows_file} was measured with other files than those of {folder}; .*--teac"):
+        shipped(folder, rows_file)
+
+
+def test_rows_of_another_classifier(folder, rows_file, tmp_path, monkeypatch):
+    other = tmp_path / "classifier.safetensors"
+    other.write_bytes(teacher.WEIGHTS.read_bytes() + b" ")
+    monkeypatch.setattr(teacher, "WEIGHTS", other)
+    with pytest.raises(UserError, match=f"other files than those of {other}; measure again with --teacher"):
+        shipped(folder, rows_file)
+
+
+def test_no_rows(folder, tmp_path):
+    with pytest.raises(UserError, match=r"rows.json is missing; measure the teacher's rows with --teacher"):
+        shipped(folder, tmp_path / "rows.json")
+
+
+def test_the_machine_is_named():
+    assert teacher.machine().startswith(f"{os.cpu_count()} cores, ")
+    assert len(teacher.machine()) > len(f"{os.cpu_count()} cores, ")
