@@ -37,6 +37,8 @@ PHRASES = (
 ALL_PAIRS = tuple((ink, paper) for ink in COLOURS for paper in COLOURS if ink != paper)
 
 SIZE = 32  # pixels a side
+DIGIT_SIZE = 24  # of the digit, which lies somewhere in the picture
+PLACES = SIZE - DIGIT_SIZE + 1  # for its upper left corner, along each side
 SPLITS = {"train": 1300, "validation": 200, "test": 297}  # pictures
 PAIRS_PER_PICTURE = {"train": 16, "validation": 4, "test": 4}  # colour pairs seen in training
 HELD_OUT_PER_PICTURE = {"train": 0, "validation": 0, "test": 4}  # colour pairs never seen in training
@@ -67,28 +69,40 @@ def _upscale(grid: int, size: int) -> np.ndarray:
     return np.asarray(unit.resize((grid, size), Image.Resampling.BICUBIC))
 
 
-def coverage(grid: Float[np.ndarray, "*batch 8 8"], size: int = SIZE) -> Float[np.ndarray, "*batch size size"]:
-    """How much of each pixel is inked, in 0..1, float32: the grid (values 0..16) fills the frame, with a soft edge."""
+def coverage(grid: Float[np.ndarray, "*batch 8 8"], size: int = DIGIT_SIZE) -> Float[np.ndarray, "*batch size size"]:
+    """How much of each of a digit's pixels is inked, in 0..1, float32: the grid (values 0..16) with a soft edge."""
     matrix = _upscale(grid.shape[-1], size)
     ink = matrix @ (np.asarray(grid, np.float32) / 16) @ matrix.T
     edge = np.clip((ink - 0.3) / (0.7 - 0.3), 0, 1)
     return edge * edge * (3 - 2 * edge)  # smoothstep(.3, .7)
 
 
-def _colour(cover: np.ndarray, ink: str, paper: str) -> np.ndarray:
-    """Mixes ink into paper by coverage (size, size) -> uint8 (size, size, 3)."""
+def _colour(cover: np.ndarray, ink: str, paper: str, place: tuple[int, int]) -> np.ndarray:
+    """Mixes ink into paper by coverage (DIGIT_SIZE, DIGIT_SIZE) at `place` -> uint8 (SIZE, SIZE, 3)."""
     front, back = np.asarray(COLOURS[ink], np.float32), np.asarray(COLOURS[paper], np.float32)
-    return np.rint(back + cover[..., None] * (front - back)).astype(np.uint8)
+    whole = np.pad(cover, [(corner, SIZE - DIGIT_SIZE - corner) for corner in place])
+    return np.rint(back + whole[..., None] * (front - back)).astype(np.uint8)
 
 
-def draw(grid: Float[np.ndarray, "8 8"], ink: str, paper: str, size: int = SIZE) -> UInt8[np.ndarray, "size size 3"]:
+def draw(
+    grid: Float[np.ndarray, "8 8"], ink: str, paper: str, place: tuple[int, int] = (PLACES // 2, PLACES // 2)
+) -> UInt8[np.ndarray, "32 32 3"]:
     """Draws one 8 x 8 grid of values 0..16 (16 = full ink) in `ink` on `paper`.
 
-    Returns uint8 RGB (size, size, 3). Raises UserError for a colour that is not in COLOURS.
+    Args:
+      place: row and column of the digit's upper left corner, each in 0 … PLACES - 1; the middle by default.
+
+    Returns:
+      uint8 RGB.
+
+    Raises:
+      UserError: a colour that is not in COLOURS, a place where part of the digit is outside.
     """
     one_of("ink", ink, COLOURS)
     one_of("paper", paper, COLOURS)
-    return _colour(coverage(grid, size), ink, paper)
+    if not all(0 <= corner < PLACES for corner in place):
+        raise UserError(f"place is {place}; each number must be from 0 to {PLACES - 1}")
+    return _colour(coverage(grid), ink, paper, place)
 
 
 def caption(digit: int, ink: str, paper: str, phrase: int = 0) -> str:
@@ -144,15 +158,19 @@ class CaptionedDigits(tfds.core.GeneratorBasedBuilder):
     """Handwritten digits with captions, 32 x 32 RGB."""
 
     name = "captioned_digits"
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     url_infos = {}  # noqa: RUF012 (nothing is downloaded; TFDS would look for a checksum file beside this one)
-    RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012 (TFDS wants a plain class attribute)
+    RELEASE_NOTES = {  # noqa: RUF012 (TFDS wants a plain class attribute)
+        "2.0.0": "Digits of 24 pixels, anywhere in the picture.",
+        "1.0.0": "First release.",
+    }
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Handwritten digits (UCI, 8 x 8), drawn 32 x 32 in one of eight named inks on another named "
-            "paper, with a caption in one of five phrasings. Eight colour pairs appear in the test split only.",
+            description="Handwritten digits (UCI, 8 x 8), drawn anywhere in 32 x 32 pixels, in one of eight named inks "
+            "on another named paper, with a caption in one of five phrasings. Eight colour pairs appear in the test "
+            "split only.",
             homepage="https://archive.ics.uci.edu/dataset/80",
             citation="@misc{alpaydin1998optical, title={Optical Recognition of Handwritten Digits}, author={Alpaydin, "
             "E. and Kaynak, C.}, year={1998}, publisher={UCI Machine Learning Repository}, doi={10.24432/C50P49}}",
@@ -165,6 +183,7 @@ class CaptionedDigits(tfds.core.GeneratorBasedBuilder):
                     "ink": tfds.features.Text(),
                     "paper": tfds.features.Text(),
                     "phrase": np.int64,  # index into PHRASES
+                    "place": tfds.features.Tensor(shape=(2,), dtype=np.int64),  # row and column of the digit's corner
                 }
             ),
         )
@@ -179,15 +198,17 @@ class CaptionedDigits(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, covers, digits, pictures, split) -> Iterator[tuple[str, dict]]:
         for picture in pictures:
             phrases = np.random.RandomState([SEED + 1, picture]).randint(len(PHRASES), size=len(ALL_PAIRS))
-            for (ink, paper), phrase in zip(_pairs_of(int(picture), split), phrases, strict=False):
+            places = np.random.RandomState([SEED + 2, picture]).randint(PLACES, size=(len(ALL_PAIRS), 2))
+            for (ink, paper), phrase, place in zip(_pairs_of(int(picture), split), phrases, places, strict=False):
                 yield (
                     f"{picture:04d}_{ink}_{paper}",
                     {
-                        "image": _png(_colour(covers[picture], ink, paper)),
+                        "image": _png(_colour(covers[picture], ink, paper, tuple(place))),
                         "caption": caption(int(digits[picture]), ink, paper, int(phrase)),
                         "digit": int(digits[picture]),
                         "ink": ink,
                         "paper": paper,
                         "phrase": int(phrase),
+                        "place": place,
                     },
                 )

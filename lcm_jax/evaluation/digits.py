@@ -14,7 +14,9 @@ from lcm_jax.data.digits import (
     ALL_PAIRS,
     HELD_OUT_PAIRS,
     PHRASES,
+    PLACES,
     SEEN_PAIRS,
+    SPLITS,
     caption,
     draw,
     load_grids,
@@ -78,15 +80,17 @@ def sheet_prompts() -> list[Prompt]:
 
 
 def real_pictures(prompts: Sequence[Prompt], split: str) -> UInt8[np.ndarray, "n 32 32 3"]:
-    """Real digits of a split, drawn as the prompts ask; a digit's pictures take turns."""
+    """Real digits of a split, drawn as the prompts ask, anywhere; a digit's pictures take turns."""
     grids, digits = load_grids()
+    places = np.random.default_rng([SEED, list(SPLITS).index(split)]).integers(PLACES, size=(len(prompts), 2))
     members = split_pictures(digits)[split]
     of_digit = [members[digits[members] == digit] for digit in range(10)]
     turn = [0] * 10
     pictures = []
-    for prompt in prompts:
+    for prompt, (row, column) in zip(prompts, places.tolist(), strict=True):
         mine = of_digit[prompt.digit]
-        pictures.append(draw(grids[mine[turn[prompt.digit] % len(mine)]], prompt.ink, prompt.paper))
+        grid = grids[mine[turn[prompt.digit] % len(mine)]]
+        pictures.append(draw(grid, prompt.ink, prompt.paper, (row, column)))
         turn[prompt.digit] += 1
     return np.stack(pictures)
 
