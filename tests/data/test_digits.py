@@ -22,25 +22,33 @@ def examples(builder, split):
     return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
-def test_draw_fills_the_frame_with_ink_on_paper(grids):
-    flat = draw(np.full((8, 8), 16.0), "red", "blue")
-    assert flat.shape == (32, 32, 3)
-    assert flat.dtype == np.uint8
-    assert (flat == (255, 0, 0)).all()
+def test_draw_puts_the_digit_at_its_place():
+    picture = draw(np.full((8, 8), 16.0), "red", "blue", (0, 8))
+    assert picture.shape == (32, 32, 3)
+    assert picture.dtype == np.uint8
+    assert (picture[:24, 8:] == (255, 0, 0)).all()
+    assert (picture[24:] == (0, 0, 255)).all()
+    assert (picture[:, :8] == (0, 0, 255)).all()
+    np.testing.assert_array_equal(draw(np.full((8, 8), 16.0), "red", "blue")[4:28, 4:28], picture[:24, 8:])
     assert (draw(np.zeros((8, 8)), "red", "blue") == (0, 0, 255)).all()
-    # each cell of the grid is four pixels wide, the upper left one at the upper left
+    # each cell of the grid is three pixels wide, the upper left one at the upper left
     corner = np.zeros((8, 8))
     corner[0, :4] = 16
-    picture = draw(corner, "white", "black")[..., 0]
-    assert (picture[:3, :14] == 255).all()
-    assert (picture[6:] == 0).all()
-    assert (picture[:, 18:] == 0).all()
-    assert draw(grids[0][0], "cyan", "red", size=64).shape == (64, 64, 3)
+    picture = draw(corner, "white", "black", (0, 0))[..., 0]
+    assert (picture[:2, :11] == 255).all()
+    assert (picture[5:] == 0).all()
+    assert (picture[:, 14:] == 0).all()
+
+
+@pytest.mark.parametrize("place", [(-1, 0), (0, 9), (9, 0)])
+def test_a_place_outside(place):
+    with pytest.raises(UserError, match="each number must be from 0 to 8"):
+        draw(np.zeros((8, 8)), "red", "blue", place)
 
 
 def test_coverage_is_smoothstep_of_bicubic(grids):
     grid = grids[0][3]
-    value = np.asarray(Image.fromarray(np.float32(grid / 16)).resize((32, 32), Image.Resampling.BICUBIC))
+    value = np.asarray(Image.fromarray(np.float32(grid / 16)).resize((24, 24), Image.Resampling.BICUBIC))
     s = np.clip((value - 0.3) / 0.4, 0, 1)
     np.testing.assert_allclose(digits.coverage(grid), s**2 * (3 - 2 * s), atol=1e-5)
     np.testing.assert_array_equal(digits.coverage(grids[0][:5])[3], digits.coverage(grid))
@@ -98,12 +106,14 @@ def test_prepared_set(digits_builder, grids):
             np.bincount(grids[1][pictures]) * len(records) // len(pictures),
         )
         assert {r["phrase"] for r in records} == set(range(5))
+        assert {tuple(r["place"].tolist()) for r in records} == {(i, j) for i in range(9) for j in range(9)}
         for r in records[::97]:
             words = (int(r["digit"]), r["ink"].decode(), r["paper"].decode(), int(r["phrase"]))
             assert r["caption"].decode() == caption(*words)
             pixels = np.asarray(Image.open(io.BytesIO(r["image"])))
             candidates = (p for p in pictures if grids[1][p] == words[0])
-            assert any((draw(grids[0][p], *words[1:3]) == pixels).all() for p in candidates)
+            place = tuple(r["place"].tolist())
+            assert any((draw(grids[0][p], *words[1:3], place) == pixels).all() for p in candidates)
     assert len(examples(digits_builder, "train")) == 1300 * 16
     assert len(examples(digits_builder, "test")) == 297 * 8
     assert pairs["train"] == pairs["validation"] == set(SEEN_PAIRS)

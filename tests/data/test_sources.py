@@ -66,7 +66,7 @@ def test_directory_that_is_no_data_set(digits_data_dir, tmp_path):
     assert "does not exist" in message(directory=str(tmp_path / "nowhere"))
     assert "has no dataset_info.json" in message(directory=str(tmp_path))
     for above in (digits_data_dir, f"{digits_data_dir}/captioned_digits"):
-        assert f"did you mean {digits_data_dir}/captioned_digits/1.0.0?" in message(directory=above)
+        assert f"did you mean {digits_data_dir}/captioned_digits/2.0.0?" in message(directory=above)
 
 
 def test_missing_key_names_those_that_are_there(photos):
@@ -92,7 +92,7 @@ def test_splits(photos):
 
 def edited(photos, tmp_path, **changes):
     """A copy of the data set with other values in dataset_info.json."""
-    copy = tmp_path / "1.0.0"
+    copy = tmp_path / "2.0.0"
     shutil.copytree(photos, copy)
     file = copy / "dataset_info.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -170,11 +170,11 @@ def test_killed_then_two_at_once(tmp_path):
     killed.kill()
     killed.communicate()
     assert list(Path(tmp_path).glob("captioned_digits/incomplete.*"))
-    assert not (tmp_path / "captioned_digits" / "1.0.0").exists()
+    assert not (tmp_path / "captioned_digits" / "2.0.0").exists()
 
     both = [start(), start()]
     outputs = [p.communicate(timeout=120) for p in both]
     assert [p.returncode for p in both] == [0, 0], outputs
     assert [out for out, _ in outputs] == ["2600\n", "2600\n"]
     assert sorted(err.count("preparing") for _, err in outputs) == [0, 1]
-    assert sorted(p.name for p in (tmp_path / "captioned_digits").iterdir()) == [".lock", "1.0.0"]
+    assert sorted(p.name for p in (tmp_path / "captioned_digits").iterdir()) == [".lock", "2.0.0"]
