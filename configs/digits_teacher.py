@@ -26,7 +26,7 @@ def get_config(variant=""):
         # as good as fifty. Latents of deviation 4 have the signal, summed over a picture, that SD's 64 x 64 have.
         config.autoencoder.latent_std = 4.0
         config.model.folder = "runs/teacher/blank"
-        config.steps = 1500
+        config.steps = 2500
         config.batch_size = 32
         config.optimizer.learning_rate = 2e-3
         config.optimizer.warmup_steps = 50

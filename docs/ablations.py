@@ -12,18 +12,17 @@ import sys
 
 RECIPES: dict[str, list[str]] = {
     "as it is": [],
+    "as it is, another seed": ["--config.seed=1"],
     "psi = DPM-Solver-2": ["--config.lcd.solver=dpm"],
     "psi = DPM-Solver++(2S)": ["--config.lcd.solver=dpmpp"],
     "k = 1": ["--config.lcd.skip=1"],
     "k = 5": ["--config.lcd.skip=5"],
     "k = 10": ["--config.lcd.skip=10"],
-    "k = 20": ["--config.lcd.skip=20"],
     "k = 50": ["--config.lcd.skip=50"],
     "no w-embedding": ["--config.lcd.w_embedding_dim=0"],
     "no EMA": ["--config.ema.decay=0.0"],
-    "EMA 0.9": ["--config.ema.decay=0.9"],
-    "EMA 0.95": ["--config.ema.decay=0.95"],
     "EMA 0.99": ["--config.ema.decay=0.99"],
+    "EMA 0.999": ["--config.ema.decay=0.999"],
     "l2": ["--config.lcd.distance=l2"],
 }
 STEPS = (1, 2, 4)

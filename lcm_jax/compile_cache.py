@@ -14,10 +14,12 @@ class Counts:
     """The programs that this process has asked for since `enable`.
 
     Attributes:
+      folder: of the cache.
       programs: all of them; from_cache: those that were on disk.
       seconds: spent in the compiler, reading the cache left out.
     """
 
+    folder: str
     programs: int = 0
     from_cache: int = 0
     seconds: float = 0.0
@@ -27,12 +29,12 @@ class Counts:
         self.programs += event == "/jax/compilation_cache/compile_requests_use_cache"
         self.from_cache += event == "/jax/compilation_cache/cache_hits"
 
-    def note_duration(self, event: str, seconds: float, **_: str | int) -> None:
+    def note_duration(self, event: str, duration_secs: float, **_: str | int) -> None:
         """A listener for `jax.monitoring`."""
         if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds += seconds
+            self.seconds += duration_secs
         elif event == "/jax/compilation_cache/cache_retrieval_time_sec":
-            self.seconds -= seconds
+            self.seconds -= duration_secs
 
 
 _counts: Counts | None = None
@@ -48,7 +50,7 @@ def enable() -> str:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if _counts is None:
-        _counts = Counts()
+        _counts = Counts(folder)
         jax.monitoring.register_event_listener(_counts.note_event)
         jax.monitoring.register_event_duration_secs_listener(_counts.note_duration)
     return folder
@@ -59,7 +61,6 @@ def summary() -> str:
     if _counts is None:
         return ""
     compiled = _counts.programs - _counts.from_cache
-    folder = jax.config.jax_compilation_cache_dir
     if not compiled:
-        return f"compile cache: {_counts.programs} hits, no miss ({folder})"
-    return f"compile cache: {_counts.from_cache} hits, {compiled} compiled in {_counts.seconds:.1f} s ({folder})"
+        return f"compile cache: {_counts.programs} hits, no miss ({_counts.folder})"
+    return f"compile cache: {_counts.from_cache} hits, {compiled} compiled in {_counts.seconds:.1f} s ({_counts.folder})"
