@@ -63,4 +63,6 @@ def summary() -> str:
     compiled = _counts.programs - _counts.from_cache
     if not compiled:
         return f"compile cache: {_counts.programs} hits, no miss ({_counts.folder})"
-    return f"compile cache: {_counts.from_cache} hits, {compiled} compiled in {_counts.seconds:.1f} s ({_counts.folder})"
+    return (
+        f"compile cache: {_counts.from_cache} hits, {compiled} compiled in {_counts.seconds:.1f} s ({_counts.folder})"
+    )
