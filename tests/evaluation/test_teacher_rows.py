@@ -79,7 +79,7 @@ def test_the_guidance_that_is_chosen(monkeypatch, table, best):
 
 def test_usual_numbers():
     assert teacher.STEPS == (1, 2, 4, 8, 50)
-    assert {1.0, 7.5} <= set(teacher.GUIDANCE)
+    assert {1.0, 6.0} <= set(teacher.GUIDANCE)
 
 
 # ---- files
