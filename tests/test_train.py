@@ -17,9 +17,7 @@ import pytest
 from lcm_jax import checkpoint, cli, train
 from lcm_jax import config as config_lib
 from lcm_jax.blank import write_blank
-from lcm_jax.errors import UserError
 
-ALL_DEVICES = train.data_mesh
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -197,13 +195,6 @@ def test_bad_input_is_one_line(option, said, quick, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()
     assert said in error[-1]
     assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())
-
-
-def test_a_batch_is_divided_by_all_devices():
-    mesh = ALL_DEVICES(16)
-    assert mesh.shape == {"data": 8}
-    with pytest.raises(UserError, match=r"config.batch_size=7 does not divide by the 8 devices"):
-        ALL_DEVICES(7)
 
 
 def test_an_unwritable_workdir_is_one_line(quick, tmp_path, capsys):
