@@ -104,9 +104,12 @@ class Network:
 
     def apply(self, params: dict[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Calls the model with these parameters; names and shapes are checked while tracing."""
+        return getattr(self.bind(params), method)(*args, **kwargs)
+
+    def bind(self, params: dict[str, Any]) -> Any:
+        """Returns a new model that holds these parameters; raises UserError if names or shapes don't fit."""
         self.check(params)
-        model = nnx.merge(self._graphdef, unflatten(params))
-        return getattr(model, method)(*args, **kwargs)
+        return nnx.merge(self._graphdef, unflatten(params))
 
 
 def _some(said: dict[str, str]) -> str:

@@ -1,0 +1,162 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) as a flat tree beside the base's own; the networks don't know of them.
+
+'down_blocks.0.resnets.0.conv1.lora_A.kernel' -> (k, k, in, rank)    '….lora_B.kernel' -> (1, 1, rank, out)
+'mid_block.….attn1.to_q.lora_A.kernel' -> (in, rank)                 '….lora_B.kernel' -> (rank, out)
+
+A module's weight difference is dW = alpha / rank · B A: for a convolution, A has the module's own size, stride and
+padding and B is 1 × 1. With B zero, as it starts, the adapted network is the base. The names and the initial values are
+peft's, so that a path is its key in a peft file up to the last part, as for every other parameter here.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.errors import UserError, nearest, one_of
+
+Flat = dict[str, Any]  # path -> jax or numpy array
+
+A, B = ".lora_A.kernel", ".lora_B.kernel"
+INITS = ("kaiming", "gaussian")
+
+# What published LCM-LoRAs adapt: 278 modules of SD 1.5's UNet, 788 of SDXL's.
+LCM_MODULES = (
+    r"to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|conv_shortcut|"
+    r"downsamplers\.0\.conv|upsamplers\.0\.conv|time_emb_proj"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Which modules are adapted, and how.
+
+    Attributes:
+      modules: a regular expression for a module's path, or for its end behind a dot: `to_q`, `attn2\\.to_(k|v)`,
+        `mid_block\\..*`. Only linear layers and convolutions are looked at.
+      rank: r, at least 1.
+      alpha: dW is scaled by alpha / rank; None is alpha = rank.
+    """
+
+    modules: str = LCM_MODULES
+    rank: int = 64
+    alpha: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The adapter of one network.
+
+    Attributes:
+      params: path → array, two for each adapted module.
+      alphas: module → alpha. Not trained.
+    """
+
+    params: Flat
+    alphas: dict[str, float]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module → rank."""
+        return {module: int(self.params[module + B].shape[-2]) for module in self.alphas}
+
+
+def kernels(shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns module → the shape of its kernel, for the linear layers and convolutions of a network's `shapes`."""
+    suffix = ".kernel"
+    return {path.removesuffix(suffix): tuple(leaf.shape) for path, leaf in shapes.items() if path.endswith(suffix)}
+
+
+def choose(shapes: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Target]:
+    """Returns module → the first target that it matches, for the modules that any target matches.
+
+    Args:
+      shapes: path → array or ShapeDtypeStruct of the base's parameters.
+
+    Raises:
+      UserError: a pattern is no regular expression or matches no module; a rank below 1; an alpha that isn't positive.
+    """
+    modules, chosen = kernels(shapes), {}
+    for target in targets:
+        if target.rank < 1:
+            raise UserError(f"the LoRA rank of {target.modules!r} is {target.rank}; it must be at least 1")
+        if target.alpha is not None and not target.alpha > 0:
+            raise UserError(f"the LoRA alpha of {target.modules!r} is {target.alpha}; it must be above 0")
+        try:
+            pattern = re.compile(rf"(.*\.)?({target.modules})")
+        except re.error as error:
+            raise UserError(f"the LoRA target {target.modules!r} is no regular expression: {error}") from None
+        matched = [module for module in modules if pattern.fullmatch(module)]
+        if not matched:
+            ends = {module.rpartition(".")[2] for module in modules}
+            raise UserError(
+                f"the LoRA target {target.modules!r} matches no linear layer or convolution"
+                f"{nearest(target.modules, {end for end in ends if not end.isdigit()})}"
+            )
+        for module in matched:
+            chosen.setdefault(module, target)
+    return {module: chosen[module] for module in modules if module in chosen}
+
+
+def shapes(base: Mapping[str, Any], chosen: Mapping[str, Target]) -> dict[str, tuple[int, ...]]:
+    """Returns path → shape of the adapter's parameters."""
+    found, of_base = {}, kernels(base)
+    for module, target in chosen.items():
+        *size, c_in, c_out = of_base[module]
+        found[module + A] = (*size, c_in, target.rank)
+        found[module + B] = (*[1] * len(size), target.rank, c_out)
+    return found
+
+
+def init(key: jax.Array, base: Mapping[str, Any], chosen: Mapping[str, Target], how: str = "kaiming") -> Adapter:
+    """Returns a new adapter, float32, drawn on the host: B zero, A as peft draws it.
+
+    Args:
+      key: typed key.
+      base: path → array or ShapeDtypeStruct of the base's parameters.
+      chosen: of `choose`.
+      how: "kaiming", uniform in ±1/sqrt(fan-in) (peft's default), or "gaussian" with deviation 1/rank.
+    """
+    one_of("LoRA init", how, INITS)
+    random = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+    params: Flat = {}
+    for path, shape in shapes(base, chosen).items():
+        if path.endswith(B):
+            params[path] = np.zeros(shape, np.float32)
+        elif how == "gaussian":
+            params[path] = (random.standard_normal(shape) / shape[-1]).astype(np.float32)
+        else:
+            bound = np.prod(shape[:-1]) ** -0.5
+            params[path] = random.uniform(-bound, bound, shape).astype(np.float32)
+    alphas = {module: float(t.rank if t.alpha is None else t.alpha) for module, t in chosen.items()}
+    return Adapter({path: jnp.asarray(array) for path, array in params.items()}, alphas)
+
+
+def differences(params: Mapping[str, Any], alphas: Mapping[str, float]) -> Flat:
+    """Returns kernel path → dW, float32, in the base's layout. Numpy arrays give numpy arrays: nothing is compiled."""
+    found = {}
+    for module, alpha in alphas.items():
+        a, b = params[module + A], params[module + B]
+        rank = b.shape[-2]
+        a, b = a.astype(np.float32), b.reshape(b.shape[-2:]).astype(np.float32)
+        # the same product for both kinds: a convolution's B is 1 × 1
+        product = a @ b if isinstance(a, np.ndarray) else jnp.matmul(a, b, precision="highest")
+        found[f"{module}.kernel"] = product * np.float32(alpha / rank)
+    return found
+
+
+def merge(base: Mapping[str, Any], params: Mapping[str, Any], alphas: Mapping[str, float], weight: float = 1.0) -> Flat:
+    """Returns the base with W + weight · dW in place of each adapted kernel, that one in float32.
+
+    The other parameters are the base's own arrays; with weight 0 all are.
+    """
+    merged = dict(base)
+    if weight == 0:
+        return merged
+    for path, difference in differences(params, alphas).items():
+        merged[path] = base[path].astype(np.float32) + np.float32(weight) * difference
+    return merged
