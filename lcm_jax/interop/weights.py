@@ -73,7 +73,7 @@ def read_weights(directory: pathlib.Path) -> tuple[Tensors, Arrangement]:
         for stem in _STEMS:
             whole = directory / f"{stem}{dotted}.safetensors"
             if whole.is_file():
-                tensors, metadata = _read_file(whole)
+                tensors, metadata = read_file(whole)
                 return tensors, Arrangement(dict.fromkeys(tensors, whole.name), {whole.name: metadata})
             # diffusers and transformers write the variant behind `index`, older versions of diffusers in front
             for index in (f"{stem}.safetensors.index{dotted}.json", f"{stem}{dotted}.safetensors.index.json"):
@@ -99,7 +99,8 @@ def write_weights(directory: pathlib.Path, tensors: Tensors, arrangement: Arrang
         (directory / arrangement.index).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _read_file(path: pathlib.Path) -> tuple[Tensors, dict[str, str] | None]:
+def read_file(path: pathlib.Path) -> tuple[Tensors, dict[str, str] | None]:
+    """Returns a safetensors file's tensors and the metadata of its header; raises UserError if it can't be read."""
     try:
         with safe_open(path, framework="np") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 (no iterator)
@@ -119,7 +120,7 @@ def _read_shards(index_path: pathlib.Path) -> tuple[Tensors, Arrangement]:
     for name in sorted(set(weight_map.values())):
         if pathlib.PurePath(name).name != name:
             raise UserError(f"{index_path}: its weight_map names {name!r}, which is no file beside it")
-        shard, metadata[name] = _read_file(index_path.parent / name)
+        shard, metadata[name] = read_file(index_path.parent / name)
         if strangers := [key for key in shard if weight_map.get(key) != name]:
             raise UserError(
                 f"{index_path}: {name} holds {strangers[0]} ({len(strangers)} in all), which it doesn't list there"

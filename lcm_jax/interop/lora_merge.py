@@ -1,0 +1,56 @@
+"""LoRA files merged into the networks of a folder, each with its weight."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lcm_jax import lora
+from lcm_jax.errors import UserError
+from lcm_jax.interop.folder import Flat, Folder
+from lcm_jax.interop.lora_file import read_lora
+
+Loras = Mapping[Any, float]  # file (str or path) -> weight
+_ADAPTED = ("unet", "text_encoder", "text_encoder_2")
+
+
+def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
+    """Returns component → path → W + Σ weight · dW for the kernels that change, in the base's dtype.
+
+    The sum is float32 and is rounded to the base's dtype once. A LoRA of weight 0 is read and checked, and changes
+    nothing. The folder's own arrays stay as they are.
+
+    Raises:
+      UserError: a weight that isn't finite; as `read_lora`.
+    """
+    shapes = {
+        name: lora.kernels(component.network().shapes)
+        for name, component in folder.components.items()
+        if name in _ADAPTED
+    }
+    merged: dict[str, Flat] = {}
+    for path, weight in loras.items():
+        if not math.isfinite(weight):
+            raise UserError(f"the weight of {path} is {weight}; it must be a finite number")
+        for name, adapter in read_lora(path, shapes).items():
+            if weight == 0:
+                continue
+            changed, base = merged.setdefault(name, {}), folder.components[name].params
+            kernels = {f"{module}.kernel" for module in adapter.alphas}
+            so_far = {kernel: changed.get(kernel, base[kernel]) for kernel in kernels}
+            changed.update(lora.merge(so_far, adapter.params, adapter.alphas, weight))
+    for name, changed in merged.items():
+        for path, kernel in changed.items():
+            changed[path] = np.asarray(kernel).astype(folder.components[name].params[path].dtype)
+    return merged
+
+
+def with_kernels(folder: Folder, kernels: Mapping[str, Flat]) -> Folder:
+    """Returns the folder with these kernels in place of its own: component → path → array."""
+    changed = {
+        name: dataclasses.replace(folder.components[name], params={**folder.components[name].params, **of})
+        for name, of in kernels.items()
+    }
+    return dataclasses.replace(folder, components={**folder.components, **changed})

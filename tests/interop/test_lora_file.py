@@ -1,0 +1,278 @@
+"""LoRA files without another library: every spelling, and what may be wrong with one."""
+
+import json
+
+import numpy as np
+import pytest
+from fixtures_loras import assert_same_differences, differences, kernels, random_lora
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from lcm_jax.errors import UserError
+from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.lora_file import read_lora, write_lora
+
+UNET_KEY = "unet.mid_block.resnets.0.conv1.lora_A.weight"
+UNET_UP = "unet.mid_block.resnets.0.conv1.lora_B.weight"
+KOHYA_KEY = "lora_unet_mid_block_resnets_0_conv1.lora_down.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(teacher_folder):
+    return read_folder(teacher_folder)
+
+
+@pytest.fixture(scope="module")
+def shapes(folder):
+    return kernels(folder)
+
+
+@pytest.fixture(scope="module")
+def adapters(folder):
+    return random_lora(folder)
+
+
+@pytest.fixture
+def tensors(adapters, tmp_path):
+    """Of a file in diffusers' dialect, without its header: alpha is then the rank."""
+    return load_file(write_lora(tmp_path / "written.safetensors", adapters))
+
+
+def save(tmp_path, tensors, metadata=None):
+    save_file(
+        {key: np.ascontiguousarray(array) for key, array in tensors.items()}, tmp_path / "x.safetensors", metadata
+    )
+    return tmp_path / "x.safetensors"
+
+
+def edited(tensors, change):
+    return {change(key): array for key, array in tensors.items()}
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
+def test_there_and_back(adapters, shapes, tmp_path, dialect):
+    found = read_lora(write_lora(tmp_path / "new/x.safetensors", adapters, dialect=dialect), shapes)
+    assert found.keys() == adapters.keys()
+    for component, adapter in adapters.items():
+        assert found[component].alphas == adapter.alphas
+        assert found[component].params.keys() == adapter.params.keys()
+        for path, array in adapter.params.items():
+            np.testing.assert_array_equal(found[component].params[path], array)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.safetensors"]
+
+
+def test_keys_of_the_dialects(adapters, tmp_path):
+    ours = load_file(write_lora(tmp_path / "a.safetensors", adapters))
+    assert ours[UNET_KEY].shape == (2, 16, 3, 3)
+    assert ours[UNET_UP].shape == (16, 2, 1, 1)
+    assert ours["text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_B.weight"].shape == (32, 4)
+    assert not any("alpha" in key for key in ours)  # an error in diffusers
+    kohya = load_file(write_lora(tmp_path / "b.safetensors", adapters, dialect="kohya"))
+    assert kohya[KOHYA_KEY].shape == (2, 16, 3, 3)
+    assert kohya["lora_unet_mid_block_resnets_0_conv1.alpha"] == 1.0
+    assert kohya["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"] == 2.0
+    with safe_open(tmp_path / "a.safetensors", "np") as file:
+        header = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (header["unet.r"], header["unet.lora_alpha"], header["text_encoder.lora_alpha"]) == (4, 6, 2)
+    assert header["unet.rank_pattern"]["mid_block.resnets.0.conv1"] == 2
+
+
+SPELLINGS = {
+    "no component": lambda key: key.removeprefix("unet.").removeprefix("text_encoder."),
+    "no text_model": lambda key: key.replace("text_model.", ""),
+    "wrapped": lambda key: key.replace("unet.", "unet.base_model.model."),
+    "wrapped outside": lambda key: "base_model.model." + key,
+    "named adapter": lambda key: key.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default_0."),
+    "down and up": lambda key: key.replace("lora_A.", "lora.down.").replace("lora_B.", "lora.up."),
+    "linear layer": lambda key: key.replace("lora_A", "lora_linear_layer.down").replace(
+        "lora_B", "lora_linear_layer.up"
+    ),
+    "processors": lambda key: (
+        key.replace("to_q.lora_A", "processor.to_q_lora.down")
+        .replace("to_q.lora_B", "processor.to_q_lora.up")
+        .replace("to_out.0.lora_A", "processor.to_out_lora.down")
+        .replace("to_out.0.lora_B", "processor.to_out_lora.up")
+        .replace("out_proj.lora_A", "to_out_lora.down")
+        .replace("out_proj.lora_B", "to_out_lora.up")
+    ),
+    "one of each": lambda key: (
+        key.replace("lora_A", "lora.down").replace("lora_B", "lora.up").removeprefix("unet.") if "to_k" in key else key
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*doesn't say its alpha")
+@pytest.mark.parametrize("change", SPELLINGS.values(), ids=SPELLINGS)
+def test_spellings(tensors, shapes, adapters, tmp_path, change):
+    changed = edited(tensors, change)
+    assert changed.keys() != tensors.keys()
+    found = read_lora(save(tmp_path, changed), shapes)
+    for component, adapter in adapters.items():
+        for path, array in adapter.params.items():
+            np.testing.assert_array_equal(found[component].params[path], array)
+        assert found[component].alphas == found[component].ranks == adapter.ranks
+
+
+@pytest.mark.parametrize("prefix", ["lora_te_", "lora_te1_"])
+def test_kohya_of_a_text_encoder(adapters, shapes, tmp_path, prefix):
+    tensors = load_file(write_lora(tmp_path / "a.safetensors", adapters, dialect="kohya"))
+    found = read_lora(save(tmp_path, edited(tensors, lambda key: key.replace("lora_te_", prefix))), shapes)
+    assert_same_differences(differences(found), differences(adapters))
+
+
+def test_kohya_alpha_left_out_is_the_rank(adapters, shapes, tmp_path):
+    tensors = load_file(write_lora(tmp_path / "a.safetensors", adapters, dialect="kohya"))
+    found = read_lora(save(tmp_path, {k: a for k, a in tensors.items() if "alpha" not in k}), shapes)
+    assert found["unet"].alphas == found["unet"].ranks
+
+
+def test_alpha_beside_diffusers_keys(tensors, shapes, tmp_path):
+    """diffusers refuses such a file; what it means is plain."""
+    tensors["unet.mid_block.resnets.0.conv1.alpha"] = np.float32([7.0])
+    alphas = read_lora(save(tmp_path, tensors), shapes)["unet"].alphas
+    assert alphas["mid_block.resnets.0.conv1"] == 7.0
+    assert alphas["mid_block.resnets.1.conv1"] == 2.0
+
+
+def test_one_by_one_convolutions_may_be_flat(tensors, shapes, adapters, tmp_path):
+    key = "unet.mid_block.attentions.0.proj_in.lora_A.weight"
+    tensors[key] = tensors[key][:, :, 0, 0]
+    tensors[UNET_UP] = tensors[UNET_UP][:, :, 0, 0]
+    to_q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight"
+    assert tensors[to_q].ndim == 2
+    tensors[to_q] = tensors[to_q][:, :, None, None]
+    found = read_lora(save(tmp_path, tensors), shapes)["unet"].params
+    for path, array in adapters["unet"].params.items():
+        np.testing.assert_array_equal(found[path], array)
+
+
+def test_part_of_the_networks(tensors, shapes, tmp_path):
+    found = read_lora(save(tmp_path, {UNET_KEY: tensors[UNET_KEY], UNET_UP: tensors[UNET_UP]}), shapes)
+    assert list(found) == ["unet"]
+    assert list(found["unet"].alphas) == ["mid_block.resnets.0.conv1"]
+
+
+# ---- what may be wrong
+
+
+def fails(path, shapes, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_lora(path, shapes)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("unet.mid_block.resnets.0.conv1.lora_magnitude_vector", "a DoRA"),
+        ("lora_unet_mid_block_resnets_0_conv1.dora_scale", "a DoRA"),
+        ("lora_unet_mid_block_resnets_0_conv1.hada_w1_a", "a LoHa"),
+        ("lora_unet_mid_block_resnets_0_conv1.lokr_w1", "a LoKr"),
+        ("lora_unet_mid_block_resnets_0_conv1.lora_mid.weight", "a LoCon with a Tucker core"),
+        ("unet.mid_block.resnets.0.conv1.lora_B.bias", "a LoRA with biases"),
+    ],
+)
+def test_other_adapters_are_refused_by_name(tensors, shapes, tmp_path, key, kind):
+    fails(save(tmp_path, {**tensors, key: np.zeros(2, np.float32)}), shapes, f"it holds {kind} .*only plain LoRA")
+
+
+def test_dora_of_the_header(tensors, shapes, tmp_path):
+    header = {"lora_adapter_metadata": json.dumps({"unet.use_dora": True, "unet.lora_alpha": 4})}
+    fails(save(tmp_path, tensors, header), shapes, "it holds a DoRA")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"), [("{", "in its header is no JSON"), ('{"unet.lora_alpha": "x"}', "the alpha of .* is 'x'")]
+)
+def test_broken_header(tensors, shapes, tmp_path, header, message):
+    fails(save(tmp_path, tensors, {"lora_adapter_metadata": header}), shapes, message)
+
+
+def test_unknown_module(tensors, shapes, tmp_path):
+    path = save(
+        tmp_path, edited(tensors, lambda key: key.replace("mid_block.resnets.0.conv1", "mid_block.resnets.9.conv1"))
+    )
+    fails(path, shapes, r"unet has no module mid_block.resnets.9.conv1; did you mean 'mid_block.resnets.\d.conv\d'")
+
+
+def test_unknown_module_of_kohya(adapters, shapes, tmp_path):
+    tensors = load_file(write_lora(tmp_path / "a.safetensors", adapters, dialect="kohya"))
+    path = save(tmp_path, edited(tensors, lambda key: key.replace("down_blocks_0_", "down_blocks_7_")))
+    fails(
+        path, shapes, r"no module down_blocks_7_.*\(\d+ of its \d+ tensors fit nowhere\); was it made for another base"
+    )
+
+
+def test_unknown_component(tensors, shapes, tmp_path):
+    path = save(tmp_path, edited(tensors, lambda key: key.replace("text_encoder.", "text_encoder_2.")))
+    fails(path, shapes, "is for text_encoder_2, which this model doesn't have; it has unet, text_encoder")
+
+
+def test_unknown_tensor(tensors, shapes, tmp_path):
+    fails(
+        save(tmp_path, {**tensors, "conv_in.weight": np.zeros(3, np.float32)}), shapes, "conv_in.weight is no tensor of"
+    )
+
+
+def test_wrong_base(tensors, shapes, tmp_path):
+    wider = {key: np.repeat(a, 2, axis=1) if ".lora_A." in key else a for key, a in tensors.items()}
+    message = r"lora_A.weight is .* and should be .* in this model's \w+ \(\d+ of its \d+ .*made for another base"
+    fails(save(tmp_path, wider), shapes, message)
+
+
+def test_rank_mismatch(tensors, shapes, tmp_path):
+    tensors[UNET_UP] = tensors[UNET_UP][:, :1]
+    fails(
+        save(tmp_path, tensors),
+        shapes,
+        r"the ranks of mid_block.resnets.0.conv1 differ: .*\(2, 16, 3, 3\).*\(16, 1, 1, 1\)",
+    )
+
+
+@pytest.mark.parametrize(("lost", "what"), [(UNET_UP, "up"), (UNET_KEY, "down")])
+def test_half_of_a_module(tensors, shapes, tmp_path, lost, what):
+    del tensors[lost]
+    fails(save(tmp_path, tensors), shapes, f"conv1.lora_.* has no other half: the {what} weights are missing")
+
+
+def test_alpha_alone(tensors, shapes, tmp_path):
+    tensors["unet.conv_in.alpha"] = np.float32(1.0)
+    fails(save(tmp_path, tensors), shapes, "unet.conv_in.alpha has no other half")
+
+
+def test_alpha_is_no_number(tensors, shapes, tmp_path):
+    tensors["unet.mid_block.resnets.0.conv1.alpha"] = np.float32(np.nan)
+    fails(save(tmp_path, tensors), shapes, "alpha should be one finite number")
+
+
+def test_same_tensor_in_two_spellings(tensors, shapes, tmp_path):
+    tensors[KOHYA_KEY] = tensors[UNET_KEY]
+    fails(save(tmp_path, tensors), shapes, "are the same tensor in two spellings")
+
+
+def test_truncated(tensors, shapes, tmp_path):
+    path = save(tmp_path, tensors)
+    path.write_bytes(path.read_bytes()[:-100])
+    fails(path, shapes, "can't be read as safetensors")
+
+
+def test_empty(shapes, tmp_path):
+    fails(save(tmp_path, {}), shapes, "holds no tensor")
+
+
+def test_no_such_file(shapes, tmp_path):
+    fails(tmp_path / "x.safetensors", shapes, "there is no LoRA file")
+    fails(tmp_path, shapes, "holds no LoRA: neither pytorch_lora_weights.safetensors nor adapter_model.safetensors")
+    (tmp_path / "x.bin").write_bytes(b"")
+    fails(tmp_path / "x.bin", shapes, "is a pickle")
+
+
+def test_where_it_can_not_be_written(adapters, tmp_path):
+    with pytest.raises(UserError, match=r"should end in .safetensors"):
+        write_lora(tmp_path / "x.bin", adapters)
+    with pytest.raises(UserError, match="dialect is 'a1111'"):
+        write_lora(tmp_path / "x.safetensors", adapters, dialect="a1111")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be written"):
+        write_lora(tmp_path / "file/x.safetensors", adapters)
