@@ -37,6 +37,33 @@ def parser(command: str, doc: str | None) -> Parser:
     )
 
 
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --lora=FILE:WEIGHT, to be read by `loras`."""
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE:WEIGHT",
+        help="a LoRA of diffusers, peft or kohya's scripts and its weight (default: 1); may be given several times",
+    )
+
+
+def loras(given: Sequence[str]) -> dict[str, float]:
+    """Returns file → weight of the values of --lora; raises UserError for a file that is given twice."""
+    found: dict[str, float] = {}
+    for text in given:
+        file, colon, weight = text.rpartition(":")
+        try:
+            file, value = file, float(weight) if colon else 1.0
+        except ValueError:
+            colon, value = "", 1.0  # a colon of the path
+        file = file if colon else text
+        if file in found:
+            raise UserError(f"--lora={file} is given twice; give one weight")
+        found[file] = value
+    return found
+
+
 def make_folder(option: str, folder: pathlib.Path) -> None:
     """Makes the folder that `option` names, before work that takes long; raises UserError where nothing can be written.
 

@@ -1,8 +1,10 @@
 """python -m lcm_jax.export --workdir=runs/digits --out=runs/digits/lcm [--which=ema|student] [--verify]
+python -m lcm_jax.export --model=FOLDER --lora=FILE:WEIGHT [--sampler=lcm] --out=NEW_FOLDER [--verify]
 
 Writes what a run has trained as a folder that diffusers loads: a consistency model as a
-LatentConsistencyModelPipeline, a diffusion model or an autoencoder in the pipeline it came from. --verify loads the
-folder in diffusers and compares what it draws with what we draw.
+LatentConsistencyModelPipeline, a diffusion model or an autoencoder in the pipeline it came from. With --model, writes
+that model with the LoRAs merged into its weights; --sampler=lcm gives it an LCMScheduler, for an LCM-LoRA. --verify
+loads the folder in diffusers and compares what it draws with what we draw.
 """
 
 import contextlib
@@ -18,8 +20,9 @@ from lcm_jax import checkpoint, cli, compile_cache
 from lcm_jax.config import Config, load_resolved
 from lcm_jax.data.pipeline import batches
 from lcm_jax.errors import UserError
-from lcm_jax.interop.export import DTYPES, Recipe, write_lcm_folder, write_trained_folder
-from lcm_jax.interop.folder import Folder, read_folder
+from lcm_jax.interop.export import DTYPES, Recipe, with_lcm_scheduler, write_lcm_folder, write_trained_folder
+from lcm_jax.interop.folder import Folder, read_folder, write_folder
+from lcm_jax.interop.lora_merge import Loras, merged_kernels, with_kernels
 
 BATCHES, PICTURES = 16, 32  # of the training data, from which an autoencoder's scaling_factor is measured
 
@@ -58,6 +61,23 @@ def export(
         )
         write_trained_folder(source, params, out, config_updates=updates, dtype=dtype)
     return step, which
+
+
+def export_merged(model: str, loras: Loras, out: pathlib.Path, *, lcm: bool = False) -> None:
+    """Writes the folder `model` with LoRAs merged into its weights, in the same files and dtypes.
+
+    Args:
+      model: a folder or a hub id.
+      loras: file → weight.
+      lcm: whether the new folder gets an LCMScheduler.
+
+    Raises:
+      UserError: as `read_folder`, `merged_kernels` and `write_folder` do.
+    """
+    folder = read_folder(model)
+    kernels = merged_kernels(folder, loras)
+    merged = with_kernels(folder, kernels)
+    write_folder(with_lcm_scheduler(merged) if lcm else merged, out, changed=kernels)
 
 
 def recipe_of(config: Config, teacher: Folder, which: str, step: int) -> Recipe:
@@ -106,22 +126,39 @@ def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarra
 def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     parser = cli.parser("export", __doc__)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the folder of the run")
+    parser.add_argument("--workdir", type=pathlib.Path, help="the folder of the run")
+    parser.add_argument("--model", help="in place of --workdir: a diffusers folder, or a hub id, to merge LoRAs into")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="the new folder")
-    parser.add_argument("--which", choices=("ema", "student"), help="which weights (default: ema)")
-    parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest good one)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the trained weights (default: float32)")
+    parser.add_argument("--which", choices=("ema", "student"), help="which weights of the run (default: ema)")
+    parser.add_argument("--step", type=int, help="the run's checkpoint (default: the newest good one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the trained weights (default: float32)")
+    cli.add_lora(parser)
+    parser.add_argument("--sampler", choices=("lcm",), help="with --model: the new folder's own sampler")
     parser.add_argument("--verify", action="store_true", help="compare with diffusers; needs lcm_jax[diffusers]")
     args = parser.parse_args(argv)
+    if (args.workdir is None) == (args.model is None):
+        raise UserError("give --workdir, the run to export, or --model, the folder to merge LoRAs into")
+    for option in ("which", "step", "dtype") if args.model else ("lora", "sampler"):
+        if getattr(args, option):
+            raise UserError(f"--{option} has no effect with --{'model' if args.model else 'workdir'}; leave it out")
+    if args.model and not args.lora and not args.sampler:
+        raise UserError("--model without --lora or --sampler would be a copy; give --lora=FILE:WEIGHT")
     compile_cache.enable()
-    step, which = export(args.workdir, args.out, which=args.which, step=args.step, dtype=args.dtype)
+    if args.model:
+        loras = cli.loras(args.lora)
+        export_merged(args.model, loras, args.out, lcm=args.sampler == "lcm")
+        what = f"{args.model} with {len(loras)} LoRA{'' if len(loras) == 1 else 's'} merged into it"
+    else:
+        dtype = args.dtype or "float32"
+        step, which = export(args.workdir, args.out, which=args.which, step=args.step, dtype=dtype)
+        what = f"the {which} weights of step {step}"
     if args.verify:
         from lcm_jax.interop.verify import verify
 
         print(
             f"diffusers loads it; its latents and pictures differ from ours by {verify(args.out):.1e} of their maximum."
         )
-    print(f"{args.out} holds the {which} weights of step {step}. Next:")
+    print(f"{args.out} holds {what}. Next:")
     print(f'  python -m lcm_jax.sample --model={args.out} --prompt="…" --seed=0 --out=picture.png')
     return 0
 

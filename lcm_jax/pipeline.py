@@ -4,7 +4,10 @@
     images = pipe(["a red seven on a blue background"], steps=4, guidance_scale=8.0, seed=0)
 
 What kind of sampler runs is in the folder: with `LCMScheduler` multistep consistency sampling, otherwise the
-diffusion model's own ODE by DDIM or DPM-Solver++.
+diffusion model's own ODE by DDIM or DPM-Solver++. An LCM-LoRA makes a diffusion model one for `sampler="lcm"`:
+
+    pipe = load_pipeline("folder", loras={"lcm.safetensors": 1.0, "style.safetensors": 0.8})
+    images = pipe(["a red seven on a blue background"], sampler="lcm")
 """
 
 import dataclasses
@@ -25,10 +28,11 @@ from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError, one_of
 from lcm_jax.interop.export import Recipe
 from lcm_jax.interop.folder import Component, Folder, read_folder, write_folder
+from lcm_jax.interop.lora_merge import Loras, merged_kernels, with_kernels
 from lcm_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from lcm_jax.models import Flat, Network, Policy
 
-SAMPLERS = ("ddim", "dpmpp")  # of a diffusion model; a consistency model has the one, "lcm"
+SAMPLERS = ("ddim", "dpmpp", "lcm")  # of a diffusion model, the last with an LCM-LoRA; a consistency model has "lcm"
 OUTPUTS = ("uint8", "float", "latents")
 PEER_LCM_GUIDANCE = 8.5  # what diffusers' LatentConsistencyModelPipeline takes when it is not told
 TEACHER_GUIDANCE, TEACHER_STEPS, LCM_STEPS = 7.5, 50, 4
@@ -130,6 +134,7 @@ class Pipeline:
     def __init__(self, folder: Folder, tokenizer: Tokenizer, policy: Policy) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
+        self.policy = policy
         self.schedule = folder.schedule
         self.recipe = Recipe.read(folder.path)  # None unless lcm_jax distilled it
         self.unet, self.vae, self.text_encoder = (
@@ -138,6 +143,7 @@ class Pipeline:
         self.is_lcm = folder.scheduler_class == "LCMScheduler"
         self.has_w_embedding = bool(self.unet.network.config.time_cond_proj_dim)
         self._programs: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
+        self._merged: dict[str, dict[str, np.ndarray]] = {}  # what the attached LoRAs have changed
 
     def __call__(
         self,
@@ -163,8 +169,9 @@ class Pipeline:
           prompts: too long ones are cut with a warning.
           steps: network steps; 4 for a consistency model, else 50.
           guidance_scale: w + 1. By default the middle of the range that a consistency model was trained for (8.5 where
-            that is unknown; 1, which is none, for one without w-embedding), 7.5 for a diffusion model. Outside the
-            trained range: a warning.
+            that is unknown; 1, which is none, for one without w-embedding, as an LCM-LoRA makes it), 7.5 for a
+            diffusion model. Outside the trained range: a warning. Without w-embedding each step calls the UNet with
+            and without the prompt, at 1 with the prompt only.
           seed: picture i depends on seed, i and, between the steps of a consistency model, the number of prompts.
           negative_prompt: what guidance leads away from. A consistency model with a w-embedding takes none.
           height, width: in pixels; the size that the UNet was trained for by default.
@@ -172,7 +179,7 @@ class Pipeline:
           latents: the first noise, NHWC, in place of one drawn from the seed.
           noise: (n-1, …) what a consistency model adds between its n steps, likewise.
           output: "uint8" (B, H, W, 3), "float" (the same in [0, 1]) or "latents" (B, h, w, C), scaled.
-          sampler: "ddim" (default) or "dpmpp" for a diffusion model.
+          sampler: "ddim" (default) or "dpmpp" for a diffusion model, "lcm" with an LCM-LoRA.
 
         Raises:
           UserError: a value out of range, or one that this kind of model doesn't take.
@@ -182,8 +189,8 @@ class Pipeline:
             raise UserError("prompts is empty; give at least one prompt")
         one_of("output", output, OUTPUTS)
         kind = self._kind(sampler)
-        grid = self._timesteps(steps, timesteps)
-        scale = self._guidance(guidance_scale)
+        grid = self._timesteps(kind, steps, timesteps)
+        scale = self._guidance(kind, guidance_scale)
         guided = not self.has_w_embedding and scale != 1.0
         if negative_prompt and self.has_w_embedding:
             raise UserError(
@@ -229,8 +236,11 @@ class Pipeline:
 
     @property
     def default_guidance(self) -> float:
-        """The guidance_scale that is taken where none is given."""
-        if not self.is_lcm:
+        """The guidance_scale that is taken where none is given, with the folder's own sampler."""
+        return self._default_guidance(self._kind(None))
+
+    def _default_guidance(self, kind: str) -> float:
+        if kind != "lcm":
             return TEACHER_GUIDANCE
         if not self.has_w_embedding:
             return 1.0  # such a student has the guidance in it
@@ -251,13 +261,33 @@ class Pipeline:
             sizes.append(pixels // factor)
         return count, sizes[0], sizes[1], self.unet.network.config.in_channels
 
+    def set_loras(self, loras: Loras) -> None:
+        """Attaches LoRAs, merged into the weights in memory, in place of those that were attached before.
+
+        Args:
+          loras: file (or folder, as diffusers or peft writes it) → weight. {} detaches all: the weights are then the
+            folder's own, bit for bit. So are those that a LoRA of weight 0 is for.
+
+        Raises:
+          UserError: a weight that isn't finite; a file that can't be read or was made for another base.
+        """
+        merged = merged_kernels(self.folder, loras)
+        for name in self._merged.keys() | merged.keys():
+            bound: Bound = getattr(self, name)
+            own, new = self.folder.components[name].params, merged.get(name, {})
+            for path in self._merged.get(name, {}).keys() | new.keys():
+                bound.params[path] = _put(new.get(path, own[path]), self.policy)
+        self._merged = merged
+
     def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
         """Writes the kind of folder that it was loaded from: the same tensors, names, dtypes and files.
+
+        Attached LoRAs are merged into it; other variants of those networks are then left out.
 
         Raises:
           UserError: the target is no place to write, is where it was loaded from, or holds something that is no model.
         """
-        return write_folder(self.folder, folder)
+        return write_folder(with_kernels(self.folder, self._merged), folder, changed=self._merged)
 
     def _kind(self, sampler: str | None) -> str:
         if self.is_lcm:
@@ -267,20 +297,20 @@ class Pipeline:
         one_of("sampler", sampler or SAMPLERS[0], SAMPLERS)
         return sampler or SAMPLERS[0]
 
-    def _timesteps(self, steps: int | None, timesteps: Sequence[int] | None) -> np.ndarray:
+    def _timesteps(self, kind: str, steps: int | None, timesteps: Sequence[int] | None) -> np.ndarray:
         total = self.schedule.num_train_timesteps
         if timesteps is not None:
             if steps is not None:
                 raise UserError("give steps or timesteps, not both")
             return sampling.check_timesteps(timesteps, total)
-        if self.is_lcm:
+        if kind == "lcm":
             original = self.folder.scheduler.get("original_inference_steps", 50)
             return sampling.lcm_timesteps(LCM_STEPS if steps is None else steps, original, total)
         return sampling.trailing_timesteps(TEACHER_STEPS if steps is None else steps, total)
 
-    def _guidance(self, guidance_scale: float | None) -> float:
+    def _guidance(self, kind: str, guidance_scale: float | None) -> float:
         if guidance_scale is None:
-            return self.default_guidance
+            return self._default_guidance(kind)
         if self.has_w_embedding and self.recipe:
             low, high = self.recipe.guidance_min, self.recipe.guidance_max
             if not low <= guidance_scale <= high:
@@ -311,20 +341,25 @@ class Pipeline:
         return self._programs[key]
 
 
-def load_pipeline(path_or_hub_id: str | os.PathLike[str], *, dtype: str = "float32") -> Pipeline:
+def load_pipeline(
+    path_or_hub_id: str | os.PathLike[str], *, loras: Loras | None = None, dtype: str = "float32"
+) -> Pipeline:
     """Loads a folder that `StableDiffusionPipeline` or `LatentConsistencyModelPipeline` writes.
 
     Args:
       path_or_hub_id: a folder, or the id of a model on the Hugging Face hub.
+      loras: LoRA file → weight, as `Pipeline.set_loras` takes it.
       dtype: what the networks compute in, "float32" or "bfloat16".
 
     Raises:
       UserError: no such folder; a file missing, broken or a pickle; a class or a configuration that isn't supported;
-        tensors missing, unexpected or of the wrong shape.
+        tensors missing, unexpected or of the wrong shape; a LoRA that can't be read or was made for another base.
     """
     policy = Policy.named(dtype)
     folder = read_folder(path_or_hub_id)
-    return Pipeline(folder, load_tokenizer(folder), policy)
+    pipe = Pipeline(folder, load_tokenizer(folder), policy)
+    pipe.set_loras(loras or {})
+    return pipe
 
 
 def to_unit(images: np.ndarray) -> np.ndarray:
@@ -333,13 +368,14 @@ def to_unit(images: np.ndarray) -> np.ndarray:
 
 
 def _bind(component: Component, policy: Policy) -> Bound:
-    """The weights on the device in the file's dtype, or in the compute dtype where that is the smaller one."""
+    params = {path: _put(array, policy) for path, array in component.params.items()}
+    return Bound(component.network(policy=policy), params)
 
-    def put(array: np.ndarray) -> jax.Array:
-        smaller = jnp.dtype(policy.compute).itemsize < array.dtype.itemsize
-        return jnp.asarray(array, policy.compute if smaller else array.dtype)
 
-    return Bound(component.network(policy=policy), {path: put(array) for path, array in component.params.items()})
+def _put(array: np.ndarray, policy: Policy) -> jax.Array:
+    """The array on the device in the file's dtype, or in the compute dtype where that is the smaller one."""
+    smaller = jnp.dtype(policy.compute).itemsize < array.dtype.itemsize
+    return jnp.asarray(array, policy.compute if smaller else array.dtype)
 
 
 def _injected(name: str, array: Any, shape: tuple[int, ...]) -> jax.Array:

@@ -1,7 +1,8 @@
 """python -m lcm_jax.sample --model=runs/digits/lcm --prompt="a red seven on a blue background" [--steps=4 --seed=0]
 
 Draws one picture for each --prompt (repeatable) with any folder that diffusers' StableDiffusionPipeline or
-LatentConsistencyModelPipeline writes, and puts them into one PNG, side by side in rows.
+LatentConsistencyModelPipeline writes, and puts them into one PNG, side by side in rows. --lora=FILE:WEIGHT
+(repeatable) attaches a LoRA; with an LCM-LoRA, --sampler=lcm draws in four steps.
 """
 
 import argparse
@@ -21,11 +22,13 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("sample", __doc__)
     parser.add_argument("--model", required=True, help="a diffusers folder, or a hub id")
     parser.add_argument("--prompt", required=True, action="append", help="may be given several times")
+    cli.add_lora(parser)
     parser.add_argument("--steps", type=int, help="network steps (default: 4 for a consistency model, else 50)")
     parser.add_argument(
         "--guidance_scale",
         type=float,
-        help="default: the middle of the range that a consistency model was trained for, 7.5 for a diffusion model",
+        help="default: the middle of the range that a consistency model was trained for, 7.5 for a diffusion model, "
+        "1 (none) with --sampler=lcm",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("sample.png"), help="default: sample.png")
@@ -35,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--height", type=int, help="in pixels (default: what the model was trained for)")
     parser.add_argument("--width", type=int)
     parser.add_argument("--timesteps", type=_timesteps, help="in place of --steps: falling, e.g. 999,759,499,259")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="of a diffusion model (default: ddim)")
+    parser.add_argument(
+        "--sampler", choices=SAMPLERS, help="of a diffusion model (default: ddim; lcm: with an LCM-LoRA)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
     args = parser.parse_args(argv)
     if args.out.suffix.lower() != ".png":
@@ -43,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     if args.scale < 1:
         raise UserError(f"--scale={args.scale} must be at least 1")
     compile_cache.enable()
-    pipe = load_pipeline(args.model, dtype=args.dtype)
+    pipe = load_pipeline(args.model, loras=cli.loras(args.lora), dtype=args.dtype)
     pictures = pipe(
         args.prompt,
         steps=args.steps,

@@ -77,7 +77,9 @@ class Recipe:
         return cls(**{name: values[name] for name in names})
 
 
-def lcm_scheduler(teacher: Folder, recipe: Recipe) -> dict[str, Any]:
+def lcm_scheduler(
+    teacher: Folder, original_inference_steps: int = 50, timestep_scaling: float = 10.0
+) -> dict[str, Any]:
     """Returns scheduler_config.json of an `LCMScheduler`: the teacher's noise schedule, the trained grid.
 
     What the teacher's file leaves out is written with the default of its class, which isn't LCMScheduler's. Clipping
@@ -90,8 +92,8 @@ def lcm_scheduler(teacher: Folder, recipe: Recipe) -> dict[str, Any]:
         ),
         **dataclasses.asdict(teacher.schedule),
         "trained_betas": None,
-        "original_inference_steps": recipe.original_inference_steps,
-        "timestep_scaling": recipe.timestep_scaling,
+        "original_inference_steps": original_inference_steps,
+        "timestep_scaling": timestep_scaling,
         "timestep_spacing": "leading",
         "clip_sample": False,
         "clip_sample_range": 1.0,
@@ -136,7 +138,7 @@ def write_lcm_folder(
     model_index["requires_safety_checker"] = bool(
         has_checker and teacher.model_index.get("requires_safety_checker", True)
     )
-    scheduler = lcm_scheduler(teacher, recipe)
+    scheduler = lcm_scheduler(teacher, recipe.original_inference_steps, recipe.timestep_scaling)
     folder = Folder(teacher.path, model_index, scheduler, {**teacher.components, "unet": student})
     text = card.lcm_card(teacher.path, recipe)
     with replacing(out, teacher.path) as temporary:
@@ -177,6 +179,17 @@ def write_trained_folder(
     with replacing(out, source.path) as temporary:
         _write(folder, temporary, replaced=tuple(params))
     return pathlib.Path(out)
+
+
+def with_lcm_scheduler(folder: Folder) -> Folder:
+    """Returns the folder with an LCMScheduler, for a model that an LCM-LoRA was merged into; its own if it has one.
+
+    Of the grid such a LoRA says nothing: it is the LCM paper's, N = 50, which LCMScheduler has by default.
+    """
+    if folder.scheduler_class == "LCMScheduler":
+        return folder
+    index = {**folder.model_index, "scheduler": ["diffusers", "LCMScheduler"]}
+    return dataclasses.replace(folder, model_index=index, scheduler=lcm_scheduler(folder))
 
 
 def _write(folder: Folder, to: pathlib.Path, replaced: tuple[str, ...]) -> None:

@@ -191,17 +191,20 @@ def _read_component(directory: pathlib.Path, name: str, library_class: str) -> C
     return Component(name, library_class, config, params, source)
 
 
-def write_folder(folder: Folder, out: str | os.PathLike[str]) -> pathlib.Path:
+def write_folder(folder: Folder, out: str | os.PathLike[str], *, changed: Collection[str] = ()) -> pathlib.Path:
     """Writes the folder: networks from their arrays in the files that they came in, everything else copied.
 
     Attention weights of old VAE folders get their present names; all other names, dtypes, shards and variants stay.
     An existing model folder is replaced, in one rename after everything is written.
 
+    Args:
+      changed: components whose arrays are not those that were read: other weight files of theirs are left behind.
+
     Raises:
       UserError: as `replacing` does.
     """
     with replacing(out, folder.path) as temporary:
-        copy_rest(folder, temporary)
+        copy_rest(folder, temporary, skip_weights_of=changed)
         write_json(temporary / "model_index.json", folder.model_index)
         write_json(temporary / "scheduler" / "scheduler_config.json", folder.scheduler)
         for component in folder.components.values():
