@@ -1,7 +1,7 @@
 """The demo: the digits teacher (lcm_jax/assets/digits_teacher) to a model that draws in one to four steps.
 
 python -m lcm_jax.train --config=configs/digits.py --workdir=runs/digits      # minutes on two cores
-python -m lcm_jax.train --config=configs/digits.py:full --workdir=runs/full   # ten times as long
+python -m lcm_jax.train --config=configs/digits.py:full --workdir=runs/full   # seven times as long
 python -m lcm_jax.train --config=configs/digits.py:smoke --workdir=runs/smoke # seconds: does it run here?
 """
 
@@ -46,7 +46,7 @@ def get_config(variant=""):
     config.log.prompts = PROMPTS
     config.log.guidance_scale = 2.5
     if variant == "full":
-        config.steps = 10_000
+        config.steps = 8_000
         config.checkpoint.every = 500
         config.log.every = 20
         config.log.samples_every = 1000
