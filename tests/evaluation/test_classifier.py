@@ -67,7 +67,7 @@ def test_a_short_training_learns(monkeypatch):
     grids, labels = load_grids()
     two = np.isin(labels, (4, 7))
     monkeypatch.setattr(module, "load_grids", lambda: (grids[two], labels[two]))
-    trained = train_classifier(200, batch_size=32)
+    trained = train_classifier(400, batch_size=32)
     prompts = [p for p in digits.test_prompts() if p.digit in (4, 7)]
     images = jnp.asarray(real_pictures(prompts, "test"), jnp.float32) / 127.5 - 1
     _, logits = jax.jit(module._network().apply)(trained.params, images)

@@ -131,8 +131,8 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
 def test_pictures_in_diffusers_are_ours(micro_student, capfd):
     """To within a grey level, from the same noise."""
     pipe = load_pipeline(micro_student)
-    texts, first = [prompt.text for prompt in PROMPTS[:2]], first_noise(2, (8, 8, 4))
-    between = later_noise(2, 2, (8, 8, 4))
+    texts, first = [prompt.text for prompt in PROMPTS[:2]], first_noise(2, (8, 8, 4), 0)
+    between = later_noise(2, 2, (8, 8, 4), 1)
     theirs = lcm_drawer(pipe, 2, 2.5)(texts, first, between).astype(int)
     assert theirs.shape == (2, 32, 32, 3)
     assert np.abs(theirs - pipe(texts, 2, 2.5, latents=first, noise=between)).max() <= 1

@@ -21,8 +21,8 @@ def test_shapes_and_dtypes_are_as_declared(classifier):
     features, _ = checked(Classifier.__call__)(classifier, images)
     checked(frechet.frechet_distance)(features, features[:2])
     checked(digits.score)(images, PROMPTS, classifier, features)
-    checked(digits.first_noise)(3, (2, 4, 1))
-    checked(digits.later_noise)(3, 2, (2, 4, 1))
+    checked(digits.first_noise)(3, (2, 4, 1), 0)
+    checked(digits.later_noise)(3, 2, (2, 4, 1), 1)
     checked(sheet.sheet)({"a": images, "b": images}, ["a", "b", "c"])
     checked(draw.in_batches)(lambda texts, *noise: images[: len(texts)], PROMPTS, (2, 4, 1), 2)
     for wrong in (images[..., :2], images.astype(np.float32)):

@@ -32,8 +32,9 @@ def measured(monkeypatch, table, *, guidance):
     monkeypatch.setattr(teacher, "test_prompts", lambda: "test prompts")
     monkeypatch.setattr(teacher, "real_pictures", lambda prompts, split: f"{split} pictures of {prompts}")
 
-    def draw_all(pipe, prompts, steps, guidance_scale, sampler):
+    def draw_all(pipe, prompts, steps, guidance_scale, sampler, *, seed=None):
         assert pipe == "a model"
+        assert (seed == teacher.VALIDATION_SEED) == (prompts == "validation prompts")  # the rows have other noise
         asked.append((prompts, sampler, steps, guidance_scale))
         return (prompts, guidance_scale), 10.0 * steps
 
