@@ -10,7 +10,15 @@ from lcm_jax import config as config_lib
 from lcm_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FILES = ("digits.py", "digits.py:smoke", "digits_teacher.py", "digits_teacher.py:vae", "sd15.py", "sd21.py")
+FILES = (
+    "digits.py",
+    "digits.py:full",
+    "digits.py:smoke",
+    "digits_teacher.py",
+    "digits_teacher.py:vae",
+    "sd15.py",
+    "sd21.py",
+)
 
 
 def load(name, *overrides):
@@ -71,7 +79,7 @@ def test_a_slip_ends_in_one_line_that_helps(override, said):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("nowhere.py", "there is no file"), ("digits.py:smok", "digits.py has :smoke")]
+    ("name", "said"), [("nowhere.py", "there is no file"), ("digits.py:smok", "digits.py has :full and :smoke")]
 )
 def test_a_wrong_file_or_variant_is_named(name, said):
     with pytest.raises(UserError, match=said):
@@ -110,7 +118,7 @@ def test_a_workdir_of_another_run_is_refused():
 
 
 def test_what_does_not_change_the_steps_may_differ():
-    config = load("digits.py")
+    config = load("digits.py", "--config.optimizer.decay=constant")
     config_lib.check_same_run(config, dataclasses.replace(config, steps=5, log=config_lib.LogConfig(every=3)), "runs/x")
 
 
