@@ -269,12 +269,17 @@ def _mute_asyncio() -> Iterator[None]:
     logger = logging.getLogger("asyncio")
     logger.disabled, before = True, logger.disabled
     _ignore_dropped_reads()
+    logger.addFilter(_is_news)  # stays: a read may end, and complain, long after
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited")
             yield
     finally:
         logger.disabled = before
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Future exception was never retrieved")
 
 
 @functools.cache
