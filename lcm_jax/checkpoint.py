@@ -269,7 +269,6 @@ def _mute_asyncio() -> Iterator[None]:
     logger = logging.getLogger("asyncio")
     logger.disabled, before = True, logger.disabled
     _ignore_dropped_reads()
-    logger.addFilter(_is_news)  # stays: a read may end, and complain, long after
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited")
@@ -278,8 +277,10 @@ def _mute_asyncio() -> Iterator[None]:
         logger.disabled = before
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Future exception was never retrieved")
+def _not_a_dropped_read(record: logging.LogRecord) -> bool:
+    """A filter for asyncio's logger: others' lost exceptions are told as ever."""
+    message = record.getMessage()
+    return not (message.startswith("Future exception was never retrieved") and "tensorstore" in message)
 
 
 @functools.cache
@@ -294,6 +295,7 @@ def _ignore_dropped_reads() -> None:
             before(seen)
 
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(_not_a_dropped_read)
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import logging
 import os
 import pathlib
 import re
@@ -584,6 +585,14 @@ def test_nothing_but_our_own_lines_on_the_terminal(tmp_path):
     assert done.stdout == ""
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["warning", "warning", "error"], done.stderr
     assert done.returncode == 0
+
+
+def test_only_dropped_reads_are_not_heard(caplog):
+    """A read may end after the damage was told; what others lose is theirs to hear."""
+    checkpoint._ignore_dropped_reads()
+    for lost in ("ValueError('… tensorstore_spec=…')", "ValueError('mine')"):
+        logging.getLogger("asyncio").error(f"Future exception was never retrieved\nfuture: <Future exception={lost}>")
+    assert [record.getMessage().partition("=")[2] for record in caplog.records] == ["ValueError('mine')>"]
 
 
 def test_killed_in_mid_save(tmp_path, capfd):
