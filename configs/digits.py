@@ -32,6 +32,7 @@ def get_config(variant=""):
     config.data.dataset = "captioned_digits"
     config.data.data_dir = "data"
     config.data.image_size = 32
+    config.cpu_devices = 2
     config.steps = 1200
     config.batch_size = 32
     config.optimizer.learning_rate = 5e-4

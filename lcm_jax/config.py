@@ -124,6 +124,7 @@ class Config:
     seed: int = 0
     steps: int = 1000
     batch_size: int = 32  # of all devices together
+    cpu_devices: int = 0  # into which a run on a CPU is split, each with its share of the batch; 0: as XLA_FLAGS says
     max_skipped: int = (
         5  # steps in a row with a non-finite loss or gradient, whose update is left out, before the run stops
     )
@@ -139,7 +140,7 @@ class Config:
     def __post_init__(self) -> None:
         one_of("objective", self.objective, OBJECTIVES)
         _positive(self, "steps", "batch_size", "max_skipped")
-        _not_negative(self, "seed")
+        _not_negative(self, "seed", "cpu_devices")
         for name in OBJECTIVES:
             section = getattr(self, name)
             if name != self.objective and section != type(section)():

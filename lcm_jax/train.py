@@ -125,6 +125,19 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
     return Result(done, stop.signal if done < config.steps else 0)
 
 
+def split_cpu(devices: int) -> None:
+    """Makes JAX see the CPU as this many devices (0: as it is), before anything runs; accelerators stay what they are.
+
+    Each device works on its share of the batch by itself, so operations that are too small for all cores together, of
+    which a small UNet has many, leave no core idle. Raises UserError if JAX runs already with another number.
+    """
+    if devices:
+        try:
+            jax.config.update("jax_num_cpu_devices", devices)
+        except RuntimeError:
+            raise UserError(f"config.cpu_devices={devices} comes too late: JAX runs already in this process") from None
+
+
 def data_mesh(batch_size: int) -> jax.sharding.Mesh:
     """Returns a mesh of all devices along the axis "data"; raises UserError if the batch does not divide by them."""
     devices = jax.device_count()
@@ -187,6 +200,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the folder of this run")
     args, overrides = parser.parse_known_args(argv)
     config = config_lib.load(args.config, overrides)
+    split_cpu(config.cpu_devices)
     compile_cache.enable()
     result = train(config, args.workdir)
     if result.signal:

@@ -50,6 +50,7 @@ STEP = {
 }
 START = {"lcd.w_embedding_init": "random"}
 ELSEWHERE = {
+    "cpu_devices": "test_a_cpu_is_split_as_the_config_says: tests/test_train.py",
     "batch_size": "the shapes of the batch: tests/test_train.py",
     "model.folder": "tests/test_train.py",
     "autoencoder.latent_std": "test_autoencoder: tests/test_export.py",

@@ -38,6 +38,7 @@ def options(teacher, digits_data_dir):
         f"--config={ROOT}/configs/digits.py:smoke",
         f"--config.model.folder={teacher}",
         f"--config.data.data_dir={digits_data_dir}",
+        "--config.cpu_devices=0",
         "--config.steps=6",
         "--config.checkpoint.every=2",
         "--config.log.samples_every=0",
@@ -51,6 +52,7 @@ def quick(teacher, digits_data_dir):
         f"--config={ROOT}/configs/digits_teacher.py:vae",
         f"--config.model.folder={teacher}",
         f"--config.data.data_dir={digits_data_dir}",
+        "--config.cpu_devices=0",
         "--config.batch_size=8",
         "--config.steps=6",
         "--config.optimizer.decay=constant",
@@ -204,6 +206,14 @@ def test_a_batch_is_divided_by_all_devices():
     assert mesh.shape == {"data": 8}
     with pytest.raises(UserError, match=r"config.batch_size=7 does not divide by the 8 devices"):
         ALL_DEVICES(7)
+
+
+def test_a_cpu_is_split_as_the_config_says(quick, tmp_path, capsys):
+    process = start(quick, tmp_path / "run", "--config.cpu_devices=3")
+    assert "config.batch_size=8 does not divide by the 3 devices" in process.communicate(timeout=240)[0]
+    assert process.returncode == 2
+    assert cli.run(train.main, [*quick, "--config.cpu_devices=3", f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "config.cpu_devices=3 comes too late" in capsys.readouterr().err
 
 
 def test_an_unwritable_workdir_is_one_line(quick, tmp_path, capsys):
