@@ -1,8 +1,8 @@
 """python docs/ablations.py [--runs=runs/ablations] [--only=k___50,l2]
 
 Distils the digits teacher once for each line of RECIPES, `configs/digits.py` at half its length with a few options
-changed, evaluates each result and writes the table of docs/ablations.md to standard output. What is there already is not
-done again. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes it a quarter faster on Linux.
+changed, evaluates each result and writes the table of docs/ablations.md to standard output. What is there already is
+not done again. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes it a quarter faster on Linux.
 """
 
 import argparse
