@@ -1,6 +1,6 @@
 # make demo    distil the digits teacher into a four-step model and draw with it (no accelerator needed)
 # make test    the whole test suite, lint and types, as CI runs it
-# make full    the same with seven times the training (more than an hour)
+# make full    the same with seven times the training (three quarters of an hour)
 # make teacher train the digits teacher itself again, and measure it (two hours)
 # PYTHON=python3.12 make …  chooses the interpreter (3.11 or newer) that .venv is made with
 

@@ -11,10 +11,11 @@ hour on two cores), --teacher=FOLDER those of another teacher.
 
 import argparse
 import dataclasses
+import functools
 import math
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,9 +28,11 @@ from lcm_jax.evaluation import teacher as teacher_rows
 from lcm_jax.evaluation.classifier import Classifier, load_classifier
 from lcm_jax.evaluation.digits import Prompt, real_pictures, score, sheet_prompts, test_prompts
 from lcm_jax.evaluation.draw import BATCH, draw_all, in_batches
+from lcm_jax.evaluation.guidance import best_guidance, trained_range
 from lcm_jax.evaluation.report import Row, curves, figure_class, table, write_json, write_text
 from lcm_jax.evaluation.sheet import sheet
 from lcm_jax.grids import write_png
+from lcm_jax.interop import verify
 from lcm_jax.pipeline import Pipeline, load_pipeline, to_unit
 
 STEPS = (1, 2, 4, 8)
@@ -59,27 +62,32 @@ def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt]) 
 
 
 def student_rows(
-    student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], steps: Sequence[int], guidance_scale: float
+    student: Pipeline,
+    classifier: Classifier,
+    prompts: Sequence[Prompt],
+    steps: Sequence[int],
+    guidance_scale: float | None = None,
 ) -> list[Row]:
-    """The consistency model at each number of steps."""
+    """The consistency model at each number of steps, at this guidance or at what suits it best."""
     features, _ = classifier(real_pictures(prompts, "test"))
+    candidates = trained_range(student) if guidance_scale is None else [guidance_scale]
     rows = []
     for n in steps:
-        pictures, rate = draw_all(student, prompts, n, guidance_scale)
-        rows.append(Row("student", score(pictures, prompts, classifier, features), n, guidance_scale, rate))
+        guidance = best_guidance(student, classifier, n, candidates)
+        pictures, rate = draw_all(student, prompts, n, guidance)
+        rows.append(Row("student", score(pictures, prompts, classifier, features), n, guidance, rate))
     return rows
 
 
 def diffusers_row(
-    student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], steps: int, guidance_scale: float
+    draw: Callable[..., np.ndarray], student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], row: Row
 ) -> Row:
-    """The same model, prompts and noise in diffusers."""
-    from lcm_jax.interop.verify import lcm_drawer
-
+    """The same model, prompts and noise as in `row`, drawn by diffusers (`lcm_drawer`)."""
     features, _ = classifier(real_pictures(prompts, "test"))
-    draw = lcm_drawer(student, steps, guidance_scale)
-    pictures, rate = in_batches(draw, prompts, student.latent_shape(1)[1:], steps)
-    return Row("student in diffusers", score(pictures, prompts, classifier, features), steps, guidance_scale, rate)
+    there = functools.partial(draw, guidance_scale=row.guidance_scale)
+    pictures, rate = in_batches(there, prompts, student.latent_shape(1)[1:], row.steps or 1)
+    measured = score(pictures, prompts, classifier, features)
+    return Row("student in diffusers", measured, row.steps, row.guidance_scale, rate)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", help="a consistency model's folder, as lcm_jax.export writes it")
     parser.add_argument("--out", type=pathlib.Path, help="a folder for the results (default: beside the model)")
     parser.add_argument("--steps", type=_steps, default=STEPS, help="network steps of the model (default: 1,2,4,8)")
-    parser.add_argument("--guidance_scale", type=float, help="default: the middle of the model's trained range")
+    parser.add_argument("--guidance_scale", type=float, help="default: chosen with other prompts, as the teacher's is")
     parser.add_argument("--diffusers", action="store_true", help="also draw in diffusers (needs lcm_jax[diffusers])")
     parser.add_argument(
         "--teacher",
@@ -123,12 +131,13 @@ def main(argv: Sequence[str]) -> int:
         for steps in args.steps:
             lcm_timesteps(steps, original, student.schedule.num_train_timesteps)
         cli.make_folder("--out", out)
-        guidance = student.default_guidance if args.guidance_scale is None else args.guidance_scale
-        peer = [diffusers_row(student, classifier, prompts, args.steps[-1], guidance)] if args.diffusers else []
-        rows = [*student_rows(student, classifier, prompts, args.steps, guidance), *peer]
-        for steps in args.steps:
-            name = f"student, {steps} step{'s' * (steps > 1)}"
-            drawn[name], _ = draw_all(student, on_sheet, steps, guidance, fill=True)
+        in_diffusers = verify.lcm_drawer(student, args.steps[-1]) if args.diffusers else None
+        rows = student_rows(student, classifier, prompts, args.steps, args.guidance_scale)
+        for row in rows:
+            name = f"student, {row.steps} step{'s' * (row.steps != 1)}"
+            drawn[name], _ = draw_all(student, on_sheet, row.steps or 1, row.guidance_scale or 1.0, fill=True)
+        if in_diffusers:
+            rows.append(diffusers_row(in_diffusers, student, classifier, prompts, rows[-1]))
     if args.teacher:
         cli.make_folder("--out", out)
         print("Measuring the teacher …", flush=True)

@@ -11,8 +11,9 @@ import jax
 
 from lcm_jax.errors import UserError
 from lcm_jax.evaluation.classifier import WEIGHTS, Classifier
-from lcm_jax.evaluation.digits import SEED, real_pictures, score, test_prompts, validation_prompts
+from lcm_jax.evaluation.digits import real_pictures, score, test_prompts
 from lcm_jax.evaluation.draw import draw_all
+from lcm_jax.evaluation.guidance import GUIDANCE, best_guidance
 from lcm_jax.evaluation.report import Row
 from lcm_jax.interop.weights import read_json
 from lcm_jax.pipeline import Pipeline
@@ -23,31 +24,16 @@ ROWS = ASSETS / "digits_teacher_rows.json"
 
 SAMPLERS = {"ddim": "teacher, DDIM", "dpmpp": "teacher, DPM-Solver++"}
 STEPS = (1, 2, 4, 8, 50)
-VALIDATION_SEED = SEED + 2  # the rows themselves have other noise
-GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-WITHIN = 0.01  # of the best prompt accuracy; among those the Fréchet distance decides
 
 
 def measure(pipe: Pipeline, classifier: Classifier, say: Callable[[str], None]) -> list[Row]:
-    """Measures a diffusion model with each sampler and number of steps, at the guidance that suits it best.
-
-    That guidance is chosen with the validation prompts and the real validation pictures: of those whose prompt
-    accuracy is within a percentage point of the best, the one of the smallest Fréchet distance.
-    """
-    chosen_with = validation_prompts()
-    validation_features, _ = classifier(real_pictures(chosen_with, "validation"))
+    """Measures a diffusion model with each sampler and number of steps, at the guidance that suits it best."""
     prompts = test_prompts()
     test_features, _ = classifier(real_pictures(prompts, "test"))
     rows = []
     for sampler, name in SAMPLERS.items():
         for steps in STEPS:
-            scores = {}
-            for guidance in GUIDANCE:
-                images, _ = draw_all(pipe, chosen_with, steps, guidance, sampler, seed=VALIDATION_SEED)
-                scores[guidance] = score(images, chosen_with, classifier, validation_features)
-            best = max(s.prompt.value for s in scores.values())
-            good = {g: s.frechet for g, s in scores.items() if s.prompt.value >= best - WITHIN}
-            guidance = min(good, key=lambda g: good[g])
+            guidance = best_guidance(pipe, classifier, steps, GUIDANCE, sampler)
             images, rate = draw_all(pipe, prompts, steps, guidance, sampler)
             rows.append(Row(name, score(images, prompts, classifier, test_features), steps, guidance, rate))
             accuracy = rows[-1].score.prompt.value

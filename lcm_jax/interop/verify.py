@@ -78,10 +78,8 @@ def _difference(ours: Any, theirs: np.ndarray) -> float:
     return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
 
-def lcm_drawer(
-    pipe: Pipeline, steps: int, guidance_scale: float
-) -> Callable[[list[str], np.ndarray, np.ndarray | None], np.ndarray]:
-    """Returns `draw(prompts, first noise, noise between the steps) -> uint8 pictures`: the same model in diffusers.
+def lcm_drawer(pipe: Pipeline, steps: int) -> Callable[..., np.ndarray]:
+    """Returns `draw(prompts, first noise, noise between the steps, guidance_scale=…) -> uint8 pictures` of diffusers.
 
     The noise is NHWC, as in `Pipeline.__call__`. Raises UserError without torch or diffusers.
     """
@@ -96,7 +94,7 @@ def lcm_drawer(
     peer = getattr(diffusers, pipe.folder.pipeline_class).from_pretrained(str(pipe.folder.path), **load_networks(pipe))
     peer.set_progress_bar_config(disable=True)
 
-    def draw(prompts: list[str], first: np.ndarray, between: np.ndarray | None) -> np.ndarray:
+    def draw(prompts: list[str], first: np.ndarray, between: np.ndarray | None, *, guidance_scale: float) -> np.ndarray:
         def nchw(noise: np.ndarray) -> Any:
             return torch.from_numpy(np.ascontiguousarray(np.moveaxis(noise, -1, -3)))
 

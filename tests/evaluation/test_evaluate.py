@@ -13,7 +13,7 @@ import torch
 from lcm_jax import cli, evaluate, load_pipeline
 from lcm_jax.blank import write_blank
 from lcm_jax.errors import UserError
-from lcm_jax.evaluation import digits, draw, teacher
+from lcm_jax.evaluation import digits, draw, guidance, teacher
 from lcm_jax.evaluation.digits import first_noise, later_noise, real_pictures, score, sheet_prompts
 from lcm_jax.evaluation.draw import draw_all
 from lcm_jax.evaluation.report import Row, table
@@ -30,13 +30,14 @@ def few(monkeypatch, micro_teacher, micro_student):
     """Few prompts and steps in batches of one size; the micro teacher is the one that comes with the package."""
     for module in (evaluate, teacher):
         monkeypatch.setattr(module, "test_prompts", lambda: PROMPTS)
-    monkeypatch.setattr(teacher, "validation_prompts", lambda: PROMPTS[::-1])
+    monkeypatch.setattr(guidance, "validation_prompts", lambda: PROMPTS[::-1])
     monkeypatch.setattr(evaluate, "sheet_prompts", lambda: ON_SHEET)
     for module in (evaluate, draw):
         monkeypatch.setattr(module, "BATCH", 2)
     monkeypatch.setattr(teacher, "SAMPLERS", {"ddim": "teacher, DDIM"})
     monkeypatch.setattr(teacher, "STEPS", (4,))
-    monkeypatch.setattr(teacher, "GUIDANCE", (2.0, 3.0))
+    for module in (guidance, teacher):
+        monkeypatch.setattr(module, "GUIDANCE", (2.0, 3.0))
     monkeypatch.setattr(teacher, "TEACHER", micro_teacher)
     return f"--model={micro_student}"
 
@@ -106,11 +107,12 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
     # rows are those of the pictures that the model draws from the fixed noise
     student, real = load_pipeline(micro_student), real_pictures(PROMPTS, "test")
     features, _ = classifier(real)
-    pictures, _ = draw_all(student, PROMPTS, 2, 3.0)
+    chosen = rows[3].guidance_scale
+    assert chosen == guidance.best_guidance(student, classifier, 2, (2.0, 3.0))
+    pictures, _ = draw_all(student, PROMPTS, 2, chosen)
     assert rows[3].score == score(pictures, PROMPTS, classifier, features)
-    assert rows[3].guidance_scale == 3.0  # the middle of the trained range
     assert rows[4].score.frechet == pytest.approx(rows[3].score.frechet, rel=2e-4)
-    others, _ = draw_all(student, PROMPTS, 2, 2.0)
+    others, _ = draw_all(student, PROMPTS, 2, 5.0 - chosen)
     other = score(others, PROMPTS, classifier, features)
     assert other.frechet != pytest.approx(rows[3].score.frechet, rel=1e-3)
     drawn, _ = draw_all(load_pipeline(micro_teacher), PROMPTS, 4, rows[2].guidance_scale, "ddim")
@@ -119,7 +121,7 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
     with PIL.Image.open(out / "sheet.png") as image:
         sheet = np.asarray(image)
     teachers, _ = draw_all(load_pipeline(micro_teacher), ON_SHEET, 4, rows[2].guidance_scale, "ddim")
-    students, _ = draw_all(student, ON_SHEET, 2, 3.0)
+    students, _ = draw_all(student, ON_SHEET, 2, chosen)
     for column in range(2):
         np.testing.assert_array_equal(cell(sheet, 0, column), real_pictures(ON_SHEET, "test")[column])
         np.testing.assert_array_equal(cell(sheet, 1, column), teachers[column])
@@ -133,7 +135,7 @@ def test_pictures_in_diffusers_are_ours(micro_student, capfd):
     pipe = load_pipeline(micro_student)
     texts, first = [prompt.text for prompt in PROMPTS[:2]], first_noise(2, (8, 8, 4), 0)
     between = later_noise(2, 2, (8, 8, 4), 1)
-    theirs = lcm_drawer(pipe, 2, 2.5)(texts, first, between).astype(int)
+    theirs = lcm_drawer(pipe, 2)(texts, first, between, guidance_scale=2.5).astype(int)
     assert theirs.shape == (2, 32, 32, 3)
     assert np.abs(theirs - pipe(texts, 2, 2.5, latents=first, noise=between)).max() <= 1
     assert np.abs(theirs[0] - theirs[1]).max() > 50

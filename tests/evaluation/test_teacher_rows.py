@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from lcm_jax.errors import UserError
+from lcm_jax.evaluation import guidance as choice
 from lcm_jax.evaluation import teacher
 from lcm_jax.evaluation.digits import Score, Share
 from lcm_jax.evaluation.report import Row
@@ -28,13 +30,12 @@ def measured(monkeypatch, table, *, guidance):
     """
     asked = []
     monkeypatch.setattr(teacher, "GUIDANCE", guidance)
-    monkeypatch.setattr(teacher, "validation_prompts", lambda: "validation prompts")
+    monkeypatch.setattr(choice, "validation_prompts", lambda: "validation prompts")
     monkeypatch.setattr(teacher, "test_prompts", lambda: "test prompts")
-    monkeypatch.setattr(teacher, "real_pictures", lambda prompts, split: f"{split} pictures of {prompts}")
 
     def draw_all(pipe, prompts, steps, guidance_scale, sampler, *, seed=None):
         assert pipe == "a model"
-        assert (seed == teacher.VALIDATION_SEED) == (prompts == "validation prompts")  # the rows have other noise
+        assert (seed == choice.VALIDATION_SEED) == (prompts == "validation prompts")  # the rows have other noise
         asked.append((prompts, sampler, steps, guidance_scale))
         return (prompts, guidance_scale), 10.0 * steps
 
@@ -45,8 +46,10 @@ def measured(monkeypatch, table, *, guidance):
         assert features == f"features of {split} pictures of {kind}"
         return score_of(*table[scale]) if split == "validation" else score_of(0, scale)
 
-    monkeypatch.setattr(teacher, "draw_all", draw_all)
-    monkeypatch.setattr(teacher, "score", score)
+    for module in (teacher, choice):
+        monkeypatch.setattr(module, "draw_all", draw_all)
+        monkeypatch.setattr(module, "score", score)
+        monkeypatch.setattr(module, "real_pictures", lambda prompts, split: f"{split} pictures of {prompts}")
     lines = []
     return measure("a model", lambda pictures: (f"features of {pictures}", None), lines.append), asked, lines
 
@@ -80,7 +83,25 @@ def test_the_guidance_that_is_chosen(monkeypatch, table, best):
 
 def test_usual_numbers():
     assert teacher.STEPS == (1, 2, 4, 8, 50)
-    assert {1.0, 6.0} <= set(teacher.GUIDANCE)
+    assert {1.0, 6.0} <= set(choice.GUIDANCE)
+
+
+def test_a_student_is_asked_for_what_it_was_trained_for():
+    def candidates(low, high, w_embedding=True):
+        recipe = SimpleNamespace(guidance_min=low, guidance_max=high) if low else None
+        return choice.trained_range(
+            SimpleNamespace(has_w_embedding=w_embedding, recipe=recipe, default_guidance=7.0)  # pyright: ignore
+        )
+
+    assert candidates(1.0, 4.0) == [1.0, 1.5, 2.0, 3.0, 4.0]
+    assert candidates(2.0, 3.5) == [2.0, 3.0]
+    assert candidates(7.0, 9.0) == [7.0]  # none of them: its own default
+    assert candidates(1.0, 4.0, w_embedding=False) == [7.0]
+    assert candidates(None, None) == [7.0]
+
+
+def test_one_candidate_needs_no_pictures():
+    assert choice.best_guidance(None, None, 4, [2.5]) == 2.5  # pyright: ignore
 
 
 # ---- files

@@ -314,4 +314,4 @@ def test_verify_without_diffusers(exported, monkeypatch):
     with pytest.raises(UserError, match=r"pip install lcm_jax\[diffusers\]"):
         verify(exported)
     with pytest.raises(UserError, match=r"drawing in diffusers needs diffusers: pip install lcm_jax\[diffusers\]"):
-        verify_module.lcm_drawer(pipe, 2, 1.0)
+        verify_module.lcm_drawer(pipe, 2)
