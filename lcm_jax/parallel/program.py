@@ -1,0 +1,92 @@
+"""The jitted step of a run with the shapes and shardings of its arguments: what is trained, and what is planned."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lcm_jax.config import Config
+from lcm_jax.parallel import partition
+from lcm_jax.parallel.mesh import BATCH, check_batch
+from lcm_jax.state import Parts, frozen_shapes, initial_state, trained_shapes
+from lcm_jax.step import make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A step over a mesh.
+
+    Attributes:
+      mesh: the devices.
+      state, frozen, batch: its arguments as jax.ShapeDtypeStruct, with shardings.
+      step: the jitted `step(state, frozen, batch) -> (state, metrics)`. The state is donated; metrics are on each
+        device.
+      start: the jitted `initial_state(params)`.
+    """
+
+    mesh: Mesh
+    state: dict[str, Any]
+    frozen: dict[str, Any]
+    batch: dict[str, jax.ShapeDtypeStruct]
+    step: jax.stages.Wrapped
+    start: jax.stages.Wrapped
+
+    def lower(self) -> jax.stages.Lowered:
+        """Lowers the step from shapes alone; `.compile()` then needs no device, if the mesh is of described ones."""
+        return self.step.lower(self.state, self.frozen, self.batch)
+
+    def put(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """Divides a global batch of the host over the devices."""
+        return jax.device_put(batch, {name: leaf.sharding for name, leaf in self.batch.items()})
+
+    def whole(self, tree: Any) -> Any:
+        """Returns the same arrays with all of each on each device."""
+        return jax.device_put(tree, NamedSharding(self.mesh, P()))
+
+
+def make_program(config: Config, parts: Parts, mesh: Mesh) -> Program:
+    """Returns the program of a run; nothing is compiled yet.
+
+    Raises:
+      UserError: a batch that does not divide by the devices and micro-batches; a picture size that does not fit.
+    """
+    check_batch(config.batch_size, config.accumulate, mesh)
+    whole = NamedSharding(mesh, P())
+    state = _sharded(jax.eval_shape(lambda: initial_state(config, _masters(trained_shapes(config, parts)))), mesh)
+    frozen = frozen_shapes(config, parts)
+    if config.mesh.frozen == "sharded":
+        frozen = _sharded(frozen, mesh)
+    else:
+        frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), frozen)
+    size, over_batch = config.data.image_size, NamedSharding(mesh, BATCH)
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8, sharding=over_batch),
+        "input_ids": jax.ShapeDtypeStruct(
+            (config.batch_size, parts.null_ids.shape[1]), parts.null_ids.dtype, sharding=over_batch
+        ),
+    }
+    places = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state, frozen, batch)]
+    step = jax.jit(
+        make_step(config, parts, mesh),
+        donate_argnums=0,
+        in_shardings=tuple(places),
+        out_shardings=(places[0], whole),
+    )
+    start = jax.jit(functools.partial(initial_state, config), out_shardings=places[0])
+    return Program(mesh, state, frozen, batch, step, start)
+
+
+def _masters(shapes: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, dict[str, jax.Array]]:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+
+
+def _sharded(tree: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        partition.shardings(tree, mesh),
+    )
