@@ -12,10 +12,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import jax
+from rich.console import Console
 
 from lcm_jax import cli, compile_cache
 from lcm_jax import config as config_lib
@@ -27,8 +28,10 @@ from lcm_jax.grids import grid, write_png
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.metrics import Metrics
+from lcm_jax.parallel import processes
 from lcm_jax.parallel.mesh import check_batch, make_mesh, split_cpu
 from lcm_jax.parallel.partition import place
+from lcm_jax.parallel.processes import is_first, meet
 from lcm_jax.parallel.program import make_program
 from lcm_jax.previews import make_preview
 from lcm_jax.progress import Progress
@@ -71,50 +74,63 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
         return Result(start, 0)
     frozen = place(frozen_params(config, folder), program.frozen)
 
-    data = batches(config.data, tokenize=tokenizer, batch_size=config.batch_size, seed=config.seed)
+    data = batches(config.data, tokenize=tokenizer, batch_size=config.batch_size, seed=config.seed, rows=program.rows)
     if data_state is not None:
         data.set_state(data_state)
     preview = make_preview(config, parts, tokenizer)
-    metrics = Metrics(workdir, start_step=start)
-    progress = Progress(config.steps, start, config.batch_size, compiled=compile_cache.summary)
+    metrics = Metrics(workdir, start_step=start) if is_first() else None
+    console = Console(quiet=not is_first())
+    progress = Progress(config.steps, start, config.batch_size, console, compiled=compile_cache.summary)
 
-    def read(done: int, values: dict[str, jax.Array], waited: float) -> None:
-        """Waits for that step's metrics and passes them on; raises UserError if the loss stays non-finite."""
+    def read(done: int, values: dict[str, jax.Array], waited: float) -> int:
+        """Waits for that step's metrics and passes them on; returns the signal that any process has received, or 0.
+
+        Raises: UserError if the loss stays non-finite.
+        """
         scalars = {name: float(value) for name, value in jax.device_get(values).items()}
+        received = int(scalars.pop("stop"))
         rate = progress.update(done, scalars["loss"])
-        if done % config.log.every == 0 or done == config.steps:
+        if metrics and (done % config.log.every == 0 or done == config.steps):
             speed = {"images_per_second": rate} if math.isfinite(rate) else {}  # the first step has none
             metrics.scalars(done, {**scalars, **speed, "data_wait_seconds": waited})
         if scalars["skipped"] >= config.max_skipped:
             checkpoints.wait()
             raise UserError(_diverged(workdir, config, done, checkpoints.newest_step()))
+        return received
 
     # ---- the loop: dispatch step n, then read what step n-1 said
-    with closing(checkpoints), closing(metrics), closing(data), progress, _stop_signals() as stop:
-        pending, last, done = None, False, start
+    with (
+        closing(checkpoints),
+        closing(data),
+        progress,
+        _stop_signals() as stop,
+        closing(metrics) if metrics else nullcontext(),
+    ):
+        pending, received, last, done = None, 0, False, start
         while not last:
             before = time.perf_counter()
             batch = program.put(next(data))
             waited = time.perf_counter() - before
-            state, values = program.step(state, frozen, batch)
+            state, values = program.step(state, frozen, batch, program.put_stop(stop.signal))
             if pending:
-                read(*pending)
+                received = read(*pending)
             done += 1
             pending = (done, values, waited)
 
-            last = done == config.steps or stop.signal != 0
+            last = done == config.steps or received != 0
             save = last or done % config.checkpoint.every == 0
             show = config.log.samples_every and (done % config.log.samples_every == 0 or done == config.steps)
             if save or show:
-                read(*pending)  # so that no state is saved whose loss has not been seen
-                pending = None
-            if save:
+                received = read(*pending) or received  # so that no state is saved whose loss has not been seen
+                pending, last = None, last or received != 0
+            if save or last:
                 checkpoints.save(done, state, data.get_state())
             if show:
                 pictures = preview(*program.whole((state["ema"] or state["params"], frozen)))
-                metrics.images(done, "samples", pictures)
-                write_png(workdir / "samples" / f"step_{done:06d}.png", grid(pictures, columns=8))
-    return Result(done, stop.signal if done < config.steps else 0)
+                if metrics:
+                    metrics.images(done, "samples", pictures)
+                    write_png(workdir / "samples" / f"step_{done:06d}.png", grid(pictures, columns=8))
+    return Result(done, received if done < config.steps else 0)
 
 
 def _claim(workdir: pathlib.Path, config: Config) -> None:
@@ -122,6 +138,9 @@ def _claim(workdir: pathlib.Path, config: Config) -> None:
     path = workdir / "config.json"
     if good_steps(workdir / FOLDER):
         config_lib.check_same_run(config, config_lib.load_resolved(workdir), workdir)
+    meet("config.json read")
+    if not is_first():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -169,11 +188,17 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("train", __doc__)
     parser.add_argument("--config", required=True, help="a file of configs/, with its variant: configs/digits.py:smoke")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the folder of this run")
+    processes.add_options(parser)
     args, overrides = parser.parse_known_args(argv)
     config = config_lib.load(args.config, overrides)
+    where = processes.find(args.coordinator, args.num_processes, args.process_id, args.wait)
     split_cpu(config.mesh.cpu_devices)
     compile_cache.enable()
-    result = train(config, args.workdir)
+    with processes.Processes(where, args.wait):
+        result = train(config, args.workdir)
+        speaks = processes.is_first()
+    if not speaks:
+        return 128 + result.signal if result.signal else 0
     if result.signal:
         print(f"Stopped at step {result.step} of {config.steps}, saved. The same command goes on from there.")
         return 128 + result.signal

@@ -58,7 +58,10 @@ ELSEWHERE = {
     "model.attention": "test_the_attention_option_reaches_the_networks",
     "steps": "test_the_loop_does_what_it_is_told",
     "max_skipped": "test_max_skipped_is_how_many_steps_are_forgiven",
-    **{f"mesh.{f.name}": "tests/parallel/test_mesh.py, test_program.py; tests/test_train.py" for f in dataclasses.fields(MeshConfig)},
+    **{
+        f"mesh.{f.name}": "tests/parallel/test_mesh.py, test_program.py; tests/test_train.py"
+        for f in dataclasses.fields(MeshConfig)
+    },
     **{f"checkpoint.{f.name}": "test_the_loop_does_what_it_is_told" for f in dataclasses.fields(CheckpointConfig)},
     **{f"log.{f.name}": "test_the_loop_does_what_it_is_told, test_a_preview_…" for f in dataclasses.fields(LogConfig)},
     **{f"data.{f.name}": "tests/data/test_batches.py" for f in dataclasses.fields(DataConfig)},

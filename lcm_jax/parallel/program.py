@@ -6,13 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lcm_jax.config import Config
+from lcm_jax.losses import Batch
 from lcm_jax.parallel import partition
 from lcm_jax.parallel.mesh import BATCH, check_batch
-from lcm_jax.state import Parts, frozen_shapes, initial_state, trained_shapes
+from lcm_jax.state import Parts, State, frozen_shapes, initial_state, trained_shapes
 from lcm_jax.step import make_step
 
 
@@ -23,8 +25,9 @@ class Program:
     Attributes:
       mesh: the devices.
       state, frozen, batch: its arguments as jax.ShapeDtypeStruct, with shardings.
-      step: the jitted `step(state, frozen, batch) -> (state, metrics)`. The state is donated; metrics are on each
-        device.
+      stop: the shape of the fourth argument of the step, a number for each device.
+      step: the jitted `step(state, frozen, batch, stop) -> (state, metrics)`. The state is donated; metrics are on each
+        device, among them `stop`, the largest of those numbers: all processes learn at once what one of them was told.
       start: the jitted `initial_state(params)`.
     """
 
@@ -32,20 +35,45 @@ class Program:
     state: dict[str, Any]
     frozen: dict[str, Any]
     batch: dict[str, jax.ShapeDtypeStruct]
+    stop: jax.ShapeDtypeStruct
     step: jax.stages.Wrapped
     start: jax.stages.Wrapped
 
     def lower(self) -> jax.stages.Lowered:
         """Lowers the step from shapes alone; `.compile()` then needs no device, if the mesh is of described ones."""
-        return self.step.lower(self.state, self.frozen, self.batch)
+        return self.step.lower(self.state, self.frozen, self.batch, self.stop)
 
-    def put(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Divides a global batch of the host over the devices."""
-        return jax.device_put(batch, {name: leaf.sharding for name, leaf in self.batch.items()})
+    @property
+    def rows(self) -> np.ndarray:
+        """The numbers of the batch's rows that lie on this process's devices, in ascending order."""
+        count = self.batch["input_ids"].shape[0]
+        parts = self.batch["input_ids"].sharding.addressable_devices_indices_map((count,)).values()
+        return np.unique(np.concatenate([np.arange(count)[part] for part in parts]))
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Puts this process's rows of a global batch on its devices, as its part of the whole."""
+        rows = self.rows
+
+        def place(local: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+            def of_device(index: tuple[slice, ...]) -> np.ndarray:
+                wanted = np.arange(like.shape[0])[index[0]]
+                return local[np.searchsorted(rows, wanted)]
+
+            return jax.make_array_from_callback(like.shape, like.sharding, of_device)
+
+        return {name: place(batch[name], like) for name, like in self.batch.items()}
+
+    def put_stop(self, number: int) -> jax.Array:
+        """Returns the step's fourth argument: this process's number, for each of its devices."""
+        return jax.make_array_from_callback(
+            self.stop.shape,
+            self.stop.sharding,
+            lambda index: np.full(len(range(self.mesh.size)[index[0]]), number, np.int32),
+        )
 
     def whole(self, tree: Any) -> Any:
         """Returns the same arrays with all of each on each device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, P()))
+        return jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, P()))(tree)
 
 
 def make_program(config: Config, parts: Parts, mesh: Mesh) -> Program:
@@ -69,15 +97,22 @@ def make_program(config: Config, parts: Parts, mesh: Mesh) -> Program:
             (config.batch_size, parts.null_ids.shape[1]), parts.null_ids.dtype, sharding=over_batch
         ),
     }
-    places = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state, frozen, batch)]
-    step = jax.jit(
-        make_step(config, parts, mesh),
+    stop = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=over_batch)
+    places = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state, frozen, batch, stop)]
+    step = make_step(config, parts, mesh)
+
+    def step_or_stop(state: State, frozen: dict, batch: Batch, stop: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        state, metrics = step(state, frozen, batch)
+        return state, {**metrics, "stop": jnp.max(stop)}
+
+    jitted = jax.jit(
+        step_or_stop,
         donate_argnums=0,
         in_shardings=tuple(places),
         out_shardings=(places[0], whole),
     )
     start = jax.jit(functools.partial(initial_state, config), out_shardings=places[0])
-    return Program(mesh, state, frozen, batch, step, start)
+    return Program(mesh, state, frozen, batch, stop, jitted, start)
 
 
 def _masters(shapes: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, dict[str, jax.Array]]:
