@@ -96,7 +96,8 @@ def search_table(found: Sequence[Figures]) -> str:
     best = found[0]
     if best["why_not"]:
         return "\n".join([*lines, "", "Nothing that was tried fits."])
-    options = f"--config.batch_size={best['batch_size']} --config.mesh.fsdp={best['fsdp']} --config.model.remat={best['remat']}"
+    given = {"batch_size": best["batch_size"], "mesh.fsdp": best["fsdp"], "model.remat": best["remat"]}
+    options = " ".join(f"--config.{name}={value}" for name, value in given.items())
     return "\n".join([*lines, "", f"Take {options}"])
 
 
