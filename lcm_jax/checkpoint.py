@@ -43,8 +43,9 @@ def checksums(tree: Any) -> list[int]:
     Integer sums don't depend on order, so the value is the same however an array is sharded, and it is computed where
     the array lies. For any one place the hash is a bijection: a change of a single word always changes the sum.
     """
-    # leaf by leaf: a program for each shape compiles faster than one for all leaves, of which many share a shape
-    return [int(value) for value in jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])]
+    # Leaf by leaf: a program for each shape compiles faster than one for all leaves, of which many share a shape. One
+    # after the other: virtual devices of a CPU that add up several arrays at a time wait for each other without end.
+    return [int(jax.device_get(_checksum(leaf))) for leaf in jax.tree.leaves(tree)]
 
 
 @jax.jit
