@@ -20,3 +20,11 @@ def batch(seed):
 def collectives(text):
     """The collective operations in the text of a compiled program, by kind."""
     return {kind: text.count(f" {kind}(") + text.count(f" {kind}-start(") for kind in KINDS}
+
+
+def assert_weights_equal(found, expected, tolerance=1e-5):
+    """Each weight, relative to its largest element; not the biases of keys: no softmax sees them, they are rounding."""
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        if not path.endswith("to_k.bias"):
+            assert np.abs(found[path] - array).max() <= tolerance * np.abs(array).max(), path

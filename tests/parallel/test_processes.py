@@ -13,11 +13,12 @@ import time
 import numpy as np
 import pytest
 from event_files import visible
+from little import assert_weights_equal
 
 from lcm_jax.checkpoint import good_steps, restore_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-DEVICES, STEPS = 4, 120
+DEVICES, STEPS = 4, 40
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,9 @@ def options(little, digits_data_dir):
         f"--config.steps={STEPS}",
         "--config.optimizer.decay=constant",
         "--config.optimizer.eps=1e-3",
-        "--config.checkpoint.every=20",
+        "--config.optimizer.learning_rate=2e-4",  # or rounding grows beyond the tolerance
+        "--config.checkpoint.every=10",
+        "--config.log.every=1",
         f"--config.log.samples_every={STEPS}",
     ]
 
@@ -93,10 +96,8 @@ def assert_same_bits(a, b):
         assert array.tobytes() == weights(b)[path].tobytes(), path
 
 
-def assert_equal(a, b, tolerance=1e-5):
-    expected = weights(b)
-    for path, array in weights(a).items():
-        assert np.abs(array - expected[path]).max() <= tolerance * np.abs(expected[path]).max(), path
+def assert_equal(a, b):
+    assert_weights_equal(weights(a), weights(b))
 
 
 def losses(workdir):
@@ -113,7 +114,7 @@ def by_two(options, tmp_path_factory):
 def test_the_losses_do_not_depend_on_the_number_of_processes(count, options, by_two, tmp_path):
     workdir = run(options, tmp_path / "run", count)
     expected, found = losses(by_two), losses(workdir)
-    assert len(expected) == STEPS // 10
+    assert len(expected) == STEPS
     assert found.keys() == expected.keys()
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
     assert_equal(workdir, by_two)
