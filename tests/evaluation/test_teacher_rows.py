@@ -89,9 +89,7 @@ def test_usual_numbers():
 def test_a_student_is_asked_for_what_it_was_trained_for():
     def candidates(low, high, w_embedding=True):
         recipe = SimpleNamespace(guidance_min=low, guidance_max=high) if low else None
-        return choice.trained_range(
-            SimpleNamespace(has_w_embedding=w_embedding, recipe=recipe, default_guidance=7.0)  # pyright: ignore
-        )
+        return choice.trained_range(SimpleNamespace(has_w_embedding=w_embedding, recipe=recipe, default_guidance=7.0))
 
     assert candidates(1.0, 4.0) == [1.0, 1.5, 2.0, 3.0, 4.0]
     assert candidates(2.0, 3.5) == [2.0, 3.0]
@@ -101,7 +99,7 @@ def test_a_student_is_asked_for_what_it_was_trained_for():
 
 
 def test_one_candidate_needs_no_pictures():
-    assert choice.best_guidance(None, None, 4, [2.5]) == 2.5  # pyright: ignore
+    assert choice.best_guidance(None, None, 4, [2.5]) == 2.5
 
 
 # ---- files
