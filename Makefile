@@ -44,6 +44,7 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/shellcheck --external-sources launch/*.sh
 
 # The teacher: a blank folder in SD's own shape, its autoencoder, then its UNet and text encoder.
 teacher: .venv/demo

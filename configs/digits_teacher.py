@@ -19,7 +19,7 @@ def get_config(variant=""):
     config.data.data_dir = "data"
     config.data.image_size = 32
     config.log.prompts = digits.PROMPTS
-    config.cpu_devices = 2
+    config.mesh.cpu_devices = 2
     if variant == "vae":
         config.objective = "autoencoder"
         config.autoencoder.kl_weight = 2.56e-4

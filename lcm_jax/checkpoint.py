@@ -26,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lcm_jax.errors import UserError
+from lcm_jax.parallel.processes import all_agree, is_first, meet
 
 FOLDER = "checkpoints"
 COUNTERS = ("step", "skipped")
@@ -42,8 +43,9 @@ def checksums(tree: Any) -> list[int]:
     Integer sums don't depend on order, so the value is the same however an array is sharded, and it is computed where
     the array lies. For any one place the hash is a bijection: a change of a single word always changes the sum.
     """
-    # leaf by leaf: a program for each shape compiles faster than one for all leaves, of which many share a shape
-    return [int(value) for value in jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])]
+    # Leaf by leaf: a program for each shape compiles faster than one for all leaves, of which many share a shape. One
+    # after the other: virtual devices of a CPU that add up several arrays at a time wait for each other without end.
+    return [int(jax.device_get(_checksum(leaf))) for leaf in jax.tree.leaves(tree)]
 
 
 @jax.jit
@@ -154,12 +156,14 @@ class Checkpoints:
             except Damaged as error:
                 damaged[step] = str(error)
                 continue
-            for bad, why in damaged.items():
-                print(
-                    f"warning: the checkpoint of step {bad} is damaged ({why}); going on from step {step}; "
-                    f"it is kept as {self._set_aside(bad)}",
-                    file=sys.stderr,
-                )
+            if is_first():
+                for bad, why in damaged.items():
+                    print(
+                        f"warning: the checkpoint of step {bad} is damaged ({why}); going on from step {step}; "
+                        f"it is kept as {self._set_aside(bad)}",
+                        file=sys.stderr,
+                    )
+            meet("damaged checkpoints set aside")
             return state, data_state, step
         if damaged:
             tried = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
@@ -250,17 +254,24 @@ def _read_items(path: pathlib.Path, like: dict[str, Any], content: dict[str, Any
 
 
 def _restore(path: pathlib.Path, arguments: dict[str, ocp.args.CheckpointArgs]) -> dict[str, Any]:
-    """Reads these items of a checkpoint. Raises Damaged for all that Orbax says, but for a device without memory."""
+    """Reads these items of a checkpoint.
+
+    Raises Damaged, in all processes if in any, for all that Orbax says, but for a device without memory.
+    """
+    restored, reason = {}, ""
     with _mute_asyncio():
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-                return dict(checkpointer.restore(path, ocp.args.Composite(**arguments)).items())
+                restored = dict(checkpointer.restore(path, ocp.args.Composite(**arguments)).items())
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # Orbax raises many kinds, bare Exception among them
             reason = _line(error)
-        gc.collect()  # the tasks that Orbax has dropped complain when they are collected: here, unheard
-    raise Damaged(reason)
+        if reason:
+            gc.collect()  # the tasks that Orbax has dropped complain when they are collected: here, unheard
+    if not all_agree(not reason):
+        raise Damaged(reason or "another process can't read it")
+    return restored
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from lcm_jax.errors import UserError, nearest, one_of
 from lcm_jax.objectives.autoencoder import AutoencoderConfig
 from lcm_jax.objectives.denoising import DenoisingConfig
 from lcm_jax.objectives.lcd import LCDConfig
+from lcm_jax.parallel.mesh import MeshConfig
 
 OBJECTIVES = ("lcd", "denoising", "autoencoder")
 
@@ -42,15 +43,17 @@ class ModelConfig:
 
     folder: str = ""  # a diffusers folder, or a hub id: the teacher of "lcd", the starting point of the others
     dtype: str = "float32"  # compute dtype; master weights and EMA are float32 under each: float32 | bfloat16
-    remat: str = "none"  # none | block: recompute each UNet block's activations in the backward pass
-    attention: str = "xla"  # xla | cudnn (GPU, bfloat16)
+    # what the backward pass of the UNet recomputes: none | block: each block from its input | block_save_attention: the
+    # same, but for the outputs of attention
+    remat: str = "none"
+    attention: str = "xla"  # of the UNet's large layers: xla | cudnn (GPU, bfloat16) | pallas (TPU)
 
     def __post_init__(self) -> None:
         if not self.folder:
             raise UserError("folder is empty; give a diffusers folder or a hub id")
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        one_of("remat", self.remat, ("none", "block"))
-        one_of("attention", self.attention, ("xla", "cudnn"))
+        one_of("remat", self.remat, ("none", "block", "block_save_attention"))
+        one_of("attention", self.attention, ("xla", "cudnn", "pallas"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Config:
     seed: int = 0
     steps: int = 1000
     batch_size: int = 32  # of all devices together
-    cpu_devices: int = 0  # into which a run on a CPU is split, each with its share of the batch; 0: as XLA_FLAGS says
+    accumulate: int = 1  # micro-batches that the batch is divided into, one after the other, to save memory
     max_skipped: int = (
         5  # steps in a row with a non-finite loss or gradient, whose update is left out, before the run stops
     )
@@ -134,13 +137,14 @@ class Config:
     lcd: LCDConfig = dataclasses.field(default_factory=LCDConfig)
     denoising: DenoisingConfig = dataclasses.field(default_factory=DenoisingConfig)
     autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         one_of("objective", self.objective, OBJECTIVES)
-        _positive(self, "steps", "batch_size", "max_skipped")
-        _not_negative(self, "seed", "cpu_devices")
+        _positive(self, "steps", "batch_size", "accumulate", "max_skipped")
+        _not_negative(self, "seed")
         for name in OBJECTIVES:
             section = getattr(self, name)
             if name != self.objective and section != type(section)():
@@ -149,7 +153,8 @@ class Config:
 
 
 _SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
-_FREE_ON_RESUME = ("steps", "max_skipped", "checkpoint", "log")  # these don't change what a step computes
+# these don't change what a step computes, or by rounding only
+_FREE_ON_RESUME = ("steps", "accumulate", "max_skipped", "mesh", "checkpoint", "log")
 
 
 def default_config() -> ConfigDict:

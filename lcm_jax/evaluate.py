@@ -29,8 +29,9 @@ from lcm_jax.evaluation.classifier import Classifier, load_classifier
 from lcm_jax.evaluation.digits import Prompt, real_pictures, score, sheet_prompts, test_prompts
 from lcm_jax.evaluation.draw import BATCH, draw_all, in_batches
 from lcm_jax.evaluation.guidance import best_guidance, trained_range
-from lcm_jax.evaluation.report import Row, curves, figure_class, table, write_json, write_text
+from lcm_jax.evaluation.report import Row, curves, figure_class, table
 from lcm_jax.evaluation.sheet import sheet
+from lcm_jax.files import write, write_json
 from lcm_jax.grids import write_png
 from lcm_jax.interop import verify
 from lcm_jax.pipeline import Pipeline, load_pipeline, to_unit
@@ -158,7 +159,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"\nimages/s: the teacher's on {where}; the others here, on {here}")
     values = {"model": args.model, "prompts": len(prompts), "machine": here, "teacher_machine": where or here}
     write_json(out / "evaluation.json", {**values, "rows": [row.to_dict() for row in rows]})
-    write_text(out / "table.md", text + "\n")
+    write(out / "table.md", text + "\n")
     write_png(out / "sheet.png", sheet(drawn, [prompt.text for prompt in on_sheet]))
     write_png(out / "curves.png", curves(rows))
     print(f"Done: {out} holds table.md, evaluation.json, sheet.png and curves.png")

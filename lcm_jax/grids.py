@@ -1,14 +1,14 @@
 """Pictures side by side, and PNG files that are whole or not there."""
 
+import io
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from lcm_jax.errors import UserError
+from lcm_jax import files
 
 GAP = 2  # pixels between pictures
 LABEL = 14  # pixels of a label's line
@@ -45,16 +45,6 @@ def grid(
 
 def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"]) -> None:
     """Writes a PNG beside `path` and renames it there; makes the folder. Raises UserError where that can't be done."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            Image.fromarray(image).save(temporary, format="PNG")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except FileExistsError:
-        raise UserError(f"{path} can't be written: {path.parent} is a file") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, format="PNG")
+    files.write(path, encoded.getvalue())

@@ -10,14 +10,14 @@ from lcm_jax.config import Config
 from lcm_jax.data.pipeline import batches
 from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
 from lcm_jax.pipeline import Sampler, generate
-from lcm_jax.state import Parts, State
+from lcm_jax.state import Parts
 
-Preview = Callable[[State, dict], np.ndarray]
+Preview = Callable[[dict, dict], np.ndarray]
 SEED = 0
 
 
 def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], np.ndarray]) -> Preview:
-    """Returns `preview(state, frozen) -> uint8 (N, H, W, 3)`: the EMA where there is one, else the weights themselves.
+    """Returns `preview(weights, frozen) -> uint8 (N, H, W, 3)`, of the EMA or of the trained weights themselves.
 
     A consistency model draws `config.log.prompts` in `sample_steps` steps, a diffusion model likewise with DDIM; an
     autoencoder shows training pictures, each followed by its reconstruction.
@@ -31,8 +31,8 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
             latents = vae.apply(params, pictures / 127.5 - 1.0, None, method="to_latents")
             return to_uint8(vae.apply(params, latents, method="to_images"))
 
-        def preview(state: State, frozen: dict) -> np.ndarray:
-            decoded = np.asarray(reconstruct(_weights(state)["vae"]))
+        def preview(weights: dict, frozen: dict) -> np.ndarray:
+            decoded = np.asarray(reconstruct(weights["vae"]))
             return np.stack([pictures, decoded], axis=1).reshape(-1, *pictures.shape[1:])
 
         return preview
@@ -61,11 +61,7 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
         # the trained weights stand before the frozen ones of the same component
         return to_uint8(generate(sampler, {**frozen, **params}, ids, null_ids, w, grid, z_T, key_noise))
 
-    return lambda state, frozen: np.asarray(draw(_weights(state), frozen))
-
-
-def _weights(state: State) -> dict:
-    return state["ema"] or state["params"]
+    return lambda weights, frozen: np.asarray(draw(weights, frozen))
 
 
 def to_uint8(images: jax.Array) -> jax.Array:

@@ -57,6 +57,16 @@ def trained_components(config: Config) -> tuple[str, ...]:
     return ("unet",)
 
 
+def frozen_components(config: Config) -> dict[str, str]:
+    """Returns {component: its name in the folder} of those that the step reads but does not train."""
+    if config.objective == "autoencoder":
+        return {}
+    names = {"vae": "vae", "text_encoder": "text_encoder"}
+    if config.objective == "lcd":
+        names["teacher"] = "unet"
+    return {name: source for name, source in names.items() if name not in trained_components(config)}
+
+
 def make_parts(config: Config, folder: Folder, tokenizer: Tokenizer) -> Parts:
     """Builds the networks of a run from the folder's own configurations."""
     policy = Policy.named(config.model.dtype)
@@ -116,16 +126,23 @@ W_PROJECTION_KEY = 2**31 - 1  # no step has this number, so the key is used nowh
 def frozen_params(config: Config, folder: Folder) -> dict[str, dict[str, np.ndarray]]:
     """Returns the weights that the step reads but does not train, in the compute dtype."""
     dtype = Policy.named(config.model.dtype).compute
-    if config.objective == "autoencoder":
-        return {}
-    names = {"vae": "vae", "text_encoder": "text_encoder"}
-    if config.objective == "lcd":
-        names["teacher"] = "unet"
-    for name in trained_components(config):
-        names.pop(name, None)
     return {
         name: {path: np.asarray(array, dtype) for path, array in folder.components[source].params.items()}
-        for name, source in names.items()
+        for name, source in frozen_components(config).items()
+    }
+
+
+def trained_shapes(config: Config, parts: Parts) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Returns the shapes of the weights that are trained, in the dtype in which the networks use them."""
+    return {name: parts.networks[name].used for name in trained_components(config)}
+
+
+def frozen_shapes(config: Config, parts: Parts) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Returns the shapes and dtypes of `frozen_params`."""
+    dtype = Policy.named(config.model.dtype).compute
+    return {
+        name: {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in parts.networks[name].shapes.items()}
+        for name in frozen_components(config)
     }
 
 

@@ -6,19 +6,17 @@ from its last checkpoint and ends with the same bits as a run that was never sto
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from rich.console import Console
 
 from lcm_jax import cli, compile_cache
 from lcm_jax import config as config_lib
@@ -30,10 +28,14 @@ from lcm_jax.grids import grid, write_png
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.metrics import Metrics
+from lcm_jax.parallel import processes
+from lcm_jax.parallel.mesh import check_batch, make_mesh, split_cpu
+from lcm_jax.parallel.partition import place
+from lcm_jax.parallel.processes import is_first, meet
+from lcm_jax.parallel.program import make_program
 from lcm_jax.previews import make_preview
 from lcm_jax.progress import Progress
-from lcm_jax.state import frozen_params, initial_params, initial_state, make_parts
-from lcm_jax.step import make_step
+from lcm_jax.state import frozen_params, initial_params, make_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,99 +53,84 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
       UserError: a mistake in the configuration, the folder, the data or the workdir; a loss that stays non-finite.
     """
     # ---- the machine
-    mesh = data_mesh(config.batch_size)
-    replicated, over_batch = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.accumulate, mesh)
     _claim(workdir, config)
 
     # ---- models and state
     folder = read_folder(config.model.folder)
     tokenizer = load_tokenizer(folder)
     parts = make_parts(config, folder, tokenizer)
-    abstract = jax.eval_shape(lambda: initial_state(config, initial_params(config, parts, folder)))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract)
+    program = make_program(config, parts, mesh)
     checkpoints = Checkpoints(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-    restored = checkpoints.restore_newest(like)
+    restored = checkpoints.restore_newest(program.state)
     if restored:
         state, data_state, start = restored
     else:
-        start_from = jax.jit(functools.partial(initial_state, config), out_shardings=replicated)
-        state, data_state, start = start_from(initial_params(config, parts, folder)), None, 0
+        params = place(initial_params(config, parts, folder), program.state["params"])
+        state, data_state, start = program.start(params), None, 0
     if start >= config.steps:
         checkpoints.close()
         return Result(start, 0)
-    frozen = jax.device_put(frozen_params(config, folder), replicated)
-    step = jax.jit(
-        make_step(config, parts),
-        donate_argnums=0,
-        in_shardings=(replicated, replicated, over_batch),
-        out_shardings=replicated,
-    )
+    frozen = place(frozen_params(config, folder), program.frozen)
 
-    data = batches(config.data, tokenize=tokenizer, batch_size=config.batch_size, seed=config.seed)
+    data = batches(config.data, tokenize=tokenizer, batch_size=config.batch_size, seed=config.seed, rows=program.rows)
     if data_state is not None:
         data.set_state(data_state)
     preview = make_preview(config, parts, tokenizer)
-    metrics = Metrics(workdir, start_step=start)
-    progress = Progress(config.steps, start, config.batch_size, compiled=compile_cache.summary)
+    metrics = Metrics(workdir, start_step=start) if is_first() else None
+    console = Console(quiet=not is_first())
+    progress = Progress(config.steps, start, config.batch_size, console, compiled=compile_cache.summary)
 
-    def read(done: int, values: dict[str, jax.Array], waited: float) -> None:
-        """Waits for that step's metrics and passes them on; raises UserError if the loss stays non-finite."""
+    def read(done: int, values: dict[str, jax.Array], waited: float) -> int:
+        """Waits for that step's metrics and passes them on; returns the signal that any process has received, or 0.
+
+        Raises: UserError if the loss stays non-finite.
+        """
         scalars = {name: float(value) for name, value in jax.device_get(values).items()}
+        received = int(scalars.pop("stop"))
         rate = progress.update(done, scalars["loss"])
-        if done % config.log.every == 0 or done == config.steps:
+        if metrics and (done % config.log.every == 0 or done == config.steps):
             speed = {"images_per_second": rate} if math.isfinite(rate) else {}  # the first step has none
             metrics.scalars(done, {**scalars, **speed, "data_wait_seconds": waited})
         if scalars["skipped"] >= config.max_skipped:
             checkpoints.wait()
             raise UserError(_diverged(workdir, config, done, checkpoints.newest_step()))
+        return received
 
     # ---- the loop: dispatch step n, then read what step n-1 said
-    with closing(checkpoints), closing(metrics), closing(data), progress, _stop_signals() as stop:
-        pending, last, done = None, False, start
+    with (
+        closing(checkpoints),
+        closing(data),
+        progress,
+        _stop_signals() as stop,
+        closing(metrics) if metrics else nullcontext(),
+    ):
+        pending, received, last, done = None, 0, False, start
         while not last:
             before = time.perf_counter()
-            batch = jax.device_put(next(data), over_batch)
+            batch = program.put(next(data))
             waited = time.perf_counter() - before
-            state, values = step(state, frozen, batch)
+            state, values = program.step(state, frozen, batch, program.put_stop(stop.signal))
             if pending:
-                read(*pending)
+                received = read(*pending)
             done += 1
             pending = (done, values, waited)
 
-            last = done == config.steps or stop.signal != 0
+            last = done == config.steps or received != 0
             save = last or done % config.checkpoint.every == 0
             show = config.log.samples_every and (done % config.log.samples_every == 0 or done == config.steps)
             if save or show:
-                read(*pending)  # so that no state is saved whose loss has not been seen
-                pending = None
-            if save:
+                received = read(*pending) or received  # so that no state is saved whose loss has not been seen
+                pending, last = None, last or received != 0
+            if save or last:
                 checkpoints.save(done, state, data.get_state())
             if show:
-                pictures = preview(state, frozen)
-                metrics.images(done, "samples", pictures)
-                write_png(workdir / "samples" / f"step_{done:06d}.png", grid(pictures, columns=8))
-    return Result(done, stop.signal if done < config.steps else 0)
-
-
-def split_cpu(devices: int) -> None:
-    """Makes JAX see the CPU as this many devices (0: as it is), before anything runs; accelerators stay what they are.
-
-    Each device works on its share of the batch by itself, so operations that are too small for all cores together, of
-    which a small UNet has many, leave no core idle. Raises UserError if JAX runs already with another number.
-    """
-    if devices:
-        try:
-            jax.config.update("jax_num_cpu_devices", devices)
-        except RuntimeError:
-            raise UserError(f"config.cpu_devices={devices} comes too late: JAX runs already in this process") from None
-
-
-def data_mesh(batch_size: int) -> jax.sharding.Mesh:
-    """Returns a mesh of all devices along the axis "data"; raises UserError if the batch does not divide by them."""
-    devices = jax.device_count()
-    if batch_size % devices:
-        raise UserError(f"config.batch_size={batch_size} does not divide by the {devices} devices")
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+                pictures = preview(*program.whole((state["ema"] or state["params"], frozen)))
+                if metrics:
+                    metrics.images(done, "samples", pictures)
+                    write_png(workdir / "samples" / f"step_{done:06d}.png", grid(pictures, columns=8))
+    return Result(done, received if done < config.steps else 0)
 
 
 def _claim(workdir: pathlib.Path, config: Config) -> None:
@@ -151,6 +138,9 @@ def _claim(workdir: pathlib.Path, config: Config) -> None:
     path = workdir / "config.json"
     if good_steps(workdir / FOLDER):
         config_lib.check_same_run(config, config_lib.load_resolved(workdir), workdir)
+    meet("config.json read")
+    if not is_first():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -198,11 +188,17 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("train", __doc__)
     parser.add_argument("--config", required=True, help="a file of configs/, with its variant: configs/digits.py:smoke")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the folder of this run")
+    processes.add_options(parser)
     args, overrides = parser.parse_known_args(argv)
     config = config_lib.load(args.config, overrides)
-    split_cpu(config.cpu_devices)
+    where = processes.find(args.coordinator, args.num_processes, args.process_id, args.wait)
+    split_cpu(config.mesh.cpu_devices)
     compile_cache.enable()
-    result = train(config, args.workdir)
+    with processes.Processes(where, args.wait):
+        result = train(config, args.workdir)
+        speaks = processes.is_first()
+    if not speaks:
+        return 128 + result.signal if result.signal else 0
     if result.signal:
         print(f"Stopped at step {result.step} of {config.steps}, saved. The same command goes on from there.")
         return 128 + result.signal

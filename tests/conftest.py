@@ -30,11 +30,10 @@ def digits_data_dir(tmp_path_factory):
 def one_device():
     """Runs of the train command take one device: eight copies of each array make Orbax slow and nothing clearer."""
     import jax
-    import numpy as np
 
     from lcm_jax import train
+    from lcm_jax.parallel.mesh import make_mesh
 
     with pytest.MonkeyPatch.context() as patch:
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-        patch.setattr(train, "data_mesh", lambda batch_size: mesh)
+        patch.setattr(train, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         yield

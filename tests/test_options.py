@@ -13,6 +13,7 @@ from lcm_jax.config import CheckpointConfig, Config, LogConfig, ModelConfig, def
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
+from lcm_jax.parallel.mesh import MeshConfig
 from lcm_jax.previews import make_preview
 from lcm_jax.state import frozen_params, initial_params, initial_state, make_parts
 from lcm_jax.step import make_step
@@ -23,6 +24,7 @@ STEP = {
     "objective": ("denoising", "lcd"),
     "model.dtype": ("bfloat16", "lcd"),
     "model.remat": ("block", "lcd"),
+    "accumulate": (2, "lcd"),
     "optimizer.learning_rate": (3e-4, "lcd"),
     "optimizer.warmup_steps": (3, "lcd"),
     "optimizer.decay": ("cosine", "lcd"),
@@ -50,13 +52,16 @@ STEP = {
 }
 START = {"lcd.w_embedding_init": "random"}
 ELSEWHERE = {
-    "cpu_devices": "test_a_cpu_is_split_as_the_config_says: tests/test_train.py",
     "batch_size": "the shapes of the batch: tests/test_train.py",
     "model.folder": "tests/test_train.py",
     "autoencoder.latent_std": "test_autoencoder: tests/test_export.py",
     "model.attention": "test_the_attention_option_reaches_the_networks",
     "steps": "test_the_loop_does_what_it_is_told",
     "max_skipped": "test_max_skipped_is_how_many_steps_are_forgiven",
+    **{
+        f"mesh.{f.name}": "tests/parallel/test_mesh.py, test_program.py; tests/test_train.py"
+        for f in dataclasses.fields(MeshConfig)
+    },
     **{f"checkpoint.{f.name}": "test_the_loop_does_what_it_is_told" for f in dataclasses.fields(CheckpointConfig)},
     **{f"log.{f.name}": "test_the_loop_does_what_it_is_told, test_a_preview_…" for f in dataclasses.fields(LogConfig)},
     **{f"data.{f.name}": "tests/data/test_batches.py" for f in dataclasses.fields(DataConfig)},
@@ -135,7 +140,7 @@ def preview(folder, changes):
     config = configure(folder, changes)
     parts = make_parts(config, folder, load_tokenizer(folder))
     state = initial_state(config, initial_params(config, parts, folder))
-    return make_preview(config, parts, load_tokenizer(folder))(state, frozen_params(config, folder))
+    return make_preview(config, parts, load_tokenizer(folder))(state["ema"], frozen_params(config, folder))
 
 
 def test_a_preview_follows_its_options(folder):

@@ -7,7 +7,7 @@ and the whole state of the pipeline is one number.
 
 import dataclasses
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -83,7 +83,7 @@ class _LoadBatch(grain.transforms.RandomMap):
     source: Source
     config: DataConfig
     tokenize: Tokenize
-    rows: slice  # this process's part of the global batch
+    rows: np.ndarray  # of the global batch: those that this process reads
 
     def random_map(self, element: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         config = self.config
@@ -137,25 +137,25 @@ def batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Batches:
     """Iterates over one process's part of the batches, without end.
 
     Args:
       config: what to read, and how.
       tokenize: captions -> token ids (rows, L) int32; called from several threads.
-      batch_size: of all processes together; process i gets rows [i, i + 1) * batch_size / process_count.
+      batch_size: of all processes together.
+      rows: which rows of a batch this process reads, in this order; all by default.
       seed: 0 <= seed < 2**32. Batch n depends on (config, seed, batch_size, n) only.
       start_step: number of the first batch.
 
     Returns: iterator of {'image': uint8 (B, S, S, 3), 'input_ids': int32 (B, L)} with get_state, set_state and close;
-      B = batch_size / process_count, S = config.image_size.
+      B = the number of rows, S = config.image_size.
     Raises: UserError for a data set that cannot be opened (see `open_source`), and, while iterating, for a record that
       cannot be read or decoded, naming it.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch_size is {batch_size}; it must be a positive multiple of the {process_count} processes")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be positive")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must be in 0..{2**32 - 1}")
     source = open_source(
@@ -166,15 +166,13 @@ def batches(
         image_key=config.image_key,
         caption_key=config.caption_key,
     )
-    part = batch_size // process_count
-    rows = slice(process_index * part, (process_index + 1) * part)
     numbers = grain.MapDataset.range(len(source)).seed(seed)
     if config.shuffle:
         numbers = numbers.shuffle()
     loaded = (
         numbers.repeat()
         .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
-        .random_map(_LoadBatch(source, config, tokenize, rows))
+        .random_map(_LoadBatch(source, config, tokenize, np.arange(batch_size) if rows is None else np.asarray(rows)))
     )
     options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.threads)
     identity = {"seed": seed, "batch_size": batch_size, "examples": len(source)}

@@ -2,16 +2,12 @@
 
 import dataclasses
 import io
-import json
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from lcm_jax.errors import UserError
 from lcm_jax.evaluation.digits import Score, Share
 
 
@@ -138,22 +134,3 @@ def curves(rows: Sequence[Row]) -> np.ndarray:
     figure.savefig(file, format="png")
     with Image.open(file) as image:
         return np.array(image.convert("RGB"))
-
-
-def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    """Writes JSON as `write_text` does."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file beside `path` and renames it there; raises UserError where that can't be done."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from None

@@ -1,16 +1,14 @@
 """Attention over a flattened grid, and the transformer that the UNet puts after its residual blocks."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lcm_jax.models.layers import GroupNorm, conv
 from lcm_jax.models.policy import Policy
-
-Implementation = Literal["xla", "cudnn"]  # of jax.nn.dot_product_attention
+from lcm_jax.models.scaled_dot_product import Implementation, attend
 
 
 class Attention(nnx.Module):
@@ -41,9 +39,8 @@ class Attention(nnx.Module):
         q, k, v = (
             y.reshape(*y.shape[:2], self.heads, -1) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        # scores and softmax are float32 inside
-        y = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
-        return self.to_out[0](y.reshape(*y.shape[:2], -1))
+        y = attend(q, k, v, self.implementation)
+        return self.to_out[0](checkpoint_name(y, "attention").reshape(*y.shape[:2], -1))
 
 
 class GEGLU(nnx.Module):

@@ -1,6 +1,7 @@
 """Models as pure functions of flat dicts: 'down_blocks.0.resnets.1.conv1.kernel' -> array."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ from lcm_jax.models.policy import FP32, Policy
 
 Flat = dict[str, jax.Array]
 
+# used in float32 under each policy; so are vectors: biases are added, and norms scaled, by layers that cast them
+_FULL_PRECISION = re.compile(r"conv_out\.kernel|.*\.cond_proj\.kernel|.*_embedding\.embedding")
+
 
 def flatten(state: Any) -> dict[str, Any]:
     """Returns {'a.0.b': leaf} of an nnx State, or of nested dicts."""
@@ -21,6 +25,11 @@ def flatten(state: Any) -> dict[str, Any]:
     for path, leaf in jax.tree.leaves_with_path(pure):
         flat[".".join(str(key.key) for key in path)] = leaf
     return flat
+
+
+def whole(leaf: Any) -> Any:
+    """Returns the weight itself, where `leaf` stands for one of which this device holds a part."""
+    return leaf.whole() if hasattr(leaf, "whole") else leaf
 
 
 def unflatten(flat: dict[str, Any]) -> dict[Any, Any]:
@@ -63,6 +72,18 @@ class Network:
         abstract = nnx.eval_shape(lambda: self._make(rngs=_OneKey()))
         self._graphdef, state = nnx.split(abstract)
         self.shapes: dict[str, jax.ShapeDtypeStruct] = flatten(state)
+
+    @property
+    def used(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes, with the dtype in which the network uses each weight: cast to it before, nothing changes."""
+        return {
+            path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if self._is_float32(path, leaf) else self.policy.compute)
+            for path, leaf in self.shapes.items()
+        }
+
+    @staticmethod
+    def _is_float32(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
+        return len(leaf.shape) < 2 or _FULL_PRECISION.fullmatch(path) is not None
 
     def init(self, key: jax.Array) -> Flat:
         """Returns random float32 parameters, drawn on the host: nothing is compiled.
@@ -107,8 +128,14 @@ class Network:
         return getattr(self.bind(params), method)(*args, **kwargs)
 
     def bind(self, params: dict[str, Any]) -> Any:
-        """Returns a new model that holds these parameters; raises UserError if names or shapes don't fit."""
+        """Returns a new model that holds these parameters; raises UserError if names or shapes don't fit.
+
+        In place of an array there may be an object with its `shape` and a method `whole()` that returns it, for weights
+        that come together only where they are used: in the model's own `run_block`, or here.
+        """
         self.check(params)
+        blocks = getattr(self.model_class, "BLOCKS", ())
+        params = {path: p if path.split(".", 1)[0] in blocks else whole(p) for path, p in params.items()}
         return nnx.merge(self._graphdef, unflatten(params))
 
 

@@ -1,14 +1,18 @@
 """UNet2DConditionModel, as Stable Diffusion 1.x, 2.x and XL use it, with the w-embedding of consistency models."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from lcm_jax.errors import one_of
-from lcm_jax.models.attention import Implementation, Transformer2DModel
+from lcm_jax.models.attention import Transformer2DModel
+from lcm_jax.models.blocks import REMAT, run_block
 from lcm_jax.models.layers import GroupNorm, ResnetBlock2D, TimestepEmbedding, conv, enlarge, sinusoid
 from lcm_jax.models.policy import FP32, Policy
+from lcm_jax.models.scaled_dot_product import IMPLEMENTATIONS, Implementation
 from lcm_jax.models.unet_config import CROSS, UNetConfig
 
 
@@ -144,6 +148,8 @@ class MidBlock(nnx.Module):
 class UNet2DConditionModel(nnx.Module):
     """Predicts noise, velocity or sample (as its scheduler says) from a noisy latent, a time and a text."""
 
+    BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # run one by one
+
     def __init__(
         self,
         config: UNetConfig,
@@ -153,8 +159,8 @@ class UNet2DConditionModel(nnx.Module):
         attention: Implementation = "xla",
         rngs: nnx.Rngs,
     ) -> None:
-        one_of("remat", remat, ("none", "block"))
-        one_of("attention", attention, ("xla", "cudnn"))
+        one_of("remat", remat, REMAT)
+        one_of("attention", attention, IMPLEMENTATIONS)
         self.config, self.policy, self.remat = config, policy, remat
         channels, dtype, n = config.block_out_channels, policy.compute, len(config.block_out_channels)
         options = {"attention": attention, "policy": policy, "rngs": rngs}
@@ -228,16 +234,16 @@ class UNet2DConditionModel(nnx.Module):
             time = time + self.add_embedding(jnp.concatenate([added["text_embeds"].astype(jnp.float32), ids], axis=-1))
         time, context = time.astype(dtype), context.astype(dtype)
 
-        run = nnx.remat if self.remat == "block" else lambda f, **_: f
         x = self.conv_in(z.astype(dtype))
         skips = [x]
         for block in self.down_blocks:
-            x, more = run(Block.down)(block, x, time, context)
+            x, more = run_block(Block.down, block, x, time, context, remat=self.remat)
             skips += more
-        x = run(MidBlock.__call__)(self.mid_block, x, time, context)
+        x = run_block(MidBlock.__call__, self.mid_block, x, time, context, remat=self.remat)
         for block in self.up_blocks:
             count = len(block.resnets)
             skips, taken = skips[:-count], skips[-count:][::-1]
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
-            x = run(Block.up, static_argnums=5)(block, x, taken, time, context, size)
+            up = functools.partial(Block.up, size=size)
+            x = run_block(up, block, x, taken, time, context, remat=self.remat)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

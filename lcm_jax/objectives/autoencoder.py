@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -31,7 +30,7 @@ def autoencoder_loss(
     encode: Callable[[Pixels], tuple[Latent, Latent]],
     decode: Callable[[Latent], Pixels],
     images: Pixels,
-    key: jax.Array,
+    noise: Latent,
     config: AutoencoderConfig,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean |decode(z) - x| of a draw z ~ q(z|x) = N(mean, exp(logvar)), plus kl_weight times the mean KL(q, N(0, 1)).
@@ -40,20 +39,23 @@ def autoencoder_loss(
       encode: images in [-1, 1] -> (mean, logvar), not scaled.
       decode: z -> images.
       images: in [-1, 1].
-      key: for the draw.
+      noise: standard normal, for the draw.
 
     Returns:
-      The loss, and its terms "reconstruction" and "kl" with the moments of z over the whole batch, "latent_mean",
-      "latent_mean_square" and "latent_deviation". `deviation` of the first two, each averaged over many batches, is
-      what the VAE's scaling_factor is one over.
+      The loss, and its terms "reconstruction" and "kl" with the moments "latent_mean" and "latent_mean_square" of z.
+      `deviation` of these two, each averaged over many batches, is what the VAE's scaling_factor is one over.
     """
     mean, logvar = encode(images)
-    z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    z = mean + jnp.exp(0.5 * logvar) * noise
     reconstruction = jnp.mean(jnp.abs(decode(z) - images))
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
     moments = {"latent_mean": jnp.mean(z), "latent_mean_square": jnp.mean(z**2)}
-    aux = {"reconstruction": reconstruction, "kl": kl, **moments, "latent_deviation": deviation(*moments.values())}
-    return reconstruction + config.kl_weight * kl, aux
+    return reconstruction + config.kl_weight * kl, {"reconstruction": reconstruction, "kl": kl, **moments}
+
+
+def summary(aux: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
+    """What is logged, of the means over the whole batch: they and "latent_deviation"."""
+    return {**aux, "latent_deviation": deviation(aux["latent_mean"], aux["latent_mean_square"])}
 
 
 def deviation(mean: Float[Array, ""], mean_square: Float[Array, ""]) -> Float[Array, ""]:

@@ -132,7 +132,7 @@ def lcd_loss(
       draws: from `draw`.
 
     Returns:
-      The loss, and {"rms_difference": of the two values of f, whatever the distance is}.
+      The loss, and {"mean_square": of the difference of the two values of f, whatever the distance is}.
     """
     eps, i, w, drop = draws
     T, k = schedule.num_train_timesteps, config.skip
@@ -150,4 +150,9 @@ def lcd_loss(
 
     difference = f(student, z_t, t) - jax.lax.stop_gradient(f(target, z_s, s))
     loss = DISTANCES[config.distance](difference, config.huber_c)
-    return loss, {"rms_difference": jnp.sqrt(jnp.mean(difference**2))}
+    return loss, {"mean_square": jnp.mean(difference**2)}
+
+
+def summary(aux: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
+    """What is logged, of the means over the whole batch: {"rms_difference"}."""
+    return {"rms_difference": jnp.sqrt(aux["mean_square"])}

@@ -1,7 +1,6 @@
 """Rows as JSON, as a table and as curves."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from lcm_jax.errors import UserError
 from lcm_jax.evaluation import report
 from lcm_jax.evaluation.digits import Score, Share
-from lcm_jax.evaluation.report import Row, curves, table, write_json, write_text
+from lcm_jax.evaluation.report import Row, curves, table
 
 SCORE = Score(Share(50, 100), Share(45, 80), Share(5, 20), Share(70, 100), Share(60, 100), 12.34, 0.756)
 PLAIN = Score(Share(9, 9), Share(9, 9), None, Share(9, 9), Share(9, 9), 0.5)
@@ -70,23 +69,3 @@ def test_curves_without_matplotlib(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"the curves need matplotlib: pip install 'lcm_jax\[demo\]'"):
         curves(ROWS)
-
-
-def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "x.json"
-    write_json(path, {"a": [1, "é"]})
-    assert json.loads(path.read_text()) == {"a": [1, "é"]}
-    monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match=f"^{path} can't be written: No space left on device$"):
-        write_text(path, "something else")
-    assert json.loads(path.read_text()) == {"a": [1, "é"]}
-    assert os.listdir(path.parent) == ["x.json"]
-
-
-def test_places_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "folder").mkdir()
-    for name, message in (("file/x", "File exists"), ("folder", "Is a directory"), ("file/a/x", "Not a directory")):
-        with pytest.raises(UserError, match=f"^{tmp_path}/{name} can't be written: {message}$"):
-            write_text(tmp_path / name, "")
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]

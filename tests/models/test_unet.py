@@ -10,7 +10,8 @@ from jax.extend.core import jaxprs_in_params
 from torch_weights import QUICK, assert_close, nchw, network, nhwc, normal, random_weights
 
 from lcm_jax.errors import UserError
-from lcm_jax.models import Network, Policy, UNet2DConditionModel, UNetConfig
+from lcm_jax.models import Network, Policy, UNet2DConditionModel, UNetConfig, attention
+from lcm_jax.models.scaled_dot_product import IMPLEMENTATIONS
 
 TOKENS, WIDTH, W_DIM = 5, 12, 10
 SD = {
@@ -157,19 +158,17 @@ def test_whole_steps_may_be_given_as_ints(micro):
     np.testing.assert_array_equal(apply(params, z, t, context, w), apply(params, z, t.astype(np.float32), context, w))
 
 
-def test_remat_recomputes_blocks_and_changes_no_value(micro):
+@pytest.mark.parametrize("remat", ["block", "block_save_attention"])
+def test_remat_recomputes_blocks_and_changes_no_value(micro, remat):
     peer, params, given = micro
 
     def program(remat):
         net = network(peer, remat=remat)
         return lambda p: jnp.mean(net.apply(p, *given) ** 2)
 
-    plain, again = program("none"), program("block")
-    blocks = {
-        remat: count(walk(jax.make_jaxpr(f)(params).jaxpr), "remat2", "checkpoint")
-        for remat, f in (("none", plain), ("block", again))
-    }
-    assert blocks == {"none": 0, "block": 2 + 1 + 2}
+    plain, again = program("none"), program(remat)
+    blocks = [count(walk(jax.make_jaxpr(f)(params).jaxpr), "remat2", "checkpoint") for f in (plain, again)]
+    assert blocks == [0, 2 + 1 + 2]
     compiled = [jax.jit(jax.value_and_grad(f), compiler_options=QUICK)(params) for f in (plain, again)]
     (loss, gradients), (loss_again, gradients_again) = compiled
     np.testing.assert_allclose(loss, loss_again, rtol=1e-6)
@@ -180,17 +179,33 @@ def test_remat_recomputes_blocks_and_changes_no_value(micro):
         )
 
 
-@pytest.mark.parametrize("name", ["xla", "cudnn"])
+def test_remat_keeps_what_it_says(micro):
+    """Softmax is recomputed either way; its product with the values is not where the outputs of attention are kept."""
+    peer, params, given = micro
+
+    def products(remat):
+        net = network(peer, remat=remat)
+        gradient = jax.make_jaxpr(jax.grad(lambda p: jnp.mean(net.apply(p, *given) ** 2)))(params)
+        equations = list(walk(gradient.jaxpr))
+        return count(equations, "dot_general"), count(equations, "exp")
+
+    none, block, save = products("none"), products("block"), products("block_save_attention")
+    layers = 2 * (1 + 1 + 2)
+    assert none[0] < save[0] == block[0] - layers
+    assert none[1] < save[1] == block[1]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_attention_is_the_named_implementation(micro, monkeypatch, name):
     peer, _, given = micro
     net = network(peer, attention=name)
     seen = []
 
-    def attention(q, k, v, *, implementation):
+    def attend(q, k, v, implementation):
         seen.append(implementation)
         return q
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    monkeypatch.setattr(attention, "attend", attend)
     jax.eval_shape(net.apply, net.shapes, *given)
     assert seen == [name] * 2 * (1 + 1 + 2)  # to itself and to the text; on the way down, in the middle, on the way up
 

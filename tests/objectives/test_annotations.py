@@ -33,7 +33,7 @@ for schedule in (Schedule(), Schedule(prediction_type="v_prediction", rescale_be
     f = lambda z, t: consistency.consistency_function(schedule, z, z, t)
     sampling.consistency_sample(f, schedule, z, t, key)
     sampling.consistency_sample(f, schedule, z, t, jnp.ones((2, *z.shape)))
-autoencoder.autoencoder_loss(lambda x: (x, x), lambda z: z, z, key, autoencoder.AutoencoderConfig())
+autoencoder.autoencoder_loss(lambda x: (x, x), lambda z: z, z, z, autoencoder.AutoencoderConfig())
 
 try:  # and a wrong one is noticed
     guidance.guide(z, z[:1], jnp.ones(2))

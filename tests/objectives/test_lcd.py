@@ -190,7 +190,7 @@ def test_a_student_that_knows_the_answer_has_no_loss(solver):
     arguments = oracle, oracle, oracle, schedule, *BATCH.values(), draws, dataclasses.replace(CONFIG, solver=solver)
     loss, aux = lcd_loss(*arguments)
     np.testing.assert_allclose(loss, 0, atol=1e-6)
-    np.testing.assert_allclose(aux["rms_difference"], 0, atol=1e-4)
+    np.testing.assert_allclose(lcd.summary(aux)["rms_difference"], 0, atol=1e-4)
 
 
 def test_the_last_step_ends_where_f_is_the_identity():

@@ -1,0 +1,315 @@
+#!/usr/bin/env bash
+# Training on a Cloud TPU pod (v4, v5e, v5p, v6e), or on several as slices of one run, by queued resources.
+#
+#   launch/tpu.sh COMMAND NAME --zone=ZONE [OPTIONS] [-- python -m lcm_jax.train --config=… --workdir=gs://…]
+#
+#   create     asks for the pod and waits until it is there
+#   install    copies the checkout's last commit to all workers and installs it there
+#   run        starts what stands after -- on all workers; it goes on when this terminal is closed
+#   tail       follows the log of the first worker
+#   status     the pod's state, and what the training does on each worker
+#   stop       SIGTERM on all workers: the training saves and ends
+#   resume     does what is missing of create, install and run, then watches: a preempted pod is asked for again, a
+#              training that broke off is started again and goes on from its last checkpoint. Ends when the training
+#              does. Start it instead of create, install and run, or later; it may be interrupted and called again.
+#   delete     gives the pod back
+#   firewall   opens --network's ports between the workers (the network "default" needs none)
+#
+#   --zone=ZONE           where the quota is, as in us-east5-a
+#   --type=TYPE           v4-64, v5e-64, v5p-128, v6e-64 …, as the product is named (create, resume)
+#   --slices=1            that many pods of this type as one run (create, resume)
+#   --spot                cheaper, and can be taken away at any time
+#   --reserved            from your reservation
+#   --network=default     the VPC network
+#   --project=PROJECT     gcloud's own default otherwise
+#   --max-restarts=20     how often resume starts again
+#   --dry-run             prints the commands instead of running them
+#   --help
+#
+# Workers are reached over ssh: run `ssh-add ~/.ssh/google_compute_engine` first, or gcloud asks for each of them.
+# TRIES, RETRY_SECONDS (flaky steps), POLL_SECONDS, WAIT_HOURS (for the pod) and COORDINATOR_PORT can be set in the
+# environment; so can JAX_COMPILATION_CACHE_DIR (the workdir's neighbour compile_cache otherwise) and LIBTPU_INIT_ARGS.
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$HERE/common.sh"
+# shellcheck source-path=SCRIPTDIR source=flags.sh
+source "$HERE/flags.sh"
+
+POLL_SECONDS=${POLL_SECONDS:-60}
+WAIT_HOURS=${WAIT_HOURS:-24}
+STOP_SECONDS=${STOP_SECONDS:-300} # that long a stopped training may take to save
+
+ACTION="" NAME="" ZONE="" TYPE="" SLICES=1 NETWORK=default MAX_RESTARTS=20 TIER=() PROJECT=() COMMAND=()
+
+main() {
+  parse "$@"
+  need gcloud "install the Google Cloud CLI, or see --dry-run"
+  "do_$ACTION"
+}
+
+parse() {
+  local actions=" create install run tail status stop resume delete firewall "
+  while (($#)); do
+    case $1 in
+      --help | -h) usage; exit ;;
+      --dry-run) DRY_RUN=1 ;;
+      --zone=*) ZONE=${1#*=} ;;
+      --type=*) TYPE=${1#*=} ;;
+      --slices=*) SLICES=${1#*=}; whole --slices "$SLICES" ;;
+      --spot | --reserved) TIER+=("$1") ;;
+      --network=*) NETWORK=${1#*=} ;;
+      --project=*) PROJECT=("$1") ;;
+      --max-restarts=*) MAX_RESTARTS=${1#*=}; whole --max-restarts "$MAX_RESTARTS" ;;
+      --) shift; take_command "$@"; need_bucket; break ;;
+      -*) die "there is no option $1; --help lists them (and values follow a =)" ;;
+      *)
+        if [[ ! $ACTION ]]; then
+          ACTION=$1
+          [[ $actions == *" $1 "* ]] || die "there is no command $1: one of$actions"
+        elif [[ ! $NAME ]]; then
+          NAME=$1
+        else
+          die "what is $1? The training command comes after --"
+        fi
+        ;;
+    esac
+    shift
+  done
+  [[ $ACTION ]] || die "which command? One of$actions"
+  [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || die "NAME='$NAME' must be lower-case letters, digits and hyphens, at most 40: launch/tpu.sh $ACTION sd15 …"
+  [[ $ZONE || $ACTION == firewall ]] || die "--zone is missing: the zone of your TPU quota, as in --zone=us-east5-a"
+  ((${#TIER[@]} < 2)) || die "--spot and --reserved exclude each other"
+  [[ ! " run resume " == *" $ACTION "* || ${#COMMAND[@]} -gt 0 ]] || take_command
+  [[ ! " create resume " == *" $ACTION "* ]] || read_type
+}
+
+# Sets GENERATION, ACCELERATOR (gcloud's word for the type) and RUNTIME (the workers' image).
+read_type() {
+  [[ $TYPE ]] || die "--type is missing: the pod's product name, as in --type=v5p-16"
+  [[ $TYPE =~ ^(v4|v5e|v5litepod|v5p|v6e)-([1-9][0-9]*)$ ]] || die "--type=$TYPE is not known: v4-64, v5e-64, v5p-128, v6e-64 and the like"
+  GENERATION=${BASH_REMATCH[1]/litepod/e}
+  ACCELERATOR=${TYPE/v5e/v5litepod}
+  case $GENERATION in
+    v4) RUNTIME=tpu-ubuntu2204-base ;;
+    v5e) RUNTIME=v2-alpha-tpuv5-lite ;;
+    v5p) RUNTIME=v2-alpha-tpuv5 ;;
+    v6e) RUNTIME=v2-alpha-tpuv6e ;;
+  esac
+}
+
+tpus() { run gcloud compute tpus "$@" --zone="$ZONE" "${PROJECT[@]}"; }
+
+# The request's state, or nothing where there is no such request.
+pod_state() {
+  [[ ! $DRY_RUN ]] || return 0
+  tpus queued-resources list --filter="name~/queuedResources/$NAME\$" --format="value(state.state)"
+}
+
+# ---- the pod
+
+do_create() {
+  local state
+  state=$(pod_state) || fail "gcloud can't list the requests in $ZONE; its message is above"
+  case $state in
+    "") ask_for_pod ;;
+    SUSPENDING | SUSPENDED | FAILED | DELETING) fail "$NAME is $state: launch/tpu.sh resume $NAME … asks for it again, delete gives it up" ;;
+    *) say "$NAME has been asked for already: $state" ;;
+  esac
+  wait_for_pod || fail "$NAME did not come; launch/tpu.sh resume $NAME … asks for it again"
+}
+
+ask_for_pod() {
+  local shape=(--node-id="$NAME")
+  ((SLICES == 1)) || shape=(--node-count="$SLICES" --node-prefix="$NAME")
+  # The scope lets the workers read and write your buckets; the tag is what `firewall` opens ports for.
+  tpus queued-resources create "$NAME" "${shape[@]}" --accelerator-type="$ACCELERATOR" \
+    --runtime-version="$RUNTIME" --network="$NETWORK" --tags=lcm-jax "${TIER[@]}" \
+    --scopes=https://www.googleapis.com/auth/cloud-platform \
+    || fail "$ACCELERATOR was refused in $ZONE (gcloud's message is above): is there quota for it, on-demand or with --spot?"
+}
+
+wait_for_pod() {
+  [[ ! $DRY_RUN ]] || return 0
+  local state deadline=$((SECONDS + WAIT_HOURS * 3600)) last=
+  while :; do
+    state=$(pod_state) || state=unknown # one lost answer is no reason to give up; the deadline is
+    [[ $state == "$last" ]] || say "$NAME is ${state:-not there}"
+    last=$state
+    case $state in
+      ACTIVE) return ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING | "") return 1 ;;
+    esac
+    ((SECONDS < deadline)) || fail "$NAME was not there after $WAIT_HOURS hours (WAIT_HOURS=… waits longer); it stays in the queue"
+    sleep "$POLL_SECONDS"
+  done
+}
+
+do_delete() {
+  retry "deleting $NAME" tpus queued-resources delete "$NAME" --force --quiet
+}
+
+do_firewall() {
+  run gcloud compute firewall-rules create "lcm-jax-$NETWORK" --network="$NETWORK" --allow=tcp \
+    --source-tags=lcm-jax --target-tags=lcm-jax "${PROJECT[@]}" \
+    || fail "the rule lcm-jax-$NETWORK could not be made; gcloud's message is above"
+}
+
+# ---- the workers
+
+# on_workers WORKER SCRIPT: runs it in the shell of one worker of the first slice, or of all of all slices.
+on_workers() {
+  local which=(--worker="$1" --node=0)
+  # All at once: the processes of a run wait for each other, and gcloud would otherwise take 64 workers at a time.
+  [[ $1 != all ]] || which=(--worker=all --node=all --batch-size=all)
+  tpus queued-resources ssh "$NAME" "${which[@]}" --command="$2"
+}
+
+# The script must print "lcm_jax: …" once on each worker. gcloud goes on without a worker that it can't reach, and a
+# training that lacks one only waits: so they are counted.
+on_every_worker() {
+  [[ ! $DRY_RUN ]] || { on_workers all "$1"; return; }
+  local output count
+  output=$(on_workers all "$1" | tee >(cat >&2)) || return
+  count=$(grep -c '^lcm_jax: ' <<< "$output") || true
+  ((count == WORKERS)) || { say "$count of $WORKERS workers answered"; return 1; }
+}
+
+# Sets GENERATION, SLICES and WORKERS to what the pod has. A dry run asks nobody and takes --type and --slices.
+look() {
+  [[ ! $DRY_RUN ]] || { GENERATION=; [[ ! $TYPE ]] || read_type; return 0; }
+  local nodes node type hosts
+  nodes=$(tpus queued-resources describe "$NAME" --format="value(tpu.nodeSpec[].nodeId)") || return
+  SLICES=0 WORKERS=0
+  for node in ${nodes//;/ }; do
+    read -r type hosts <<< "$(tpus tpu-vm describe "$node" --format="value(acceleratorType,networkEndpoints.len())")"
+    [[ ${hosts:-} =~ ^[0-9]+$ ]] || return 1
+    TYPE=${type##*/}
+    SLICES=$((SLICES + 1)) WORKERS=$((WORKERS + hosts))
+  done
+  read_type
+}
+
+do_install() {
+  local archive
+  archive=$(mktemp -d)/lcm_jax.tar.gz
+  # shellcheck disable=SC2064  # the path as it is now
+  trap "rm -rf '${archive%/*}'" EXIT
+  git -C "$HERE/.." archive --format=tar.gz --output="$archive" HEAD || fail "install copies the last commit: $HERE is in no git checkout with one"
+  git -C "$HERE/.." diff --quiet HEAD || say "warning: changes that are not committed are not copied"
+  retry "looking at $NAME" look
+  retry "copying to $NAME" tpus queued-resources scp "$archive" "$NAME:lcm_jax.tar.gz" --worker=all --node=all
+  retry "installing on $NAME" on_every_worker "$INSTALL"
+}
+
+# What follows in single quotes is for the workers' shells.
+# shellcheck disable=SC2016
+{
+  # uv brings its own Python: the image for v4 has 3.10 only.
+  INSTALL='set -e; rm -rf lcm_jax; mkdir lcm_jax; tar -xzf lcm_jax.tar.gz -C lcm_jax; cd lcm_jax
+python3 -m pip install --quiet --user uv; uv=$HOME/.local/bin/uv
+$uv venv --quiet --allow-existing --python=3.12 ../lcm_jax_venv
+$uv pip install --quiet --python=../lcm_jax_venv/bin/python --constraint=constraints.txt --editable=.[tpu]
+touch .installed; echo "lcm_jax: installed on $(hostname)"'
+
+  # True where the training's process group lives and has not written down how it ended.
+  RUNS='{ [ ! -f train.exit ] && kill -0 -- -$(cat train.pid 2> /dev/null || echo none) 2> /dev/null; }'
+}
+
+# What the training does on a worker, in words.
+WHAT="if $RUNS; then echo running; elif [ -f train.exit ]; then echo ended with \$(cat train.exit); else echo not started; fi"
+
+# SIGTERM, then time to save.
+STOP="if $RUNS; then kill -TERM -- -\$(cat train.pid); for ((s = 0; s < $STOP_SECONDS; s++)); do $RUNS || break; sleep 1; done
+if $RUNS; then kill -KILL -- -\$(cat train.pid); fi; fi; echo \"lcm_jax: stopped on \$(hostname)\""
+
+do_run() {
+  retry "looking at $NAME" look
+  start
+  say "the log: launch/tpu.sh tail $NAME --zone=$ZONE; to the end, through preemptions: launch/tpu.sh resume …"
+}
+
+# Harmless where the training runs already, so that it may be tried again when a worker could not be reached.
+start() {
+  local environment
+  environment=$(quote JAX_PLATFORMS=tpu,cpu "JAX_COORDINATOR_PORT=$COORDINATOR_PORT" \
+    "JAX_COMPILATION_CACHE_DIR=$CACHE" "LIBTPU_INIT_ARGS=$(libtpu_flags "$GENERATION" "$SLICES")")
+  # JAX_PLATFORMS: without it a worker whose TPU does not start would train alone, on its CPU. The lock file is what a
+  # killed process leaves behind, and for which the next one refuses to start. The trap lets the shell outlive a SIGTERM
+  # to the whole group, to write down how the training ended.
+  retry "starting on $NAME" on_every_worker "if ! $RUNS; then cd lcm_jax || exit; rm -f ../train.exit; sudo rm -f /tmp/libtpu_lockfile
+export PATH=\$HOME/lcm_jax_venv/bin:\$PATH $environment
+setsid nohup bash -c 'trap : TERM; \"\$@\"; echo \$? > ../train.exit' train $(quote "${COMMAND[@]}") >> ../train.log 2>&1 < /dev/null &
+echo \$! > ../train.pid; fi; echo \"lcm_jax: training on \$(hostname)\""
+}
+
+do_status() {
+  local state
+  state=$(pod_state) || fail "gcloud can't list the requests in $ZONE; its message is above"
+  say "$NAME is ${state:-not there}"
+  [[ $state != ACTIVE && ! $DRY_RUN ]] || on_workers all "echo \"\$(hostname): \$($WHAT)\""
+}
+
+do_tail() { on_workers 0 'tail -n 100 -F train.log'; }
+
+do_stop() { on_workers all "$STOP"; }
+
+# ---- resume
+
+do_resume() {
+  local restarts=0 said
+  while :; do
+    # In a subshell: a pod that is taken away while it is set up is one more start, not the end.
+    if (bring_up); then
+      [[ ! $DRY_RUN ]] || return 0
+      watch
+    else
+      said="could not be started"
+      sleep "$POLL_SECONDS"
+    fi
+    case $said in
+      "ended with 0") say "the training is done; the pod is yours until launch/tpu.sh delete $NAME --zone=$ZONE"; return ;;
+      "ended with 2") fail "the training refused its command and would again: see launch/tpu.sh tail $NAME --zone=$ZONE" ;;
+      "ended with 143") fail "the training was stopped by hand and has saved; resume again to go on" ;;
+    esac
+    ((restarts++ < MAX_RESTARTS)) || fail "the training $said, and so often before: see launch/tpu.sh tail $NAME --zone=$ZONE"
+    say "the training $said; start $restarts of at most $MAX_RESTARTS more"
+  done
+}
+
+bring_up() {
+  local state
+  state=$(pod_state) || fail "gcloud can't list the requests in $ZONE; its message is above"
+  case $state in
+    SUSPENDING | SUSPENDED | FAILED | DELETING) do_delete; state= ;;
+  esac
+  [[ $state ]] || ask_for_pod
+  wait_for_pod || fail "$NAME was taken away before it was there"
+  retry "looking at $NAME" look
+  if [[ $state ]]; then
+    # Processes that wait for one that broke off must not live on beside the new run.
+    [[ $(on_workers 0 "$WHAT") == running ]] || on_every_worker "$STOP" || fail "the workers of $NAME can't be reached"
+    on_every_worker "[ -f lcm_jax/.installed ] && echo lcm_jax: installed" || state=
+  fi
+  [[ $state ]] || do_install
+  start
+}
+
+# Sets said, once the training no longer runs: "ended with CODE", or that the pod was lost.
+watch() {
+  local missed=0 before=
+  while :; do
+    sleep "$POLL_SECONDS"
+    if said=$(on_workers 0 "$WHAT"); then
+      missed=0
+      # A SIGTERM comes from `stop`, or from a machine that is being taken away: then it won't answer a second time.
+      [[ $said == running || ($said == "ended with 143" && $before != "$said") ]] || return 0
+      before=$said
+    elif ((++missed == TRIES)) || [[ $(pod_state) =~ ^(SUSPEND|FAILED|DELETING) ]]; then
+      said="was lost with its pod"
+      return 0
+    fi
+  done
+}
+
+main "$@"

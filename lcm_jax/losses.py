@@ -1,0 +1,120 @@
+"""Each objective over the networks of a run: what it draws for the global batch, and its loss on a part of it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lcm_jax.config import Config
+from lcm_jax.objectives import autoencoder, denoising, lcd
+from lcm_jax.state import Parts
+
+Batch = dict[str, jax.Array]  # 'image' uint8 (B, H, W, 3), 'input_ids' int32 (B, L)
+Aux = dict[str, jax.Array]
+
+
+class Loss(NamedTuple):
+    """One objective.
+
+    Attributes:
+      draw: (key, shape (B, h, w, C) of the latents) -> all that is random, each array with B as its first axis.
+      loss: (params, target, frozen, batch, draws) -> (loss, aux), all of them means over the samples that it is given.
+      summary: aux averaged over the global batch -> what is logged.
+    """
+
+    draw: Callable[[jax.Array, tuple[int, ...]], Any]
+    loss: Callable[..., tuple[jax.Array, Aux]]
+    summary: Callable[[Aux], Aux]
+
+
+def make_loss(config: Config, parts: Parts) -> Loss:
+    """Returns the loss of `config.objective`."""
+    return _LOSSES[config.objective](config, parts)
+
+
+def _pixels(batch: Batch) -> jax.Array:
+    """uint8 (B, H, W, 3) to float32 in [-1, 1]."""
+    return batch["image"].astype(jnp.float32) / 127.5 - 1.0
+
+
+def _latents(parts: Parts, vae: dict, batch: Batch, noise: jax.Array) -> jax.Array:
+    """A draw from the VAE's posterior at these images, scaled: z_0."""
+    return parts.networks["vae"].apply(vae, _pixels(batch), noise, method="to_latents").astype(jnp.float32)
+
+
+def _lcd(config: Config, parts: Parts) -> Loss:
+    unet, teacher, text = (parts.networks[name] for name in ("unet", "teacher", "text_encoder"))
+
+    def draw(key, shape):
+        key_vae, key_draws = jax.random.split(key)
+        draws = lcd.draw(key_draws, shape, config.lcd, parts.schedule.num_train_timesteps)
+        return jax.random.normal(key_vae, shape), draws
+
+    def loss(params, target, frozen, batch, draws):
+        noise, draws = draws
+        z_0 = _latents(parts, frozen["vae"], batch, noise)
+        context = text.apply(frozen["text_encoder"], batch["input_ids"])
+        null_context = text.apply(frozen["text_encoder"], parts.null_ids)
+        return lcd.lcd_loss(
+            student=lambda z, t, c, e: unet.apply(params["unet"], z, t, c, e),
+            target=lambda z, t, c, e: unet.apply(target["unet"], z, t, c, e),
+            teacher=lambda z, t, c: teacher.apply(frozen["teacher"], z, t, c),
+            schedule=parts.schedule,
+            z_0=z_0,
+            context=context,
+            null_context=null_context,
+            draws=draws,
+            config=config.lcd,
+        )
+
+    return Loss(draw, loss, lcd.summary)
+
+
+def _denoising(config: Config, parts: Parts) -> Loss:
+    unet, text = parts.networks["unet"], parts.networks["text_encoder"]
+
+    def draw(key, shape):
+        key_vae, key_draws = jax.random.split(key)
+        draws = denoising.draw(key_draws, shape, config.denoising, parts.schedule.num_train_timesteps)
+        return jax.random.normal(key_vae, shape), draws
+
+    def loss(params, _, frozen, batch, draws):
+        noise, draws = draws
+        z_0 = _latents(parts, frozen["vae"], batch, noise)
+        text_params = params["text_encoder"] if "text_encoder" in params else frozen["text_encoder"]
+        context = text.apply(text_params, batch["input_ids"])
+        null_context = text.apply(text_params, parts.null_ids)
+        return denoising.denoising_loss(
+            lambda z, t, c: unet.apply(params["unet"], z, t, c),
+            schedule=parts.schedule,
+            z_0=z_0,
+            context=context,
+            null_context=null_context,
+            draws=draws,
+            config=config.denoising,
+        )
+
+    return Loss(draw, loss, dict)
+
+
+def _autoencoder(config: Config, parts: Parts) -> Loss:
+    vae = parts.networks["vae"]
+
+    def loss(params, _, frozen, batch, noise):
+        return autoencoder.autoencoder_loss(
+            encode=lambda x: vae.apply(params["vae"], x, method="encode"),
+            decode=lambda z: vae.apply(params["vae"], z, method="decode"),
+            images=_pixels(batch),
+            noise=noise,
+            config=config.autoencoder,
+        )
+
+    return Loss(jax.random.normal, loss, autoencoder.summary)
+
+
+_LOSSES: dict[str, Callable[[Config, Parts], Loss]] = {
+    "lcd": _lcd,
+    "denoising": _denoising,
+    "autoencoder": _autoencoder,
+}

@@ -1,0 +1,39 @@
+"""How a block of a network is run: which of its results are kept for the backward pass, and when its weights meet."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lcm_jax.models.functional import whole
+
+
+def _all_but_whole_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of jax.checkpoint: keep each result but those of functions that gather a weight."""
+    inner = params.get("call_jaxpr")
+    return not (inner and any(equation.primitive.name == "all_gather" for equation in inner.eqns))
+
+
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "none": _all_but_whole_weights,
+    "block": None,  # nothing is kept but what goes into the block
+    "block_save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+
+
+def run_block(method: Callable[..., Any], module: nnx.Module, *args: Any, remat: str) -> Any:
+    """Returns `method(module, *args)`, recomputing in the backward pass what the policy `remat` does not keep.
+
+    Where `module` holds only parts of its weights, these come together here and, for the backward pass, once more.
+    """
+    graphdef, weights = nnx.split(module)
+    divided = any(hasattr(leaf, "whole") for leaf in jax.tree.leaves(weights, is_leaf=lambda x: hasattr(x, "whole")))
+    if remat == "none" and not divided:
+        return method(module, *args)
+
+    def run(weights: nnx.State, *args: Any) -> Any:
+        weights = jax.tree.map(whole, weights, is_leaf=lambda x: hasattr(x, "whole"))
+        return method(nnx.merge(graphdef, weights), *args)
+
+    return jax.checkpoint(run, policy=REMAT[remat])(weights, *args)

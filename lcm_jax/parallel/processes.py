@@ -1,0 +1,150 @@
+"""One process of a run, or the only one: which it is, and that all of them begin, fail and end together."""
+
+import argparse
+import atexit
+import os
+import sys
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import jax
+from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks; it has no public name
+from jax.experimental import multihost_utils
+
+from lcm_jax.errors import UserError
+from lcm_jax.parallel.roll_call import RollCall
+
+WAIT = 300.0  # seconds for processes that are missing
+CLUSTERS = ("GkeTpuCluster", "GceTpuCluster", "SlurmCluster", "OmpiCluster")  # in which JAX finds its processes
+
+
+class Place(NamedTuple):
+    """Where a process stands: HOST:PORT of process 0, its number, how many there are, its share of the host's GPUs."""
+
+    coordinator: str
+    process: int
+    count: int
+    local_devices: list[int] | None = None
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say where this process stands, for machines on which it can't be found out."""
+    group = parser.add_argument_group("several processes (known by itself on TPU pods, under GKE, SLURM and mpirun)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; PORT + 1 must be free there too")
+    group.add_argument("--num-processes", type=int, metavar="N", help="of the whole run")
+    group.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
+    group.add_argument(
+        "--wait", type=float, default=WAIT, metavar="SECONDS", help=f"for processes that are missing ({WAIT:g})"
+    )
+
+
+def find(coordinator: str | None, count: int | None, process: int | None, wait: float = WAIT) -> Place | None:
+    """Returns this process's place, from the options or from the cluster it runs in; None if it is the only one.
+
+    Raises: UserError for options that are incomplete or out of range.
+    """
+    given = {"--coordinator": coordinator, "--num-processes": count, "--process-id": process}
+    if coordinator is None and count is None and process is None:
+        return _of_cluster(wait)
+    if coordinator is None or count is None or process is None:
+        missing = ", ".join(name for name, value in given.items() if value is None)
+        raise UserError(f"{missing} is missing; of {', '.join(given)} give all or none")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+        raise UserError(f"--coordinator={coordinator} is not HOST:PORT, as in 10.0.0.1:8476")
+    if not 0 <= process < count:
+        raise UserError(f"--process-id={process} is not in 0..{count - 1}, the numbers of {count} processes")
+    return Place(coordinator, process, count) if count > 1 else None
+
+
+def _of_cluster(wait: float) -> Place | None:
+    kinds = [kind for kind in ClusterEnv._cluster_types if kind.__name__ in CLUSTERS and kind.is_env_present()]
+    if not kinds or kinds[0].get_process_count() == 1:
+        return None
+    coordinator, count, process, local = ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, int(wait)
+    )
+    if coordinator is None or count is None or process is None:
+        raise UserError("JAX can't tell which process this is; give --coordinator, --num-processes and --process-id")
+    return Place(coordinator, process, count, list(local) if local else None)
+
+
+class Processes:
+    """Use as a context manager around all of a run; JAX knows of all processes and their devices inside."""
+
+    def __init__(self, place: Place | None, wait: float = WAIT) -> None:
+        """Waits for the others. Raises UserError if they do not come."""
+        self._roll_call: RollCall | None = None
+        if place is None:
+            return
+        host, _, port = place.coordinator.rpartition(":")
+        how = "Start the same command there"
+        if place.local_devices is None:
+            how += f", with its own number where it is given (--coordinator={place.coordinator} --process-id=…)"
+        self._roll_call = RollCall(
+            f"{host}:{int(port) + 1}", place.process, place.count, wait=wait, say=_say, how=how, on_loss=self._end
+        )
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the training loop
+        try:
+            jax.distributed.initialize(
+                place.coordinator,
+                place.count,
+                place.process,
+                local_device_ids=place.local_devices,
+                initialization_timeout=int(wait),
+                cluster_detection_method="deactivate",
+            )
+        except RuntimeError as error:
+            why = str(error).strip().splitlines()[-1]
+            self._roll_call.leave(why)
+            raise UserError(f"JAX can't connect to {place.coordinator}: {why}") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._roll_call:
+            return
+        if error is None:
+            jax.distributed.shutdown()  # when all others are here
+            self._roll_call.leave()
+            return
+        self._roll_call.leave(" ".join(f"{error}".split()) or type(error).__name__)
+        # JAX would wait for the others at exit, and they are ending as well
+        atexit.register(_exit, {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
+
+    @staticmethod
+    def _end(why: str) -> None:
+        """Ends a process whose main thread waits for a lost one inside JAX, and would for ever."""
+        _say(f"error: {why}; all processes end. Start them again: the run goes on from its last checkpoint.")
+        _exit(1)
+
+
+def _say(line: str) -> None:
+    print(f"lcm-jax: {line}", file=sys.stderr, flush=True)
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def meet(name: str) -> None:
+    """Waits until all processes are at this place of the program."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def all_agree(flag: bool) -> bool:
+    """Returns whether `flag` is true in all processes; all of them must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(jax.numpy.asarray(flag)).all())

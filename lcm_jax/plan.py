@@ -1,0 +1,202 @@
+"""python -m lcm_jax.plan --config=configs/sd15.py --topology=v5p-256 [--batch-a-chip=8] [--config.<option>=<value> …]
+
+Compiles the very step that `train` would run, for chips that are not there, and says what it will cost: memory, FLOPs,
+what chips tell each other, time, and where the time goes. Topologies are products (v4-64, v5e-64, v5p-256, v6e-64) or
+shapes (v5p:4x4x8); `local` is this machine's own devices. Of a published model only its shapes are needed. A full-size
+step compiles in a quarter of an hour on two cores. Needs the extra `plan`, but for `local`.
+"""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+import pickle
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+
+from lcm_jax import cli, compile_cache, files
+from lcm_jax import config as config_lib
+from lcm_jax.config import Config
+from lcm_jax.errors import UserError
+from lcm_jax.parallel.mesh import make_mesh, split_cpu
+from lcm_jax.parallel.program import make_program
+from lcm_jax.planning import estimate, flops, topology
+from lcm_jax.planning.blueprint import blueprint
+from lcm_jax.planning.compiled import Program
+from lcm_jax.planning.estimate import Compiled, Report
+from lcm_jax.planning.report import search_table, table
+from lcm_jax.planning.topology import Topology
+
+
+def compile_step(config: Config, where: Topology | None) -> Compiled:
+    """Compiles the training step of this config; raises UserError for what the mesh, the batch or the folder forbid."""
+    devices = topology.devices(where) if where else jax.devices()
+    step = make_program(config, blueprint(config), make_mesh(config.mesh, devices))
+    lowered = step.lower()
+    start = time.perf_counter()
+    with topology.quiet():
+        try:
+            executable = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise _NoFit(str(error)) from None
+    return Compiled(step, executable, where, time.perf_counter() - start)
+
+
+class _NoFit(Exception):
+    """What the compiler says of a program that it can't fit into a chip."""
+
+
+def report(config: Config, compiled: Compiled) -> Report:
+    """Returns all figures of a compiled step, as plain values."""
+    where, chips = compiled.topology, compiled.step.mesh.size
+    program = Program(compiled.executable.as_text())
+    needed = model_flops(config)
+    memory, times = estimate.memory(compiled), estimate.times(compiled, program, needed // chips)
+    analysis = estimate.cost(compiled)
+    return {
+        "topology": where.name if where else "local",
+        "product": where.product if where else "",
+        "slices": where.slices if where else 1,
+        "chips": chips,
+        "mesh": dict(compiled.step.mesh.shape),
+        "batch_size": config.batch_size,
+        "batch_a_chip": config.batch_size // chips,
+        "accumulate": config.accumulate,
+        "remat": config.model.remat,
+        "attention": config.model.attention,
+        "gather": config.mesh.gather,
+        "frozen": config.mesh.frozen,
+        "fits": memory["total"] <= where.chip.memory if where else None,
+        "memory_bytes": memory,
+        "chip_memory_bytes": where.chip.memory if where else None,
+        "flops_a_chip": {"model": needed // chips, "xla": analysis["flops"]},
+        "bytes_a_chip": analysis["bytes accessed"],
+        "collectives": estimate.exchange(program),
+        "to_explain": estimate.unusual(program),
+        "seconds": times,
+        "images_per_second": estimate.images_a_second(config.batch_size, times),
+        "profile": estimate.profile(program, where)[:40] if where else [],
+        "compile_seconds": compiled.seconds,
+    }
+
+
+def model_flops(config: Config) -> int:
+    """Returns the FLOPs of a step over the whole batch, without what is computed twice to save memory."""
+    plain = dataclasses.replace(
+        config,
+        accumulate=1,
+        mesh=type(config.mesh)(),
+        model=dataclasses.replace(config.model, remat="none", attention="xla"),
+    )
+    step = make_program(plain, blueprint(plain), make_mesh(plain.mesh, jax.devices()[:1]))
+    return flops.of_function(step.step, step.state, step.frozen, step.batch, step.stop)
+
+
+def search(config: Config, where: Topology | None, batches: Sequence[int]) -> list[Report]:
+    """Compiles combinations of batch a chip, remat and fsdp; returns a report or a reason for each, the fastest first.
+
+    A larger batch is not tried where a smaller one does not fit, nor less recomputation where more does not.
+    """
+    chips = where.chips if where else jax.device_count()
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if chips % size == 0]
+    found: list[Report] = []
+    for fsdp, remat in itertools.product(sizes, ("block", "block_save_attention", "none")):
+        for batch in sorted(batches):
+            tried = dataclasses.replace(
+                config,
+                batch_size=batch * chips,
+                mesh=dataclasses.replace(config.mesh, data=-1, fsdp=fsdp),
+                model=dataclasses.replace(config.model, remat=remat),
+            )
+            what = {"batch_a_chip": batch, "remat": remat, "fsdp": fsdp}
+            print(f"trying {batch} a chip, remat {remat}, fsdp {fsdp}", file=sys.stderr)
+            try:
+                result = report(tried, compile_step(tried, where))
+                why = "" if result["fits"] is not False else estimate.too_much(result)
+            except (_NoFit, UserError) as error:
+                result, why = {}, str(error).strip().splitlines()[0]
+            found.append({**result, **what, "why_not": why})
+            if why:
+                break
+    return sorted(found, key=lambda each: (bool(each["why_not"]), -(each.get("images_per_second") or 0.0)))
+
+
+def save_executable(compiled: Compiled, path: pathlib.Path) -> None:
+    """Writes the compiled step, so that a pod starts without compiling where its runtime allows it."""
+    payload = serialize_executable.serialize(compiled.executable)
+    files.write(path, pickle.dumps(payload))
+
+
+def with_batch(config: Config, batch_a_chip: int | None, chips: int) -> Config:
+    """Returns the config with this batch a chip; by default its own batch, raised to one a chip and micro-batch."""
+    if batch_a_chip is not None:
+        if batch_a_chip < 1:
+            raise UserError(f"--batch-a-chip={batch_a_chip}; it must be at least 1")
+        return dataclasses.replace(config, batch_size=batch_a_chip * chips)
+    least = chips * config.accumulate
+    if config.batch_size < least:
+        print(f"config.batch_size={config.batch_size} is raised to {least}, one a chip and micro-batch")
+        return dataclasses.replace(config, batch_size=least)
+    return config
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; `argv` without the program's name. Returns the exit code: 1 where it does not fit."""
+    parser = cli.parser("plan", __doc__)
+    parser.add_argument("--config", required=True, help="as for train")
+    parser.add_argument("--topology", required=True, help="v5p-256, v5p:4x4x8, … or local")
+    parser.add_argument("--slices", type=int, default=1, help="as many of them, as one run (1)")
+    parser.add_argument("--batch-a-chip", type=int, help="in place of config.batch_size")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="writes all figures there too")
+    parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help="keeps the compiled step")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="tries batches, remat and fsdp sizes, and recommends the fastest that fits",
+    )
+    args, overrides = parser.parse_known_args(argv)
+    config = config_lib.load(args.config, overrides)
+    local = args.topology == "local"
+    where = None if local else topology.parse(args.topology, args.slices)
+    if local:
+        split_cpu(config.mesh.cpu_devices)
+    else:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # with libtpu installed JAX would look for a TPU on this machine
+        jax.config.update("jax_platforms", "cpu")
+    compile_cache.enable()
+    chips = where.chips if where else jax.device_count()
+    if args.search:
+        if args.save:
+            raise UserError("--save keeps one step; give it without --search, with the options that it recommends")
+        first = args.batch_a_chip
+        found = search(config, where, [first] if first else [1, 2, 4, 8, 16, 32])
+        print(search_table(found))
+        _write_json(args.json, found)
+        return int(bool(found[0]["why_not"]))
+    config = with_batch(config, args.batch_a_chip, chips)
+    try:
+        compiled = compile_step(config, where)
+    except _NoFit as error:
+        raise UserError(f"the compiler gives up: {str(error).strip().splitlines()[0]}") from None
+    figures = report(config, compiled)
+    print(table(figures))
+    _write_json(args.json, figures)
+    if args.save:
+        save_executable(compiled, args.save)
+        print(f"The compiled step is in {args.save}")
+    return int(figures["fits"] is False)
+
+
+def _write_json(path: pathlib.Path | None, content: Any) -> None:
+    if path is not None:
+        files.write_json(path, content)
+        print(f"All figures are in {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

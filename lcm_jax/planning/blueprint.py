@@ -1,0 +1,40 @@
+"""The networks of a run without their weights: from the folder's own configurations, or those of a published model."""
+
+import json
+import pathlib
+from importlib import resources
+
+import numpy as np
+
+from lcm_jax.config import Config
+from lcm_jax.interop.folder import Component, Folder, read_folder
+from lcm_jax.interop.tokenizer import load_tokenizer
+from lcm_jax.state import Parts, make_parts
+
+TOKENS = 77  # of the published models' prompts
+
+
+def blueprint(config: Config) -> Parts:
+    """Returns the parts of a run.
+
+    The folder of `config.model.folder` is read where it is on this machine; of a published model, whose configurations
+    come with the package, nothing is fetched.
+
+    Raises: UserError where it is neither.
+    """
+    if not pathlib.Path(config.model.folder).is_dir() and (known := published().get(config.model.folder)):
+        return make_parts(config, known, lambda texts: np.zeros((len(texts), TOKENS), np.int32))
+    folder = read_folder(config.model.folder)
+    return make_parts(config, folder, load_tokenizer(folder))
+
+
+def published() -> dict[str, Folder]:
+    """Returns {hub id: folder without weights} of the models whose configurations come with the package."""
+    found = {}
+    for file in sorted(resources.files("lcm_jax").joinpath("assets", "published").iterdir(), key=lambda f: f.name):
+        content = json.loads(file.read_text())
+        components = {name: Component(name, content["classes"][name], content[name], {}) for name in content["classes"]}
+        index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", content["scheduler_class"]]}
+        for hub_id in content["hub_ids"]:
+            found[hub_id] = Folder(pathlib.Path(hub_id), index, content["scheduler"], components)
+    return found

@@ -1,0 +1,168 @@
+"""From a compiled step to figures: memory, FLOPs, exchange, time, and where the time goes."""
+
+import collections
+import dataclasses
+import re
+from typing import Any
+
+import jax
+
+from lcm_jax.parallel.program import Program as Step
+from lcm_jax.planning import exchange_time
+from lcm_jax.planning.compiled import COLLECTIVES, Operation, Program
+from lcm_jax.planning.exchange_time import Position
+from lcm_jax.planning.topology import Topology
+
+Report = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A step that was compiled for a topology (None: this machine's own devices), and in how many seconds."""
+
+    step: Step
+    executable: jax.stages.Compiled
+    topology: Topology | None
+    seconds: float
+
+
+def memory(compiled: Compiled) -> Report:
+    """Returns bytes a chip, by what they hold; `temporaries` are activations, gathered weights and gradients."""
+    stats = compiled.executable.memory_analysis()
+    state = compiled.step.state
+    parts = {
+        "parameters": _bytes(state["params"]),
+        "ema": _bytes(state["ema"]),
+        "optimizer": _bytes(state["opt_state"]),
+        "frozen": _bytes(compiled.step.frozen),
+        "batch": _bytes(compiled.step.batch),
+    }
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    parts["padding"] = max(0, stats.argument_size_in_bytes - sum(parts.values()))
+    parts["temporaries"] = stats.temp_size_in_bytes + max(0, results)
+    parts["program"] = stats.generated_code_size_in_bytes
+    return {"total": sum(parts.values()), **parts}
+
+
+def _bytes(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.dtype.itemsize * int(_product(leaf.sharding.shard_shape(leaf.shape))) for leaf in leaves)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def exchange(program: Program) -> Report:
+    """Returns {kind: count and bytes} of the exchanges of a step, on one device, as often as they run."""
+    found: Report = {kind: {"count": 0, "bytes": 0} for kind in COLLECTIVES}
+    for collective in program.collectives():
+        found[collective.kind]["count"] += collective.times
+        found[collective.kind]["bytes"] += collective.times * collective.bytes
+    return found
+
+
+def times(compiled: Compiled, program: Program, model_flops: int) -> Report:
+    """Returns seconds of a step, by several ways of reckoning, and what they imply.
+
+    `compute`: the compiler's cycles. `exchange`: all collectives by our own model; `exposed`: what of it is not hidden
+    behind computation that the schedule has put between start and end. `step` = compute + exposed. `roofline`: the
+    larger of FLOPs over the peak and bytes over the bandwidth. `xla`: XLA's own, where it has one.
+    """
+    topology = compiled.topology
+    if topology is None:
+        return {}
+    chip, analysis = topology.chip, cost(compiled)
+    positions = [
+        Position(getattr(device, "slice_index", 0) or 0, tuple(device.coords))
+        for device in compiled.step.mesh.devices.flat
+    ]
+    compute = sum(cycles * times for _, cycles, times in _priced(program, topology)) / chip.clock
+    total = exposed = 0.0
+    for collective in program.collectives():
+        each = exchange_time.seconds(collective, positions, topology)
+        total += collective.times * each
+        exposed += collective.times * max(0.0, each - collective.hidden_cycles / chip.clock)
+    step = compute + exposed
+    xla = analysis.get("optimal_seconds", 0.0)
+    return {
+        "step": step,
+        "compute": compute,
+        "exchange": total,
+        "exposed": exposed,
+        "roofline": max(analysis["flops"] / chip.peak_flops, analysis["bytes accessed"] / chip.bandwidth),
+        "xla": xla if xla > 0 else None,
+        "floor": model_flops / chip.peak_flops,
+        "fraction_of_peak": model_flops / chip.peak_flops / step,
+    }
+
+
+def cost(compiled: Compiled) -> dict[str, float]:
+    """Returns XLA's own figures of the program; a loop's body counts once in them."""
+    analysis = compiled.executable.cost_analysis()
+    return {"flops": 0.0, "bytes accessed": 0.0, **(analysis or {})}
+
+
+def profile(program: Program, topology: Topology) -> list[Report]:
+    """Returns where the cycles go, by module and operation of the model, the dearest first."""
+    seconds: collections.Counter[tuple[str, str]] = collections.Counter()
+    for operation, cycles, times in _priced(program, topology):
+        seconds[place(operation.source)] += cycles * times / topology.chip.clock
+    return [{"module": m, "operation": o, "seconds": s} for (m, o), s in seconds.most_common()]
+
+
+def _priced(program: Program, topology: Topology) -> list[tuple[Operation, float, int]]:
+    """(operation, cycles, times) of all that computes; kernels of Pallas by the cost that they declare."""
+    chip, found = topology.chip, []
+    for operation in program.operations():
+        if operation.kind.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
+            continue
+        cycles = float(operation.cycles)
+        declared = re.search(r'"cost_estimate":\{([^}]*)\}', operation.text)
+        if operation.kind == "custom-call" and not cycles and declared:
+            numbers = {name: float(value) for name, value in re.findall(r'"(\w+)":"?(\d+)', declared[1])}
+            flops, moved = numbers.get("flops", 0.0), numbers.get("bytes_accessed", 0.0)
+            cycles = max(flops / chip.peak_flops, moved / chip.bandwidth) * chip.clock
+        found.append((operation, cycles, operation.times))
+    return found
+
+
+_WRAPPERS = re.compile(
+    r"(jit|jvp|transpose|vmap|checkpoint|remat\d*|rematted_computation|shard_map|while|body|cond|scan|closed_call|custom_\w+|branch_\d+\w*|pjit)(\(.*\))?"
+)
+
+
+def place(source: str) -> tuple[str, str]:
+    """Returns (module, operation) of a path like 'jit(step)/transpose(jvp(UNet))/…/dot_general'."""
+    parts = [part for part in source.split("/") if part and not _WRAPPERS.fullmatch(part)]
+    backward = "backward" if "transpose(" in source else "forward"
+    operation = parts[-1] if parts else "other"
+    module = "/".join(parts[:-1]) or "step"
+    return f"{module} ({backward})", operation
+
+
+def images_a_second(batch_size: int, report_times: Report) -> float | None:
+    """Returns images a second of all chips together, by the modelled step."""
+    return batch_size / report_times["step"] if report_times else None
+
+
+def unusual(program: Program) -> list[str]:
+    """Returns a line for each exchange that is neither a gather, a scatter nor a sum: these want an explanation."""
+    return [
+        f"{c.kind} of {c.bytes} bytes, {c.times} times: {c.source or 'no source'}"
+        for c in program.collectives()
+        if c.kind in ("all-to-all", "collective-permute", "ragged-all-to-all")
+    ]
+
+
+def too_much(report: Report) -> str:
+    """Returns what is too large in a report of a step that does not fit."""
+    memory = report["memory_bytes"]
+    most = max((name for name in memory if name != "total"), key=lambda name: memory[name])
+    return (
+        f"needs {memory['total'] / 2**30:.1f} of {report['chip_memory_bytes'] / 2**30:.0f} GiB, "
+        f"{memory[most] / 2**30:.1f} of them {most}"
+    )

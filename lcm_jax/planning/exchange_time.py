@@ -1,0 +1,92 @@
+"""How long an exchange takes on a torus: bytes over the links that it can use, and a little for each hop.
+
+XLA's own estimate takes a ring of a thousand chips for one of eight; here the time grows with the group.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from lcm_jax.planning.chips import HOP
+from lcm_jax.planning.compiled import Collective
+from lcm_jax.planning.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a device is: the number of its slice, and its place in it."""
+
+    slice: int
+    coords: tuple[int, ...]
+
+
+def seconds(collective: Collective, positions: Sequence[Position], topology: Topology) -> float:
+    """Returns the time of one run of an exchange, undisturbed by others.
+
+    Args:
+      positions: of the devices, by their number in the compiled program.
+
+    An all-gather of n parts brings (n - 1) / n of its result over the links of each chip; a reduce-scatter as much the
+    other way; an all-reduce is one after the other. A group that fills a box of the torus uses all links of the
+    dimensions along which it extends. Between slices each chip sends its own part over the data center network.
+    """
+    members = [positions[i] for i in (collective.groups[0] if collective.groups else range(len(positions)))]
+    slices = len({member.slice for member in members})
+    inside = [member.coords for member in members if member.slice == members[0].slice]
+    if collective.kind == "collective-permute":
+        return _permute(collective, positions, topology)
+    n, result = len(members), float(collective.bytes)
+    whole = result * n if collective.kind == "reduce-scatter" else result  # of the array that all of them share
+    rounds = 2 if collective.kind == "all-reduce" else 1
+    links, hops = _links(inside, topology)
+    time = 0.0
+    if len(inside) > 1:
+        share = (len(inside) - 1) / len(inside)
+        moved = whole / slices if collective.kind == "all-gather" else whole
+        if collective.kind in ("all-to-all", "ragged-all-to-all"):
+            share *= max(1, _longest(inside)) / 4  # each part travels a quarter of a ring on average, either way
+        time += rounds * (moved * share / (links * topology.chip.link) + hops * HOP)
+    if slices > 1:
+        part = whole / len(inside)
+        time += rounds * part * (slices - 1) / slices / topology.chip.network
+    return time
+
+
+def _permute(collective: Collective, positions: Sequence[Position], topology: Topology) -> float:
+    far = max((_distance(positions[a], positions[b], topology) for a, b in collective.groups), default=1.0)
+    if math.isinf(far):
+        return collective.bytes / topology.chip.network
+    return collective.bytes * max(1.0, far / 2) / topology.chip.link + far * HOP
+
+
+def _distance(a: Position, b: Position, topology: Topology) -> float:
+    if a.slice != b.slice:
+        return math.inf
+    total = 0
+    for dimension, (x, y) in enumerate(zip(a.coords, b.coords, strict=True)):
+        size = topology.shape[dimension] if dimension < len(topology.shape) else 1
+        straight = abs(x - y)
+        total += min(straight, size - straight) if size > 1 and topology.is_ring(dimension) else straight
+    return float(total)
+
+
+def _extents(coords: Sequence[tuple[int, ...]]) -> list[int]:
+    return [len(set(values)) for values in zip(*coords, strict=True)]
+
+
+def _longest(coords: Sequence[tuple[int, ...]]) -> int:
+    return max(_extents(coords))
+
+
+def _links(coords: Sequence[tuple[int, ...]], topology: Topology) -> tuple[int, int]:
+    """How many links a chip of the group can use one way at a time, and the hops of the longest way."""
+    extents = _extents(coords)
+    if math.prod(extents) != len(coords):
+        return 1, len(coords)  # no box: a ring that is laid through others
+    links = hops = 0
+    for dimension, extent in enumerate(extents):
+        if extent > 1:
+            ring = extent == topology.shape[dimension] and topology.is_ring(dimension)
+            links += 2 if ring else 1
+            hops += extent // 2 if ring else extent - 1
+    return max(links, 1), hops

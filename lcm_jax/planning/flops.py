@@ -1,0 +1,45 @@
+"""FLOPs counted from the model: its matrix products and convolutions, as they stand in the traced function."""
+
+import math
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
+
+
+def count(jaxpr: Jaxpr | ClosedJaxpr) -> int:
+    """Returns the FLOPs of one call, a multiplication and an addition being two.
+
+    Inside of `shard_map` they are those of one device. Loops count as often as they run; of branches, the dearest.
+    """
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return sum(_of(equation) for equation in jaxpr.eqns)
+
+
+def _of(equation: JaxprEqn) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2 * _size(equation.outvars[0]) * math.prod(shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
+        # a dilated input, as in the gradient of a strided convolution, is mostly zeros that need no product
+        zeros = math.prod(params["lhs_dilation"])
+        return 2 * _size(equation.outvars[0]) * math.prod(kernel) // out_features // zeros
+    if name == "pallas_call" and params.get("cost_estimate"):
+        return params["cost_estimate"].flops
+    inner = [count(jaxpr) for jaxpr in jaxprs_in_params(params)]
+    if name == "cond":
+        return max(inner)
+    return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _size(variable: Any) -> int:
+    return math.prod(variable.aval.shape)
+
+
+def of_function(function: Any, *args: Any) -> int:
+    """Returns the FLOPs of `function(*args)`, from shapes alone."""
+    return count(jax.make_jaxpr(function)(*args))

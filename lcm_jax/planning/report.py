@@ -1,0 +1,105 @@
+"""The figures of a plan as a table to read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Figures = dict[str, Any]
+
+
+def table(figures: Figures) -> str:
+    """Returns what `lcm_jax.plan` prints of one compiled step."""
+    name = figures["topology"] + (f" ({figures['product']})" if figures["product"] else "")
+    if figures["slices"] > 1:
+        name = f"{figures['slices']} slices of {name}"
+    mesh = " × ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
+    lines = [
+        f"{name}: {figures['chips']} chips, mesh {mesh}",
+        f"batch {figures['batch_size']}, {figures['batch_a_chip']} a chip, in {figures['accumulate']} micro-batches; "
+        f"remat {figures['remat']}, attention {figures['attention']}, weights gathered a {figures['gather']}, "
+        f"frozen ones {figures['frozen']}",
+        "",
+        *_memory(figures),
+        "",
+        f"FLOPs a chip      {figures['flops_a_chip']['model'] / 1e12:10.3f} T counted from the model, "
+        f"{figures['flops_a_chip']['xla'] / 1e12:.3f} T by XLA (a loop's body once)",
+        f"bytes a chip      {figures['bytes_a_chip'] / 1e9:10.3f} GB by XLA",
+        "",
+        *_collectives(figures),
+        *_seconds(figures),
+        *_profile(figures),
+        f"compiled in       {figures['compile_seconds']:10.1f} s",
+    ]
+    return "\n".join(lines)
+
+
+def _memory(figures: Figures) -> list[str]:
+    memory, limit = figures["memory_bytes"], figures["chip_memory_bytes"]
+    verdict = ""
+    if limit:
+        verdict = f" of {_gib(limit)}: " + ("it fits" if figures["fits"] else "it does NOT fit")
+    parts = [f"  {name:<16}{_gib(size):>12}" for name, size in memory.items() if name != "total"]
+    return [f"memory a chip     {_gib(memory['total']):>10}{verdict}", *parts]
+
+
+def _collectives(figures: Figures) -> list[str]:
+    used = {kind: each for kind, each in figures["collectives"].items() if each["count"]}
+    lines = [f"{kind:<18}{each['count']:6d} times, {_gib(each['bytes'])} a chip" for kind, each in used.items()]
+    if figures["to_explain"]:
+        lines += ["to be explained:", *(f"  {line}" for line in figures["to_explain"][:8])]
+    return [*(lines or ["nothing is exchanged between chips"]), ""]
+
+
+def _seconds(figures: Figures) -> list[str]:
+    seconds = figures["seconds"]
+    if not seconds:
+        return []
+
+    def line(name: str, key: str, said: str) -> str:
+        value = seconds[key]
+        return f"{name:<18}{'-' if value is None else f'{1e3 * value:.2f} ms':>10}  {said}"
+
+    return [
+        line("step", "step", "computation, and what of the exchange it does not hide"),
+        line("  computation", "compute", "the compiler's cycles, loops multiplied, kernels by their declared cost"),
+        line("  exchange", "exchange", "our model of links and hops"),
+        line("  not hidden", "exposed", ""),
+        line("roofline", "roofline", "FLOPs over peak or bytes over bandwidth, by XLA"),
+        line("XLA's estimate", "xla", "knows little of large groups"),
+        line("FLOP floor", "floor", "the model's FLOPs at peak"),
+        f"{'fraction of peak':<18}{100 * seconds['fraction_of_peak']:>8.1f} %",
+        f"{'images/s':<18}{figures['images_per_second']:>10.1f}  of all chips",
+        "",
+    ]
+
+
+def _profile(figures: Figures, lines: int = 12) -> list[str]:
+    rows = figures["profile"][:lines]
+    if not rows:
+        return []
+    total = figures["seconds"]["compute"]
+    named = [
+        f"  {1e3 * r['seconds']:9.2f} ms {100 * r['seconds'] / total:5.1f} %  {r['operation']}  {r['module']}"
+        for r in rows
+    ]
+    return ["where the time goes", *named, ""]
+
+
+def search_table(found: Sequence[Figures]) -> str:
+    """Returns what `--search` prints: all that was tried, the fastest first, and what to type."""
+    lines = ["batch a chip  fsdp  remat                 images/s  GiB a chip  "]
+    for each in found:
+        rate, memory = each.get("images_per_second"), each.get("memory_bytes")
+        lines.append(
+            f"{each['batch_a_chip']:12d}  {each['fsdp']:4d}  {each['remat']:<20}  "
+            f"{f'{rate:.1f}' if rate else '-':>8}  {_gib(memory['total']) if memory else '-':>10}  {each['why_not']}"
+        )
+    best = found[0]
+    if best["why_not"]:
+        return "\n".join([*lines, "", "Nothing that was tried fits."])
+    given = {"batch_size": best["batch_size"], "mesh.fsdp": best["fsdp"], "model.remat": best["remat"]}
+    options = " ".join(f"--config.{name}={value}" for name, value in given.items())
+    return "\n".join([*lines, "", f"Take {options}"])
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3f} GiB"

@@ -1,0 +1,82 @@
+"""Which axis of which weight is divided, in the models as published."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lcm_jax.models import MODEL_CLASSES, Network
+from lcm_jax.parallel.mesh import MeshConfig, make_mesh
+from lcm_jax.parallel.partition import divided_axes, divided_axis, place, shardings, spec
+
+SD15_UNET = {
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "time_cond_proj_dim": 256,
+}
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+}
+COMPONENTS = {"UNet2DConditionModel": SD15_UNET, "AutoencoderKL": VAE, "CLIPTextModelWithProjection": {}}
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return {
+        name: Network(MODEL_CLASSES[name][1], MODEL_CLASSES[name][0].from_dict(c)).shapes
+        for name, c in COMPONENTS.items()
+    }
+
+
+@pytest.mark.parametrize("fsdp", [2, 8, 64])
+def test_nearly_everything_of_a_published_model_is_divided(shapes, fsdp):
+    for name, axes in divided_axes(shapes, fsdp).items():
+        sizes = {path: int(np.prod(leaf.shape)) for path, leaf in shapes[name].items()}
+        whole = [path for path, axis in axes.items() if axis is None]
+        assert sum(sizes[path] for path in whole) < 0.01 * sum(sizes.values()), name
+        for path, axis in axes.items():
+            assert axis is None or shapes[name][path].shape[axis] % fsdp == 0
+        if fsdp == 8:
+            assert all(path.endswith((".bias", ".scale")) for path in whole if "quant_conv" not in path), name
+
+
+def test_the_first_axis_that_divides_is_taken():
+    assert divided_axis("conv_in.kernel", (3, 3, 4, 320), 8) == 3  # four input channels can't be divided by eight
+    assert divided_axis("conv_out.kernel", (3, 3, 320, 4), 8) == 2
+    assert divided_axis("a.to_q.kernel", (320, 320), 8) == 0
+    assert divided_axis("a.to_q.kernel", (320, 320), 1) is None
+    assert divided_axis("a.to_q.kernel", (12, 20), 8) is None
+    assert divided_axis("a.to_q.bias", (320,), 8) is None
+    assert (spec(2), spec(None)) == (P(None, None, "fsdp"), P())
+
+
+def test_a_path_without_a_rule_is_an_error():
+    with pytest.raises(ValueError, match=r"no rule .* matches the parameter mid_block\.0\.lora"):
+        divided_axis("mid_block.0.lora", (8, 8), 1)
+
+
+def test_the_state_lies_as_its_weights_do():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    params = {"unet": {"conv_in.kernel": jnp.ones((3, 3, 4, 8)), "conv_in.bias": jnp.ones(8)}}
+    state = {"step": jnp.int32(0), "params": params, "opt_state": optax.adamw(1e-3).init(params)}
+    found = shardings(state, mesh)
+    of_kernels = [s.spec for s, x in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True) if x.ndim == 4]
+    assert of_kernels == [P(None, None, "fsdp")] * 3  # the weight and both of its moments
+    assert {s.spec for s, x in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True) if x.ndim < 4} == {P()}
+
+
+def test_each_device_gets_its_part():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    array = np.arange(8 * 5, dtype=np.float32).reshape(8, 5)
+    like = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=jax.NamedSharding(mesh, P("fsdp")))
+    placed = place({"a": array}, {"a": like})["a"]
+    assert placed.addressable_shards[0].data.shape == (2, 5)
+    np.testing.assert_array_equal(placed, array)

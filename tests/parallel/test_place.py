@@ -1,0 +1,60 @@
+"""Where a process stands: by its options, by SLURM, by nothing."""
+
+import pytest
+
+from lcm_jax.errors import UserError
+from lcm_jax.parallel.processes import Place, find
+
+SLURM = {
+    "SLURM_JOB_ID": "5000",
+    "SLURM_STEP_NODELIST": "node[007-010]",
+    "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+}
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch):
+    for name in SLURM:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("JAX_COORDINATOR_PORT", raising=False)
+
+
+def test_alone_without_a_word():
+    assert find(None, None, None) is None
+    assert find("10.0.0.1:8476", 1, 0) is None
+
+
+def test_options_are_taken_as_they_are():
+    assert find("10.0.0.1:8476", 4, 3) == Place("10.0.0.1:8476", 3, 4)
+
+
+def test_slurm_knows(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "8476")
+    assert find(None, None, None) == Place("node007:8476", 5, 8, [1])
+    assert find("other:1234", 2, 1) == Place("other:1234", 1, 2)  # options come first
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert find(None, None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ("host:8476", None, None),
+            "--num-processes, --process-id is missing; of --coordinator, --num-processes, --pr",
+        ),
+        ((None, 2, 1), "--coordinator is missing"),
+        (("host", 2, 1), "--coordinator=host is not HOST:PORT, as in 10.0.0.1:8476"),
+        (("host:70000", 2, 1), "is not HOST:PORT"),
+        ((":8476", 2, 1), "is not HOST:PORT"),
+        (("host:8476", 2, 2), r"--process-id=2 is not in 0\.\.1, the numbers of 2 processes"),
+        (("host:8476", 2, -1), "--process-id=-1 is not in"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(given, said):
+    with pytest.raises(UserError, match=said):
+        find(*given)

@@ -1,0 +1,148 @@
+"""Processes that wait for each other, refuse each other, and notice who is lost; here in threads."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from lcm_jax.errors import UserError
+from lcm_jax.parallel import roll_call
+from lcm_jax.parallel.roll_call import RollCall
+
+
+@pytest.fixture
+def address():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+class Member(threading.Thread):
+    """One process: what it said, how it got on, and what it heard of lost ones."""
+
+    def __init__(self, address, process, count, wait=20.0):
+        super().__init__(daemon=True)
+        self.given = (address, process, count)
+        self.wait, self.said, self.lost, self.error, self.call = wait, [], [], None, None
+        self.heard = threading.Event()
+        self.start()
+
+    def run(self):
+        try:
+            self.call = RollCall(
+                *self.given, wait=self.wait, say=self.said.append, how="Start it.", on_loss=self.on_loss
+            )
+        except UserError as error:
+            self.error = str(error)
+
+    def on_loss(self, why):
+        self.lost.append(why)
+        self.heard.set()
+
+
+def together(address, count, **options):
+    members = [Member(address, i, count, **options) for i in range(count)]
+    for member in members:
+        member.join(20)
+        assert member.call, member.error
+    return members
+
+
+def test_all_come_and_leave_in_any_order(address):
+    members = together(address, 4)
+    leaving = [threading.Thread(target=members[i].call.leave) for i in (2, 0, 3, 1)]
+    for thread in leaving:
+        thread.start()
+    for thread in leaving:
+        thread.join(20)
+        assert not thread.is_alive()
+    time.sleep(0.1)
+    assert [member.lost for member in members] == [[]] * 4
+
+
+def test_who_is_missing_is_said(address, monkeypatch):
+    monkeypatch.setattr(roll_call, "SAY_EVERY", 0.2)
+    late = [Member(address, i, 4) for i in (3, 0)]
+    time.sleep(1.5)
+    said = late[1].said[-1]
+    assert said.startswith("Waiting for 2 of 4 processes: 1, 2 (here: 0 on ")
+    assert ", 3 on " in said
+    assert said.endswith("). Start it.")
+    assert "process 0 says which" in late[0].said[-1]
+    late += [Member(address, i, 4) for i in (1, 2)]
+    for member in late:
+        member.join(20)
+        assert member.call, member.error
+
+
+def test_waiting_in_vain_ends_in_one_line(address):
+    alone = Member(address, 0, 3, wait=0.5)
+    alone.join(20)
+    assert alone.error.startswith("waited in vain for 2 of 3 processes: 1, 2 (here: 0 on ")
+
+
+def test_a_list_that_does_not_answer_is_named(address):
+    nobody = Member(address, 1, 2, wait=0.1)
+    nobody.join(20)
+    assert nobody.error.startswith("process 0 at 127.0.0.1, port ")
+    assert "does not answer (Connection refused); does it run, and is the port open?" in nobody.error
+
+
+def test_a_port_that_is_taken_is_one_line(address):
+    with socket.create_server(("", int(address.rpartition(":")[2]))):
+        first = Member(address, 0, 2, wait=0.1)
+        first.join(20)
+    assert "can't be opened here: Address already in use; is an old run alive?" in first.error
+
+
+@pytest.mark.parametrize(
+    ("process", "count", "said"),
+    [(1, 3, "it is one of 3 processes, process 0 one of 2; give all the same number"), (0, 2, "another one of that")],
+)
+def test_one_that_does_not_belong_there_is_refused(address, monkeypatch, process, count, said):
+    Member(address, 0, 2)
+    time.sleep(0.3)
+    monkeypatch.setattr(roll_call, "_List", lambda *_: None)  # a second process 0 is on another host
+    stranger = Member(address, process, count)
+    stranger.join(20)
+    assert said in stranger.error
+
+
+def test_whatever_else_connects_does_no_harm(address):
+    first = Member(address, 0, 2)
+    time.sleep(0.3)
+    for sent in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}\n', b"[]\n", b""):
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+            connection.sendall(sent)
+    second = Member(address, 1, 2)
+    for member in (first, second):
+        member.join(20)
+        assert member.call, member.error
+
+
+def test_a_lost_process_is_told_to_all_others(address):
+    members = together(address, 3)
+    members[1].call._socket.shutdown(socket.SHUT_RDWR)  # as the kernel does for a killed one
+    for i in (0, 2):
+        assert members[i].heard.wait(20)
+        assert members[i].lost[0].startswith("process 1 on ")
+        assert members[i].lost[0].endswith(" is gone, without a word (killed?)")
+
+
+def test_why_a_process_ended_is_told(address):
+    members = together(address, 3)
+    members[2].call.leave("its disk is full")
+    for i in (0, 1):
+        assert members[i].heard.wait(20)
+        assert members[i].lost[0].endswith(" has ended: its disk is full")
+    assert members[2].lost == []
+
+
+def test_one_that_leaves_before_all_are_there_may_come_again(address):
+    first = Member(address, 0, 3)
+    Member(address, 1, 3, wait=0.3).join(20)
+    time.sleep(0.2)
+    again = [Member(address, i, 3) for i in (1, 2)]
+    for member in (first, *again):
+        member.join(20)
+        assert member.call, member.error

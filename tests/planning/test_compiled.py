@@ -1,0 +1,67 @@
+"""Reading a scheduled program: loops multiplied, sizes of types, exchanges in each of the forms that XLA gives them."""
+
+import pathlib
+
+import pytest
+
+from lcm_jax.planning.compiled import Program, size_of
+
+TEXT = (pathlib.Path(__file__).parent / "program.hlo").read_text()
+
+
+@pytest.fixture(scope="module")
+def program():
+    return Program(TEXT)
+
+
+def test_operations_run_as_often_as_their_loops(program):
+    found = [(op.name, op.times, op.cycles) for op in program.operations() if op.cycles]
+    assert found == [("work", 5, 7000), ("work", 3, 7000), ("dear", 1, 500)]  # of branches, the dearer
+
+
+def test_nothing_is_listed_that_does_not_run(program):
+    kinds = {op.kind for op in program.operations()}
+    assert not kinds & {"parameter", "constant", "tuple", "get-tuple-element", "while", "convolution"}
+    kernel = next(op for op in program.operations() if op.kind == "custom-call")
+    assert (kernel.source, kernel.bytes) == ("jit(f)/attn/pallas_call", 16 * 4096 * 128 * 2)
+
+
+def test_exchanges_in_each_form(program):
+    found = [(c.kind, c.times, c.bytes, c.hidden_cycles) for c in program.collectives()]
+    assert found == [
+        ("all-gather", 5, 2**21, 7000),  # started and done, with work between
+        ("all-gather", 3, 2**21, 7000),
+        ("reduce-scatter", 1, 2**20, 0),  # an all-reduce of which a fusion keeps a part
+        ("collective-permute", 1, 64, 0),
+        ("all-reduce", 1, 4, 0),
+    ]
+
+
+def test_groups_are_read_in_both_notations(program):
+    groups = [c.groups for c in program.collectives()]
+    assert groups[0] == ((0, 1, 2, 3), (4, 5, 6, 7))  # [2,4]<=[8]
+    assert groups[2] == groups[0]
+    assert groups[3] == ((0, 1), (1, 0))
+    assert groups[4] == (tuple(range(8)),)
+    transposed = TEXT.replace("[2,4]<=[8]", "[4,2]<=[2,4]T(1,0)")
+    assert Program(transposed).collectives()[0].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
+@pytest.mark.parametrize(
+    ("type", "size"),
+    [
+        ("bf16[8,128]{1,0:T(8,128)(2,1)}", 2048),
+        ("f32[]{:T(128)}", 4),
+        ("(s32[]{:T(128)}, bf16[2,3]{1,0}, pred[7])", 4 + 12 + 7),
+        ("u32[]{:S(2)}", 4),
+        ("f8e4m3fn[16]", 16),
+        ("token[]", 0),
+    ],
+)
+def test_sizes_of_types(type, size):
+    assert size_of(type) == size
+
+
+def test_a_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no entry computation"):
+        Program("nothing")
