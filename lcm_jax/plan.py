@@ -54,7 +54,7 @@ class _NoFit(Exception):
 def report(config: Config, compiled: Compiled) -> Report:
     """Returns all figures of a compiled step, as plain values."""
     where, chips = compiled.topology, compiled.step.mesh.size
-    program = Program(compiled.executable.as_text())
+    program = Program(compiled.executable.as_text() or "")
     needed = model_flops(config)
     memory, times = estimate.memory(compiled), estimate.times(compiled, program, needed // chips)
     analysis = estimate.cost(compiled)

@@ -8,6 +8,7 @@ names that they have in a diffusers folder: 'unet', 'text_encoder', 'vae'. Maste
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,6 @@ from lcm_jax.config import Config, OptimizerConfig
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import Folder
-from lcm_jax.interop.tokenizer import Tokenizer
 from lcm_jax.models import MODEL_CLASSES, Flat, Network, Policy
 
 State = dict[str, Any]
@@ -67,7 +67,7 @@ def frozen_components(config: Config) -> dict[str, str]:
     return {name: source for name, source in names.items() if name not in trained_components(config)}
 
 
-def make_parts(config: Config, folder: Folder, tokenizer: Tokenizer) -> Parts:
+def make_parts(config: Config, folder: Folder, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> Parts:
     """Builds the networks of a run from the folder's own configurations."""
     policy = Policy.named(config.model.dtype)
     networks = {}

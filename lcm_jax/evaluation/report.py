@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lcm_jax.errors import UserError
 from lcm_jax.evaluation.digits import Score, Share
 
 

@@ -36,7 +36,7 @@ def flash_attention(
             raise ValueError(f"{tokens} tokens are no multiple of the block of {block}")
     b, _, h, d = q.shape
     padded = (_heads_first(x, -d % LANES) for x in (q, k, v))
-    y = _attention(*padded, d**-0.5, block)
+    y: Array = _attention(*padded, d**-0.5, block)
     return y[..., :d].reshape(b, h, -1, d).transpose(0, 2, 1, 3)
 
 
@@ -190,7 +190,8 @@ def _call(
     `products` matrix products of (block, d) by (block, d) are what it computes for each pair of blocks.
     """
     (heads, outer, inner), d = grid, operands[0].shape[-1]
-    length = {spec.block_shape[1] for spec in in_specs}.pop()
+    shape: Any = in_specs[0].block_shape  # all have the same length
+    length = shape[1]
     scores = heads * outer * length * inner * length
 
     def size(x: Array | jax.ShapeDtypeStruct) -> int:

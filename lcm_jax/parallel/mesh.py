@@ -7,6 +7,7 @@ slow network between slices, once a step.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -72,7 +73,7 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int]:
     return sizes["data"], sizes["fsdp"]
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh of all devices of the run, or of `devices`, with the axes "data" and "fsdp".
 
     Devices of several slices (those whose `slice_index` differs) are put together along "data" only.

@@ -55,7 +55,7 @@ class Program:
         rows = self.rows
 
         def place(local: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-            def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            def of_device(index: Any) -> np.ndarray:
                 wanted = np.arange(like.shape[0])[index[0]]
                 return local[np.searchsorted(rows, wanted)]
 
@@ -65,11 +65,8 @@ class Program:
 
     def put_stop(self, number: int) -> jax.Array:
         """Returns the step's fourth argument: this process's number, for each of its devices."""
-        return jax.make_array_from_callback(
-            self.stop.shape,
-            self.stop.sharding,
-            lambda index: np.full(len(range(self.mesh.size)[index[0]]), number, np.int32),
-        )
+        numbers = np.full(self.stop.shape, number, np.int32)
+        return jax.make_array_from_callback(numbers.shape, self.stop.sharding, lambda index: numbers[index])
 
     def whole(self, tree: Any) -> Any:
         """Returns the same arrays with all of each on each device."""

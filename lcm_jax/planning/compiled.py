@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 _BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
     "u64": 8, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 0.5, "u4": 0.5,
@@ -234,9 +236,7 @@ def _groups(line: _Line) -> tuple[tuple[int, ...], ...]:
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line.text)
     if not iota:
         return ()
-    import numpy as np
-
-    shape, of, order = (tuple(map(int, part.split(","))) if part else None for part in iota.groups())
-    numbers = np.arange(math.prod(of or ())).reshape(of)
+    shape, of, order = ([int(n) for n in part.split(",")] if part else [] for part in iota.groups())
+    numbers = np.arange(math.prod(of)).reshape(of)
     numbers = numbers.transpose(order) if order else numbers
-    return tuple(tuple(map(int, group)) for group in numbers.reshape(shape))
+    return tuple(map(tuple, numbers.reshape(shape).tolist()))

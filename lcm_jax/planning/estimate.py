@@ -29,6 +29,7 @@ class Compiled:
 def memory(compiled: Compiled) -> Report:
     """Returns bytes a chip, by what they hold; `temporaries` are activations, gathered weights and gradients."""
     stats = compiled.executable.memory_analysis()
+    assert stats is not None  # for all but GPU executables that were loaded from a file
     state = compiled.step.state
     parts = {
         "parameters": _bytes(state["params"]),
@@ -108,10 +109,12 @@ def cost(compiled: Compiled) -> dict[str, float]:
 
 def profile(program: Program, topology: Topology) -> list[Report]:
     """Returns where the cycles go, by module and operation of the model, the dearest first."""
-    seconds: collections.Counter[tuple[str, str]] = collections.Counter()
+    seconds: dict[tuple[str, str], float] = collections.defaultdict(float)
     for operation, cycles, times in _priced(program, topology):
         seconds[place(operation.source)] += cycles * times / topology.chip.clock
-    return [{"module": m, "operation": o, "seconds": s} for (m, o), s in seconds.most_common()]
+    return [
+        {"module": m, "operation": o, "seconds": s} for (m, o), s in sorted(seconds.items(), key=lambda each: -each[1])
+    ]
 
 
 def _priced(program: Program, topology: Topology) -> list[tuple[Operation, float, int]]:

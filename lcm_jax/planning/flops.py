@@ -20,10 +20,10 @@ def _of(equation: JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
+        shape = _shape(equation.invars[0])
         return 2 * _size(equation.outvars[0]) * math.prod(shape[axis] for axis in contracted)
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
+        kernel = _shape(equation.invars[1])
         out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
         # a dilated input, as in the gradient of a strided convolution, is mostly zeros that need no product
         zeros = math.prod(params["lhs_dilation"])
@@ -36,8 +36,12 @@ def _of(equation: JaxprEqn) -> int:
     return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
 def _size(variable: Any) -> int:
-    return math.prod(variable.aval.shape)
+    return math.prod(_shape(variable))
 
 
 def of_function(function: Any, *args: Any) -> int:

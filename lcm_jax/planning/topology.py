@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from lcm_jax.errors import UserError
 from lcm_jax.planning.chips import CHIPS, Chip
 
@@ -93,7 +91,7 @@ def _known() -> str:
     return f"there are {examples}, and local (the devices of this machine)"
 
 
-def devices(topology: Topology) -> list[jax.Device]:
+def devices(topology: Topology) -> list[Any]:
     """Returns the devices, one a chip, as libtpu describes them.
 
     Raises: UserError where libtpu is missing, or does not know the shape.
@@ -102,6 +100,7 @@ def devices(topology: Topology) -> list[jax.Device]:
     if topology.chip.kind == "v4":
         options["chip_config_name"] = "megacore"  # else each chip is two devices
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one that two processes would fight for
     try:
         from jax.experimental import topologies
 
