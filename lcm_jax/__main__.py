@@ -11,6 +11,8 @@ COMMANDS = {
     "export": "write a trained model as a folder that diffusers loads",
     "sample": "draw pictures for prompts",
     "evaluate": "measure a model of the captioned digits: a table, curves, a sheet of pictures",
+    "encode": "encode a data set's pictures once, so that training need not do it in each step",
+    "plan": "say what a run would cost on a TPU pod, before one is rented",
     "blank": "write a folder with random weights, to train from nothing",
 }
 

@@ -145,6 +145,8 @@ class Config:
         one_of("objective", self.objective, OBJECTIVES)
         _positive(self, "steps", "batch_size", "accumulate", "max_skipped")
         _not_negative(self, "seed")
+        if self.data.latents and self.objective == "autoencoder":
+            raise UserError("data.latents is true, but an autoencoder is trained on pictures")
         for name in OBJECTIVES:
             section = getattr(self, name)
             if name != self.objective and section != type(section)():

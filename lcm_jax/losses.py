@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.config import Config
+from lcm_jax.models import Network
+from lcm_jax.models.vae import scaled_draw
 from lcm_jax.objectives import autoencoder, denoising, lcd
 from lcm_jax.state import Parts
 
-Batch = dict[str, jax.Array]  # 'image' uint8 (B, H, W, 3), 'input_ids' int32 (B, L)
+# 'input_ids' int32 (B, L), and 'image' uint8 (B, H, W, 3) or 'moments' (B, h, w, 2C): mean and log-variance of q(z|x)
+Batch = dict[str, jax.Array]
 Aux = dict[str, jax.Array]
 
 
@@ -33,6 +36,16 @@ def make_loss(config: Config, parts: Parts) -> Loss:
     return _LOSSES[config.objective](config, parts)
 
 
+def _bound(name: str, network: Network, params: Any, **options: Any) -> Callable[..., Any]:
+    """The network with these weights, as a function; profiles show what it does under `name`."""
+
+    def function(*args: Any) -> Any:
+        with jax.named_scope(name):
+            return network.apply(params, *args, **options)
+
+    return function
+
+
 def _pixels(batch: Batch) -> jax.Array:
     """uint8 (B, H, W, 3) to float32 in [-1, 1]."""
     return batch["image"].astype(jnp.float32) / 127.5 - 1.0
@@ -40,7 +53,12 @@ def _pixels(batch: Batch) -> jax.Array:
 
 def _latents(parts: Parts, vae: dict, batch: Batch, noise: jax.Array) -> jax.Array:
     """A draw from the VAE's posterior at these images, scaled: z_0."""
-    return parts.networks["vae"].apply(vae, _pixels(batch), noise, method="to_latents").astype(jnp.float32)
+    network = parts.networks["vae"]
+    if "moments" in batch:
+        mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
+    else:
+        mean, logvar = _bound("vae", network, vae, method="encode")(_pixels(batch))
+    return scaled_draw(network.config, mean, logvar, noise)
 
 
 def _lcd(config: Config, parts: Parts) -> Loss:
@@ -54,12 +72,12 @@ def _lcd(config: Config, parts: Parts) -> Loss:
     def loss(params, target, frozen, batch, draws):
         noise, draws = draws
         z_0 = _latents(parts, frozen["vae"], batch, noise)
-        context = text.apply(frozen["text_encoder"], batch["input_ids"])
-        null_context = text.apply(frozen["text_encoder"], parts.null_ids)
+        encode = _bound("text_encoder", text, frozen["text_encoder"])
+        context, null_context = encode(batch["input_ids"]), encode(parts.null_ids)
         return lcd.lcd_loss(
-            student=lambda z, t, c, e: unet.apply(params["unet"], z, t, c, e),
-            target=lambda z, t, c, e: unet.apply(target["unet"], z, t, c, e),
-            teacher=lambda z, t, c: teacher.apply(frozen["teacher"], z, t, c),
+            student=_bound("student", unet, params["unet"]),
+            target=_bound("target", unet, target["unet"]),
+            teacher=_bound("teacher", teacher, frozen["teacher"]),
             schedule=parts.schedule,
             z_0=z_0,
             context=context,
@@ -83,10 +101,10 @@ def _denoising(config: Config, parts: Parts) -> Loss:
         noise, draws = draws
         z_0 = _latents(parts, frozen["vae"], batch, noise)
         text_params = params["text_encoder"] if "text_encoder" in params else frozen["text_encoder"]
-        context = text.apply(text_params, batch["input_ids"])
-        null_context = text.apply(text_params, parts.null_ids)
+        encode = _bound("text_encoder", text, text_params)
+        context, null_context = encode(batch["input_ids"]), encode(parts.null_ids)
         return denoising.denoising_loss(
-            lambda z, t, c: unet.apply(params["unet"], z, t, c),
+            _bound("unet", unet, params["unet"]),
             schedule=parts.schedule,
             z_0=z_0,
             context=context,
@@ -103,8 +121,8 @@ def _autoencoder(config: Config, parts: Parts) -> Loss:
 
     def loss(params, _, frozen, batch, noise):
         return autoencoder.autoencoder_loss(
-            encode=lambda x: vae.apply(params["vae"], x, method="encode"),
-            decode=lambda z: vae.apply(params["vae"], z, method="decode"),
+            encode=_bound("encoder", vae, params["vae"], method="encode"),
+            decode=_bound("decoder", vae, params["vae"], method="decode"),
             images=_pixels(batch),
             noise=noise,
             config=config.autoencoder,

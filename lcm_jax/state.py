@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from lcm_jax.config import Config, OptimizerConfig
+from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import Folder
@@ -41,11 +42,17 @@ class Parts:
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Returns (h, w, C), the latents of a square picture of `image_size` pixels; raises UserError if none fits."""
-        vae = self.networks["vae"].config
-        factor = 2 ** (len(vae.block_out_channels) - 1)
-        if image_size % factor:
-            raise UserError(f"config.data.image_size={image_size} is no multiple of {factor}, as this VAE needs")
-        return image_size // factor, image_size // factor, vae.latent_channels
+        return self.networks["vae"].config.latent_shape(image_size)
+
+    def sample_shapes(self, config: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shape and dtype of each part of one sample of a batch."""
+        shapes = {"input_ids": jax.ShapeDtypeStruct(self.null_ids.shape[1:], jnp.int32)}
+        if config.latents:
+            *size, channels = self.latent_shape(config.image_size)
+            shapes["moments"] = jax.ShapeDtypeStruct((*size, 2 * channels), jnp.float16)
+        else:
+            shapes["image"] = jax.ShapeDtypeStruct((config.image_size, config.image_size, 3), jnp.uint8)
+        return shapes
 
 
 def trained_components(config: Config) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def make_step(config: Config, parts: Parts, mesh: Mesh | None = None) -> Step:
     def step(state: State, frozen: dict, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         params = state["params"]
-        draws = draw(key, (len(batch["image"]), *latent_shape))
+        draws = draw(key, (len(batch["input_ids"]), *latent_shape))
         (loss, aux), grads = gradient(params, state["ema"] or params, frozen, batch, draws)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

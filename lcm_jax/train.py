@@ -74,7 +74,14 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
         return Result(start, 0)
     frozen = place(frozen_params(config, folder), program.frozen)
 
-    data = batches(config.data, tokenize=tokenizer, batch_size=config.batch_size, seed=config.seed, rows=program.rows)
+    data = batches(
+        config.data,
+        tokenize=tokenizer,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rows=program.rows,
+        vae=folder.components["vae"].params,
+    )
     if data_state is not None:
         data.set_state(data_state)
     preview = make_preview(config, parts, tokenizer)

@@ -7,7 +7,7 @@ and the whole state of the pipeline is one number.
 
 import dataclasses
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image, ImageOps
 
+from lcm_jax.data import latents
 from lcm_jax.data.sources import Source, open_source
 from lcm_jax.errors import UserError, one_of
 
@@ -32,6 +33,7 @@ class DataConfig:
     split: str = "train"  # a TFDS split expression: "train", "train[:10%]"
     image_key: str = "image"
     caption_key: str = "caption"  # "captions/text" for nested features; of several captions one is drawn each time
+    latents: bool = False  # the data set holds encoded pictures, as `lcm_jax.encode` writes them, in place of pictures
     image_size: int = 32  # pixels: the shorter side is resized to it, then a square is cropped
     resize: str = "lanczos"  # lanczos | bicubic
     crop: str = "center"  # center | random
@@ -48,6 +50,9 @@ class DataConfig:
         for name in ("image_size", "threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("image_key", "caption_key", "resize", "crop", "flip"):
+            if self.latents and getattr(self, name) != getattr(DataConfig, name):
+                raise UserError(f"{name} has no effect: latents is true, and these pictures are encoded already")
         one_of("resize", self.resize, RESAMPLING)
         one_of("crop", self.crop, ("center", "random"))
 
@@ -92,19 +97,22 @@ class _LoadBatch(grain.transforms.RandomMap):
             place = np.full(len(place), 0.5)
         numbers = element[self.rows].tolist()
         images, texts = [], []
-        for i, (encoded, captions) in enumerate(self.source.read(numbers)):
-            try:
-                images.append(prepare_image(encoded, config, place[i], config.flip and mirror[i] < 0.5))
-            except Exception as error:
-                raise UserError(
-                    f"{self.source.where}: the image of record {numbers[i]} cannot be decoded ({error})"
-                ) from None
+        for i, (image, captions) in enumerate(self.source.read(numbers)):
+            if not config.latents:
+                try:
+                    image = prepare_image(image, config, place[i], config.flip and mirror[i] < 0.5)
+                except Exception as error:
+                    raise UserError(
+                        f"{self.source.where}: the image of record {numbers[i]} cannot be decoded ({error})"
+                    ) from None
+            images.append(image)
             texts.append(captions[int(which[i] * len(captions))])
-        return {"image": np.stack(images), "input_ids": np.asarray(self.tokenize(texts), np.int32)}
+        name = "moments" if config.latents else "image"
+        return {name: np.stack(images), "input_ids": np.asarray(self.tokenize(texts), np.int32)}
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
-    """An endless iterator of batches {'image': uint8 (B, S, S, 3), 'input_ids': int32 (B, L)}; see `batches`."""
+    """An endless iterator of batches; see `batches`."""
 
     def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], step: int):
         self._batches = iter(dataset)
@@ -138,6 +146,7 @@ def batches(
     seed: int,
     start_step: int = 0,
     rows: Sequence[int] | np.ndarray | None = None,
+    vae: Mapping[str, Any] | None = None,
 ) -> Batches:
     """Iterates over one process's part of the batches, without end.
 
@@ -148,11 +157,13 @@ def batches(
       rows: which rows of a batch this process reads, in this order; all by default.
       seed: 0 <= seed < 2**32. Batch n depends on (config, seed, batch_size, n) only.
       start_step: number of the first batch.
+      vae: {path: array}; that which must have encoded the data set, where it holds encoded pictures.
 
     Returns: iterator of {'image': uint8 (B, S, S, 3), 'input_ids': int32 (B, L)} with get_state, set_state and close;
-      B = the number of rows, S = config.image_size.
-    Raises: UserError for a data set that cannot be opened (see `open_source`), and, while iterating, for a record that
-      cannot be read or decoded, naming it.
+      B = the number of rows, S = config.image_size. With config.latents there is 'moments', float16 (B, h, w, 2C), in
+      place of 'image'.
+    Raises: UserError for a data set that cannot be opened (see `open_source`) or was encoded otherwise, and, while
+      iterating, for a record that cannot be read or decoded, naming it.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be positive")
@@ -165,7 +176,10 @@ def batches(
         split=config.split,
         image_key=config.image_key,
         caption_key=config.caption_key,
+        encoded=config.latents,
     )
+    if config.latents and vae is not None:
+        latents.check(source.metadata, vae, config.image_size, source.where)
     numbers = grain.MapDataset.range(len(source)).seed(seed)
     if config.shuffle:
         numbers = numbers.shuffle()

@@ -18,23 +18,25 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 import lcm_jax.data.digits  # noqa: F401 (registers captioned_digits)
+from lcm_jax.data.latents import CAPTIONS, MOMENTS
 from lcm_jax.errors import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Pictures with captions, by index. `read` may be called from several threads."""
+    """Pictures, or what they were encoded to, with captions, by index. `read` may be called from several threads."""
 
     where: str  # names the data set and split in error messages
     records: Sequence[Any]  # TFDS data source; images undecoded
     image_key: str
     caption_key: str  # a path through nested features, "captions/text"
+    metadata: dict[str, Any]  # what the data set says of itself
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def read(self, indices: Sequence[int]) -> list[tuple[bytes, list[str]]]:
-        """Reads records. Returns for each the encoded image (PNG, JPEG, …) and its captions (at least one).
+    def read(self, indices: Sequence[int]) -> list[tuple[Any, list[str]]]:
+        """Reads records. Returns for each the image file (PNG, JPEG, …) or moments, and its captions (at least one).
 
         Raises UserError naming the record that cannot be read or has no caption.
         """
@@ -68,6 +70,7 @@ def open_source(
     split: str = "train",
     image_key: str = "image",
     caption_key: str = "caption",
+    encoded: bool = False,
 ) -> Source:
     """Opens one split of a data set.
 
@@ -78,6 +81,7 @@ def open_source(
       data_dir: where prepared data sets lie; "" means TFDS's default, ~/tensorflow_datasets.
       split: TFDS split expression: "train", "train[:10%]", "train+test".
       image_key, caption_key: features to read; `caption_key` may be a path ("captions/text") and may hold several.
+      encoded: whether it is a data set of `lcm_jax.data.latents`; then the keys are those it has.
 
     Raises UserError for a data set, split or key that is not there, an empty split, and files of another format.
     """
@@ -89,7 +93,14 @@ def open_source(
             f"{place} holds {found} files, not array_record: convert it where TensorFlow is installed, with"
             f" tfds convert_format --dataset_version_dir={place} --out_file_format=array_record"
         )
-    _check_keys(info.features, image_key, caption_key, place)
+    if encoded:
+        if MOMENTS not in info.features:
+            raise UserError(f"{place} holds no encoded pictures (data.latents); lcm_jax.encode writes such data sets")
+        image_key, caption_key = MOMENTS, CAPTIONS
+    elif MOMENTS in info.features and image_key not in info.features:
+        raise UserError(f"{place} holds encoded pictures; read them with data.latents=True")
+    else:
+        _check_keys(info.features, image_key, caption_key, place)
     _check_split(info, split, place)
     # Only the wanted image is decoded, later and by Pillow; the others are left as bytes as well.
     undecoded = {k: tfds.decode.SkipDecoding() for k, f in info.features.items() if isinstance(f, tfds.features.Image)}
@@ -97,7 +108,7 @@ def open_source(
         records = builder.as_data_source(split, decoders=undecoded, file_format="array_record")
     except Exception as error:
         raise UserError(f"{place}: split {split!r} cannot be opened ({_line(error)})") from None
-    source = Source(f"{place} split {split!r}", records, image_key, caption_key)
+    source = Source(f"{place} split {split!r}", records, image_key, caption_key, dict(info.metadata or {}))
     if not len(source):
         raise UserError(f"{source.where} is empty; a data set needs at least one example")
     source.read([0])
@@ -121,7 +132,7 @@ def _from_directory(directory: str) -> Any:
 def _from_name(name: str, data_dir: str) -> Any:
     builder = _builder(name, data_dir)
     if not builder.data_path.exists():
-        _prepare(builder)
+        prepare(builder)
         builder = _builder(name, data_dir)  # a builder reads what is there when it is made
     return builder
 
@@ -139,7 +150,7 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise UserError(f"data set {name!r} cannot be opened ({_line(error)})") from None
 
 
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+def prepare(builder: tfds.core.DatasetBuilder) -> None:
     """Writes the data set once, whatever starts at the same time or died before.
 
     TFDS writes beside the target and renames at the end; the lock keeps a second process waiting, and whoever holds it

@@ -65,6 +65,13 @@ class VAEConfig:
                 one_of(name, value, (block,))
         return cls(**values)
 
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Returns (h, w, C), the latents of a square picture of `image_size` pixels; raises UserError if none fits."""
+        factor = 2 ** (len(self.block_out_channels) - 1)
+        if image_size % factor:
+            raise UserError(f"config.data.image_size={image_size} is no multiple of {factor}, as this VAE needs")
+        return image_size // factor, image_size // factor, self.latent_channels
+
 
 class _Downsample(nnx.Module):
     """A convolution of stride 2, padded by one at the bottom and the right only, unlike the UNet's."""
@@ -233,11 +240,16 @@ class AutoencoderKL(nnx.Module):
         self, images: Float[Array, "b H W i"], noise: Float[Array, "b h w c"] | None
     ) -> Float[Array, "b h w c"]:
         """Pictures in [-1, 1] to scaled latents: the mean, or with standard normal `noise` a draw from q(z|x)."""
-        z, logvar = self.encode(images)
-        if noise is not None:
-            z = z + jnp.exp(0.5 * logvar) * noise
-        return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+        return scaled_draw(self.config, *self.encode(images), noise)
 
     def to_images(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
         """Scaled latents to pictures, about [-1, 1], float32."""
         return self.decode(latents / self.config.scaling_factor + (self.config.shift_factor or 0.0))
+
+
+def scaled_draw(
+    config: VAEConfig, mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"], noise: Array | None
+) -> Float[Array, "b h w c"]:
+    """Scaled latents of q(z|x) = N(mean, exp(logvar)): a draw with standard normal `noise`, or the mean without."""
+    z = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
+    return (z - (config.shift_factor or 0.0)) * config.scaling_factor

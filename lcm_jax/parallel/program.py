@@ -87,12 +87,10 @@ def make_program(config: Config, parts: Parts, mesh: Mesh) -> Program:
         frozen = _sharded(frozen, mesh)
     else:
         frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), frozen)
-    size, over_batch = config.data.image_size, NamedSharding(mesh, BATCH)
+    over_batch = NamedSharding(mesh, BATCH)
     batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8, sharding=over_batch),
-        "input_ids": jax.ShapeDtypeStruct(
-            (config.batch_size, parts.null_ids.shape[1]), parts.null_ids.dtype, sharding=over_batch
-        ),
+        name: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape), leaf.dtype, sharding=over_batch)
+        for name, leaf in parts.sample_shapes(config.data).items()
     }
     stop = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=over_batch)
     places = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state, frozen, batch, stop)]

@@ -1,0 +1,72 @@
+"""Pictures that were encoded once: an ArrayRecord data set of TFDS with the moments of q(z|x) and the captions.
+
+A run that reads it needs neither to decode pictures nor to run the VAE's encoder in each step. The data set says which
+VAE made it and of which size the pictures were (metadata.json), so that it is not taken for another's.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from lcm_jax.errors import UserError
+
+MOMENTS = "moments"  # (h, w, 2C) float16: mean and log-variance, not scaled
+CAPTIONS = "captions"
+
+
+def fingerprint(vae: Mapping[str, Any]) -> str:
+    """Returns a hash of the encoder's weights, {path: array}; the same for a VAE stored in float32 and in float16."""
+    digest = hashlib.sha256()
+    for path in sorted(vae):
+        if path.startswith(("encoder.", "quant_conv.")):
+            digest.update(path.encode() + np.asarray(vae[path], np.float16).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check(metadata: Mapping[str, Any] | None, vae: Mapping[str, Any], image_size: int, where: str) -> None:
+    """Raises UserError unless the data set was made by this VAE, of pictures of this size."""
+    made = dict(metadata or {})
+    if made.get("image_size") != image_size:
+        raise UserError(f"{where} is of {made.get('image_size')} px, config.data.image_size is {image_size}")
+    if made.get("vae") != fingerprint(vae):
+        raise UserError(f"{where} was encoded by another VAE than this folder's; run lcm_jax.encode with this one")
+
+
+class Encoded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Writes the data set, as `data_dir`/encoded/1.0.0 with the one split "train"."""
+
+    name = "encoded"
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = {}  # noqa: RUF012 (nothing is downloaded)
+
+    def __init__(
+        self, examples: Iterable[tuple[np.ndarray, list[str]]], *, shape: tuple[int, ...], made: dict, data_dir: str
+    ) -> None:
+        """Args: moments and captions of each picture; shape of the moments; the metadata that `check` reads."""
+        self._examples, self._shape, self._made = examples, shape, made
+        super().__init__(data_dir=data_dir)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Moments of the latents of pictures, as lcm_jax.encode writes them, with the captions.",
+            features=tfds.features.FeaturesDict(
+                {
+                    MOMENTS: tfds.features.Tensor(shape=self._shape, dtype=np.float16),
+                    CAPTIONS: tfds.features.Sequence(tfds.features.Text()),
+                }
+            ),
+            metadata=tfds.core.MetadataDict(self._made),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        del dl_manager
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+        for number, (moments, captions) in enumerate(self._examples):
+            yield number, {MOMENTS: moments, CAPTIONS: captions}

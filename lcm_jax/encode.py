@@ -1,0 +1,116 @@
+"""python -m lcm_jax.encode --config=configs/sd15.py --out=data/encoded [--batch=32] [--config.<option>=<value> …]
+
+Runs the VAE of config.model.folder once over all pictures of config.data and writes what it says of them, with the
+captions, as a data set that `train` reads with --config.data.latents=True: the step is then free of the encoder, and
+the hosts of JPEG files. Pictures are resized and cropped as the config says; a random crop, or a mirrored half, is
+drawn once. Parts of a data set may be encoded side by side: --config.data.split='train[:50%]'.
+"""
+
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from rich.console import Console
+from rich.progress import track
+
+from lcm_jax import cli, compile_cache
+from lcm_jax import config as config_lib
+from lcm_jax.config import Config
+from lcm_jax.data import latents
+from lcm_jax.data.pipeline import prepare_image
+from lcm_jax.data.sources import Source, open_source, prepare
+from lcm_jax.errors import UserError
+from lcm_jax.interop.folder import Folder, read_folder
+from lcm_jax.models import Policy
+from lcm_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, split_cpu
+
+
+def pictures(source: Source, config: Config, batch_size: int) -> Iterator[tuple[np.ndarray, list[list[str]]]]:
+    """Yields uint8 (B, S, S, 3) with the captions of each, in the data set's order; the last batch may be smaller."""
+
+    def load(number: int, record: tuple[bytes, list[str]]) -> np.ndarray:
+        place, mirror = np.random.default_rng([config.seed, number]).random(2)
+        place = place if config.data.crop == "random" else 0.5
+        try:
+            return prepare_image(record[0], config.data, place, config.data.flip and mirror < 0.5)
+        except Exception as error:
+            raise UserError(f"{source.where}: the image of record {number} cannot be decoded ({error})") from None
+
+    with ThreadPoolExecutor(config.data.threads) as pool:
+        for start in range(0, len(source), batch_size):
+            numbers = range(start, min(start + batch_size, len(source)))
+            records = source.read(numbers)
+            yield np.stack(list(pool.map(load, numbers, records))), [captions for _, captions in records]
+
+
+def encode(config: Config, folder: Folder, source: Source, batch_size: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Yields (moments, captions) of each picture: float16 (h, w, 2C), mean and log-variance of q(z|x).
+
+    Raises: UserError for a record that can't be read or decoded, and for a batch that the devices do not divide.
+    """
+    mesh = make_mesh(MeshConfig())
+    if batch_size % mesh.size:
+        raise UserError(f"--batch={batch_size} does not divide by the {mesh.size} devices")
+    network = folder.components["vae"].network(policy=Policy.named(config.model.dtype))
+    dtype = network.policy.compute
+    params = {path: jnp.asarray(array, dtype) for path, array in folder.components["vae"].params.items()}
+
+    @jax.jit
+    def moments(params: dict, images: jax.Array) -> jax.Array:
+        mean_and_logvar = network.apply(params, images.astype(jnp.float32) / 127.5 - 1.0, method="encode")
+        return jnp.concatenate(mean_and_logvar, axis=-1).astype(jnp.float16)
+
+    for images, captions in pictures(source, config, batch_size):
+        padded = np.concatenate([images, np.zeros((batch_size - len(images), *images.shape[1:]), np.uint8)])
+        of_all = np.asarray(moments(params, jax.device_put(padded, NamedSharding(mesh, BATCH))))
+        yield from zip(of_all, captions, strict=False)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; `argv` without the program's name. Returns the exit code."""
+    parser = cli.parser("encode", __doc__)
+    parser.add_argument("--config", required=True, help="as for train")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="the folder in which the data set is made")
+    parser.add_argument("--batch", type=int, default=32, help="pictures at a time, over all devices (32)")
+    args, overrides = parser.parse_known_args(argv)
+    config = config_lib.load(args.config, overrides)
+    if args.batch < 1:
+        raise UserError(f"--batch={args.batch}; it must be at least 1")
+    if config.data.latents:
+        raise UserError("config.data.latents is true; give the data set that holds the pictures")
+    split_cpu(config.mesh.cpu_devices)
+    compile_cache.enable()
+    cli.make_folder("--out", args.out)
+    folder = read_folder(config.model.folder)
+    source = open_source(
+        config.data.dataset,
+        directory=config.data.directory,
+        data_dir=config.data.data_dir,
+        split=config.data.split,
+        image_key=config.data.image_key,
+        caption_key=config.data.caption_key,
+    )
+    vae, size = folder.components["vae"], config.data.image_size
+    height, width, channels = vae.network().config.latent_shape(size)
+    done = encode(config, folder, source, args.batch)
+    builder = latents.Encoded(
+        track(done, "encoding", total=len(source), console=Console(stderr=True)),
+        shape=(height, width, 2 * channels),
+        made={"vae": latents.fingerprint(vae.params), "image_size": size},
+        data_dir=str(args.out),
+    )
+    if builder.data_path.exists():
+        raise UserError(f"--out: {builder.data_path} is there already; delete it, or choose another folder")
+    prepare(builder)
+    print(f"Done: {len(source)} pictures in {builder.data_path}. Train from it with")
+    print(f"  --config.data.directory={builder.data_path} --config.data.latents=True")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,173 @@
+"""Pictures that were encoded once: what is written, what training reads of it, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from lcm_jax import cli, encode, train
+from lcm_jax.blank import write_blank
+from lcm_jax.config import default_config, from_dict
+from lcm_jax.data.pipeline import DataConfig, batches
+from lcm_jax.data.sources import open_source
+from lcm_jax.errors import UserError
+from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.tokenizer import load_tokenizer
+from lcm_jax.losses import make_loss
+from lcm_jax.state import frozen_params, initial_params, make_parts
+
+SPLIT = "validation[:20]"  # no multiple of a batch
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return str(write_blank("micro", tmp_path_factory.mktemp("micro") / "teacher"))
+
+
+@pytest.fixture(scope="module")
+def options(teacher, digits_data_dir):
+    return [
+        "--config=configs/digits.py:smoke",
+        f"--config.model.folder={teacher}",
+        f"--config.data.data_dir={digits_data_dir}",
+        f"--config.data.split={SPLIT}",
+        "--config.mesh.cpu_devices=0",
+        "--batch=8",
+    ]
+
+
+@pytest.fixture(scope="module")
+def encoded(options, tmp_path_factory):
+    """The version directory of the encoded pictures."""
+    out = tmp_path_factory.mktemp("encoded")
+    assert cli.run(encode.main, [*options, f"--out={out}"]) == 0
+    return out / "encoded" / "1.0.0"
+
+
+def test_each_picture_with_its_moments_and_captions(encoded, teacher, digits_data_dir):
+    pictures = tfds.builder("captioned_digits", data_dir=digits_data_dir).as_data_source(SPLIT)
+    written = open_source(directory=str(encoded), encoded=True).read(range(20))
+    vae = read_folder(teacher).components["vae"]
+    images = np.stack([record["image"] for record in pictures]).astype(np.float32) / 127.5 - 1
+    mean, logvar = vae.network().apply(vae.params, images, method="encode")
+    moments = np.concatenate([mean, logvar], axis=-1)
+    assert moments.std() > 0.1
+    for record, expected, (found, captions) in zip(pictures, moments, written, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+        assert captions == [record["caption"].decode()]
+
+
+def test_the_loss_is_that_of_the_pictures(encoded, teacher, digits_data_dir):
+    config = default_config()
+    config.model.folder = teacher
+    config = from_dict(config.to_dict())
+    folder = read_folder(teacher)
+    tokenize = load_tokenizer(folder)
+    losses = []
+    for data in (
+        DataConfig(data_dir=digits_data_dir, split=SPLIT),
+        DataConfig(directory=str(encoded), latents=True),
+    ):
+        run = dataclasses.replace(config, data=data)
+        parts = make_parts(run, folder, tokenize)
+        draw, loss, _ = make_loss(run, parts)
+        draws = draw(jax.random.key(0), (8, *parts.latent_shape(32)))
+        params = initial_params(run, parts, folder)
+        read = batches(data, tokenize=tokenize, batch_size=8, seed=0, vae=folder.components["vae"].params)
+        batch = next(read)
+        read.close()
+        assert {name: (array.shape[1:], array.dtype) for name, array in batch.items()} == {
+            name: (leaf.shape, leaf.dtype) for name, leaf in parts.sample_shapes(data).items()
+        }
+        losses.append(jax.jit(loss)(params, params, frozen_params(run, folder), batch, draws)[0])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--config.data.image_size=64", "is of 32 px, config.data.image_size is 64"),
+        ("--config.data.flip=True", "config.data.flip has no effect: latents is true"),
+        ("--config.data.image_key=photo", "config.data.image_key has no effect"),
+        ("--config.objective=autoencoder", "an autoencoder is trained on pictures"),
+        ("--config.data.split=validation", "has no split 'validation'"),
+    ],
+)
+def test_training_on_it_with_options_that_do_not_fit(encoded, teacher, option, said, tmp_path, capsys):
+    given = [
+        "--config=configs/digits.py:smoke",
+        f"--config.model.folder={teacher}",
+        f"--config.data.directory={encoded}",
+        "--config.data.latents=True",
+        "--config.mesh.cpu_devices=0",
+        option,
+    ]
+    assert cli.run(train.main, [*given, f"--workdir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_another_vae(encoded, teacher, tmp_path):
+    other = tmp_path / "1.0.0"
+    shutil.copytree(encoded, other)
+    metadata = json.loads((other / "metadata.json").read_text())
+    (other / "metadata.json").write_text(json.dumps({**metadata, "vae": "0" * 16}))
+    given = {"tokenize": lambda texts: np.zeros((len(texts), 4), np.int32), "batch_size": 2, "seed": 0}
+    vae = read_folder(teacher).components["vae"].params
+    with pytest.raises(UserError, match="was encoded by another VAE"):
+        batches(DataConfig(directory=str(other), latents=True), vae=vae, **given)
+    batches(DataConfig(directory=str(encoded), latents=True), vae=vae, **given).close()
+
+
+def test_pictures_and_encoded_ones_are_not_confused(encoded, digits_data_dir):
+    with pytest.raises(UserError, match=r"holds encoded pictures; read them with data.latents=True"):
+        open_source(directory=str(encoded))
+    with pytest.raises(UserError, match="holds no encoded pictures"):
+        open_source("captioned_digits", data_dir=digits_data_dir, encoded=True)
+
+
+def test_what_is_there_already_stays(encoded, options, capsys):
+    before = {file.name: file.read_bytes() for file in encoded.iterdir()}
+    assert cli.run(encode.main, [*options, f"--out={encoded.parent.parent}"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in encoded.iterdir()} == before
+
+
+def test_a_damaged_picture_is_named_and_nothing_is_left_that_looks_whole(photos, teacher, tmp_path, capsys):
+    given = [
+        "--config=configs/digits.py:smoke",
+        f"--config.model.folder={teacher}",
+        f"--config.data.directory={photos}",
+        "--config.data.image_key=photo",
+        "--config.data.caption_key=title",
+        "--config.mesh.cpu_devices=0",
+        "--batch=8",
+        f"--out={tmp_path}",
+    ]
+    assert cli.run(encode.main, [*given, "--config.data.split=damaged"]) == 2
+    assert "cannot be decoded (image file is truncated)" in capsys.readouterr().err
+    assert not (tmp_path / "encoded" / "1.0.0").exists()
+    assert cli.run(encode.main, given) == 0
+    assert len(open_source(directory=str(tmp_path / "encoded" / "1.0.0"), encoded=True)) == 12
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--batch=0", "--batch=0; it must be at least 1"),
+        ("--batch=9", "--batch=9 does not divide by the 8 devices"),
+        ("--config.data.latents=True", "give the data set that holds the pictures"),
+        ("--config.data.image_size=33", "config.data.image_size=33 is no multiple of 4"),
+    ],
+)
+def test_bad_input_is_one_line(options, option, said, tmp_path, capsys):
+    assert cli.run(encode.main, [*options, option, f"--out={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert not (tmp_path / "encoded" / "1.0.0").exists()
