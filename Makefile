@@ -38,7 +38,7 @@ full: .venv/demo
 	$(BIN)/python -m lcm_jax.evaluate --model=$(RUNS)/full/lcm
 
 test: .venv/test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from lcm_jax.objectives.autoencoder import AutoencoderConfig
 from lcm_jax.objectives.denoising import DenoisingConfig
 from lcm_jax.objectives.lcd import LCDConfig
 from lcm_jax.parallel.mesh import MeshConfig
+from lcm_jax.profile import ProfileConfig
 
 OBJECTIVES = ("lcd", "denoising", "autoencoder")
 
@@ -140,6 +141,7 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         one_of("objective", self.objective, OBJECTIVES)
@@ -156,7 +158,7 @@ class Config:
 
 _SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
 # these don't change what a step computes, or by rounding only
-_FREE_ON_RESUME = ("steps", "accumulate", "max_skipped", "mesh", "checkpoint", "log")
+_FREE_ON_RESUME = ("steps", "accumulate", "max_skipped", "mesh", "checkpoint", "log", "profile")
 
 
 def default_config() -> ConfigDict:

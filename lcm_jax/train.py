@@ -34,6 +34,7 @@ from lcm_jax.parallel.partition import place
 from lcm_jax.parallel.processes import is_first, meet
 from lcm_jax.parallel.program import make_program
 from lcm_jax.previews import make_preview
+from lcm_jax.profile import Profiler
 from lcm_jax.progress import Progress
 from lcm_jax.state import frozen_params, initial_params, make_parts
 
@@ -111,6 +112,7 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
         closing(data),
         progress,
         _stop_signals() as stop,
+        Profiler(config.profile, workdir) as profiler,
         closing(metrics) if metrics else nullcontext(),
     ):
         pending, received, last, done = None, 0, False, start
@@ -118,7 +120,8 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
             before = time.perf_counter()
             batch = program.put(next(data))
             waited = time.perf_counter() - before
-            state, values = program.step(state, frozen, batch, program.put_stop(stop.signal))
+            with profiler.step(done + 1):
+                state, values = program.step(state, frozen, batch, program.put_stop(stop.signal))
             if pending:
                 received = read(*pending)
             done += 1
@@ -127,9 +130,11 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
             last = done == config.steps or received != 0
             save = last or done % config.checkpoint.every == 0
             show = config.log.samples_every and (done % config.log.samples_every == 0 or done == config.steps)
-            if save or show:
+            if save or show or profiler.is_last(done):
                 received = read(*pending) or received  # so that no state is saved whose loss has not been seen
                 pending, last = None, last or received != 0
+            if profiler.is_last(done):
+                profiler.stop()
             if save or last:
                 checkpoints.save(done, state, data.get_state())
             if show:

@@ -28,7 +28,9 @@ class MeshConfig:
     data: int = -1  # groups of devices that each hold all weights; -1: whatever is left
     fsdp: int = 1  # devices of such a group, between which weights, EMA and optimizer state are divided; -1 likewise
     frozen: str = "replicated"  # teacher, VAE, text encoder: replicated | sharded (as the trained weights are)
-    gather: str = "block"  # block: weights come together at each use, and again for the backward pass | step: once
+    # how divided weights come together: step: once a step | block: at each use, and again for the backward pass, which
+    # takes less memory where the whole weights are more than activations, and half as much traffic again
+    gather: str = "step"
     cpu_devices: int = 0  # into which a run on a CPU is split, each with its share of the batch; 0: as XLA_FLAGS says
     grad_dtype: str = "float32"  # in which gradients are summed over devices: float32 | bfloat16
 

@@ -133,18 +133,24 @@ def _priced(program: Program, topology: Topology) -> list[tuple[Operation, float
     return found
 
 
-_WRAPPERS = re.compile(
-    r"(jit|jvp|transpose|vmap|checkpoint|remat\d*|rematted_computation|shard_map|while|body|cond|scan|closed_call|custom_\w+|branch_\d+\w*|pjit)(\(.*\))?"
+# what JAX's transformations put into a path: around some of it, as in transpose(jvp(student)), or as a part of its own
+_TRANSFORMED = re.compile(r"\b(?:jvp|transpose|vmap|remat\d*|checkpoint)\(([^()]*)\)")
+_FUNCTION = re.compile(r"\bjit\([^()]*\)")
+_INNER = re.compile(
+    r"(pjit|shard_map|checkpoint|remat\d*|rematted_computation|while|body|cond|scan|closed_call|"
+    r"custom_\w+|branch_\d+\w*)?"
 )
 
 
 def place(source: str) -> tuple[str, str]:
-    """Returns (module, operation) of a path like 'jit(step)/transpose(jvp(UNet))/…/dot_general'."""
-    parts = [part for part in source.split("/") if part and not _WRAPPERS.fullmatch(part)]
+    """Returns (module, operation) of a path like 'jit(step)/transpose(jvp(student))/conv_in/dot_general'."""
+    plain, count = _TRANSFORMED.subn(r"\1", _FUNCTION.sub("", source))
+    while count:
+        plain, count = _TRANSFORMED.subn(r"\1", plain)
+    parts = [part for part in plain.split("/") if not _INNER.fullmatch(part)]
+    *modules, operation = parts or ["other"]
     backward = "backward" if "transpose(" in source else "forward"
-    operation = parts[-1] if parts else "other"
-    module = "/".join(parts[:-1]) or "step"
-    return f"{module} ({backward})", operation
+    return f"{'/'.join(modules) or 'step'} ({backward})", operation
 
 
 def images_a_second(batch_size: int, report_times: Report) -> float | None:

@@ -31,7 +31,8 @@ def configure(little):
             model=ModelConfig(folder=str(little.path), **(model or {})),
             data=DataConfig(image_size=SIZE),
             batch_size=BATCH,
-            lcd=LCDConfig(w_embedding_init="random", w_embedding_dim=8, empty_prompts=0.3),
+            # the usual Huber distance, of c = 0.001, multiplies the rounding of a difference near zero by 1,000
+            lcd=LCDConfig(w_embedding_init="random", w_embedding_dim=8, empty_prompts=0.3, huber_c=0.1),
             # an eps this large keeps the sign of a gradient near zero from deciding over an update
             optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-3),
             ema=EMAConfig(decay=0.9),

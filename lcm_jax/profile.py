@@ -1,0 +1,52 @@
+"""A profile of some steps of a run, for TensorBoard's profile plugin or xprof, in `<workdir>/profile`."""
+
+import contextlib
+import dataclasses
+import pathlib
+
+import jax
+
+from lcm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps are recorded, on all processes alike. Nothing here changes the result."""
+
+    steps: tuple[int, ...] = ()  # the first and the last of them, as in (10, 12); (): none
+
+    def __post_init__(self) -> None:
+        if self.steps and (len(self.steps) != 2 or not 1 <= self.steps[0] <= self.steps[1]):
+            raise UserError(f"steps is {self.steps}; give the first and the last step, as in (10, 12), or ()")
+
+
+class Profiler:
+    """Records the steps of a ProfileConfig; use as a context manager around the loop."""
+
+    def __init__(self, config: ProfileConfig, workdir: pathlib.Path) -> None:
+        self._first, self._last = config.steps or (0, 0)
+        self._folder = workdir / "profile" / f"process_{jax.process_index()}"
+        self._running = False
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def step(self, number: int) -> contextlib.AbstractContextManager:
+        """Around the dispatch of a step, counted from 1; starts recording before the first that is wanted."""
+        if not self._running and self._first <= number <= self._last:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=number) if self._running else contextlib.nullcontext()
+
+    def is_last(self, number: int) -> bool:
+        """Whether recording ends with this step, so that it must be waited for."""
+        return self._running and number >= self._last
+
+    def stop(self) -> None:
+        """Writes what was recorded, if anything was."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()

@@ -1,0 +1,154 @@
+"""The plan command on a micro model: compiled for real topologies, read, printed and kept."""
+
+import json
+import pathlib
+import pickle
+
+import jax
+import pytest
+
+from lcm_jax import cli, plan
+from lcm_jax.blank import write_blank
+from lcm_jax.planning.compiled import COLLECTIVES
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    teacher = write_blank("micro", tmp_path_factory.mktemp("micro") / "teacher")
+    return [
+        f"--config={ROOT}/configs/digits.py:smoke",
+        f"--config.model.folder={teacher}",
+        "--config.model.dtype=bfloat16",
+        "--config.mesh.cpu_devices=0",
+    ]
+
+
+def planned(options, folder, capsys, *more):
+    code = cli.run(plan.main, [*options, *more, f"--json={folder}/plan.json"], "plan")
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    return json.loads((folder / "plan.json").read_text()), output
+
+
+def used(figures):
+    assert figures["collectives"].keys() == set(COLLECTIVES)
+    return {kind for kind, found in figures["collectives"].items() if found["count"]}
+
+
+def test_weights_divided_over_a_v5p(options, tmp_path, capsys):
+    """All that is exchanged are weights and gradients; anything else that appears here is a mistake."""
+    figures, output = planned(
+        options,
+        tmp_path,
+        capsys,
+        "--topology=v5p-16",
+        "--batch-a-chip=2",
+        "--config.mesh.fsdp=8",
+        f"--save={tmp_path}/x",
+    )
+    assert used(figures) <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert figures["to_explain"] == []
+    parameters = 8 * figures["memory_bytes"]["parameters"] // 4  # of the whole, in number; some are not divided
+    gathered, summed = (figures["collectives"][kind] for kind in ("all-gather", "reduce-scatter"))
+    summed = summed["bytes"] + figures["collectives"]["all-reduce"]["bytes"]
+    assert 0 < gathered["bytes"] <= 3 * 2 * parameters  # student forward and backward, target; bfloat16
+    assert 0 < summed <= 4 * parameters + 4096  # float32, and the loss
+    assert figures["fits"] is True
+    assert figures["mesh"] == {"data": 1, "fsdp": 8}
+    assert (figures["batch_size"], figures["product"], figures["topology"]) == (16, "v5p-16", "v5p:2x2x2")
+    memory = figures["memory_bytes"]
+    assert memory["total"] == sum(size for part, size in memory.items() if part != "total")
+    seconds = figures["seconds"]
+    assert seconds["step"] == pytest.approx(seconds["compute"] + seconds["exposed"])
+    assert 0 < seconds["floor"] < seconds["step"]
+    assert any(row["module"].startswith("student/down_blocks.0/attentions") for row in figures["profile"])
+    for said in ("it fits", "all-gather", "fraction of peak", "where the time goes", "compiled in"):
+        assert said in output.out
+    assert output.err == ""  # libtpu keeps quiet
+    payload, _, _ = pickle.loads((tmp_path / "x").read_bytes())
+    assert len(payload) > 10_000
+
+
+def test_weights_whole_on_a_v4(options, tmp_path, capsys):
+    """Only sums cross the links; each chip is one device."""
+    figures, _ = planned(options, tmp_path, capsys, "--topology=v4:2x2x1", "--config.lcd.w_embedding_dim=0")
+    assert used(figures) == {"all-reduce"}
+    assert figures["to_explain"] == []
+    assert figures["chips"] == 4
+    assert figures["chip_memory_bytes"] == 32 * 2**30
+    assert figures["memory_bytes"]["optimizer"] == pytest.approx(2 * figures["memory_bytes"]["parameters"], rel=0.01)
+
+
+def test_this_machines_own_devices(options, tmp_path, capsys):
+    figures, output = planned(options, tmp_path, capsys, "--topology=local")
+    assert figures["chips"] == jax.device_count()
+    assert figures["fits"] is None
+    assert figures["flops_a_chip"]["model"] > 0
+    assert "it fits" not in output.out
+
+
+def test_a_batch_that_is_too_small_is_raised_and_said(options, capsys):
+    config = plan.config_lib.load(options[0].removeprefix("--config="), options[1:])
+    assert plan.with_batch(config, None, 32).batch_size == 32
+    assert "config.batch_size=8 is raised to 32" in capsys.readouterr().out
+    assert plan.with_batch(config, None, 4).batch_size == 8
+    assert plan.with_batch(config, 3, 4).batch_size == 12
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--topology=v7x-16"], "--topology=v7x-16 is not known; there are v4-64 or v4:4x4x4"),
+        (["--topology=v5p-16", "--config.mesh.fsdp=3"], "config.mesh.fsdp=3 do not multiply to the 8 devices"),
+        (["--topology=v5p-16", "--config.batch_size=12"], "config.batch_size=12 does not divide by the 8 devices"),
+        (["--topology=v5p-16", "--batch-a-chip=0"], "--batch-a-chip=0; it must be at least 1"),
+        (["--topology=v5p-16", "--slices=0"], "--slices=0; it must be at least 1"),
+        (["--topology=v5p-16", "--search", "--save=x"], "--save keeps one step"),
+        (["--topology=v5p-16", "--jsn=x"], "'--jsn=x' is no option of this command"),
+    ],
+)
+def test_bad_input_is_one_line(options, given, said, capsys):
+    assert cli.run(plan.main, [*options, *given], "plan") == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_search_recommends_the_fastest_that_fits(options, monkeypatch, capsys, tmp_path):
+    """What the compiler says is given here: more a chip is faster, less recomputation too, and both take memory."""
+
+    def report(config, compiled):
+        batch, fsdp = config.batch_size // 4, config.mesh.fsdp
+        memory = batch * {"block": 1, "block_save_attention": 2, "none": 4}[config.model.remat] + 8 // fsdp
+        rate = batch**0.5 * {"block": 3, "block_save_attention": 3.5, "none": 4}[config.model.remat] / fsdp**0.1
+        return {
+            "batch_size": config.batch_size,
+            "fits": memory <= 14,
+            "memory_bytes": {"total": memory * 2**30, "temporaries": memory * 2**30},
+            "chip_memory_bytes": 14 * 2**30,
+            "images_per_second": rate,
+        }
+
+    monkeypatch.setattr(plan, "report", report)
+    monkeypatch.setattr(plan, "compile_step", lambda config, where: None)
+    code = cli.run(plan.main, [*options, "--topology=v5p-8", "--search", f"--json={tmp_path}/s.json"], "plan")
+    assert code == 0
+    output = capsys.readouterr().out
+    found = json.loads((tmp_path / "s.json").read_text())
+    best = max((each for each in found if not each["why_not"]), key=lambda each: each["images_per_second"])
+    assert found[0] == best
+    expected = {"batch_size": best["batch_size"], "mesh.fsdp": best["fsdp"], "model.remat": best["remat"]}
+    assert "Take " + " ".join(f"--config.{name}={value}" for name, value in expected.items()) in output
+    refused = [each for each in found if each["why_not"]]
+    assert refused
+    assert all("of 14 GiB" in each["why_not"] for each in refused)
+
+
+def test_nothing_that_fits_is_told_by_the_exit_code(options, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "compile_step", lambda config, where: (_ for _ in ()).throw(plan._NoFit("out of memory")))
+    assert cli.run(plan.main, [*options, "--topology=v5p-8", "--search", "--batch-a-chip=2"], "plan") == 1
+    assert "Nothing that was tried fits." in capsys.readouterr().out
+    assert cli.run(plan.main, [*options, "--topology=v5p-8"], "plan") == 2
+    assert "the compiler gives up: out of memory" in capsys.readouterr().err
