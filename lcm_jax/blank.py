@@ -198,7 +198,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     parser = cli.parser("blank", __doc__)
     parser.add_argument("--preset", required=True, help=" | ".join(PRESETS))
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="the folder to write")
+    parser.add_argument("--out", required=True, type=cli.folder, help="the folder to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**32:

@@ -64,6 +64,13 @@ def loras(given: Sequence[str]) -> dict[str, float]:
     return found
 
 
+def folder(text: str) -> pathlib.Path:
+    """The type of an option that names a folder; raises UserError for a URL, which would be made as a folder here."""
+    if "://" in text:
+        raise UserError(f"{text} is no folder; mount the bucket on each host (gcsfuse, s3fs) and give its path there")
+    return pathlib.Path(text)
+
+
 def make_folder(option: str, folder: pathlib.Path) -> None:
     """Makes the folder that `option` names, before work that takes long; raises UserError where nothing can be written.
 

@@ -6,7 +6,6 @@ the hosts of JPEG files. Pictures are resized and cropped as the config says; a 
 drawn once. Parts of a data set may be encoded side by side: --config.data.split='train[:50%]'.
 """
 
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     parser = cli.parser("encode", __doc__)
     parser.add_argument("--config", required=True, help="as for train")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="the folder in which the data set is made")
+    parser.add_argument("--out", required=True, type=cli.folder, help="the folder in which the data set is made")
     parser.add_argument("--batch", type=int, default=32, help="pictures at a time, over all devices (32)")
     args, overrides = parser.parse_known_args(argv)
     config = config_lib.load(args.config, overrides)

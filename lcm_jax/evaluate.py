@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     parser = cli.parser("evaluate", __doc__)
     parser.add_argument("--model", help="a consistency model's folder, as lcm_jax.export writes it")
-    parser.add_argument("--out", type=pathlib.Path, help="a folder for the results (default: beside the model)")
+    parser.add_argument("--out", type=cli.folder, help="a folder for the results (default: beside the model)")
     parser.add_argument("--steps", type=_steps, default=STEPS, help="network steps of the model (default: 1,2,4,8)")
     parser.add_argument("--guidance_scale", type=float, help="default: chosen with other prompts, as the teacher's is")
     parser.add_argument("--diffusers", action="store_true", help="also draw in diffusers (needs lcm_jax[diffusers])")

@@ -126,9 +126,9 @@ def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarra
 def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     parser = cli.parser("export", __doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, help="the folder of the run")
+    parser.add_argument("--workdir", type=cli.folder, help="the folder of the run")
     parser.add_argument("--model", help="in place of --workdir: a diffusers folder, or a hub id, to merge LoRAs into")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="the new folder")
+    parser.add_argument("--out", required=True, type=cli.folder, help="the new folder")
     parser.add_argument("--which", choices=("ema", "student"), help="which weights of the run (default: ema)")
     parser.add_argument("--step", type=int, help="the run's checkpoint (default: the newest good one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the trained weights (default: float32)")

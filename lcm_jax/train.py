@@ -199,7 +199,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     parser = cli.parser("train", __doc__)
     parser.add_argument("--config", required=True, help="a file of configs/, with its variant: configs/digits.py:smoke")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the folder of this run")
+    parser.add_argument("--workdir", required=True, type=cli.folder, help="the folder of this run")
     processes.add_options(parser)
     args, overrides = parser.parse_known_args(argv)
     config = config_lib.load(args.config, overrides)

@@ -62,6 +62,7 @@ ELSEWHERE = {
         f"mesh.{f.name}": "tests/parallel/test_mesh.py, test_program.py; tests/test_train.py"
         for f in dataclasses.fields(MeshConfig)
     },
+    "profile.steps": "test_some_steps_are_profiled: tests/test_train.py",
     **{f"checkpoint.{f.name}": "test_the_loop_does_what_it_is_told" for f in dataclasses.fields(CheckpointConfig)},
     **{f"log.{f.name}": "test_the_loop_does_what_it_is_told, test_a_preview_…" for f in dataclasses.fields(LogConfig)},
     **{f"data.{f.name}": "tests/data/test_batches.py" for f in dataclasses.fields(DataConfig)},

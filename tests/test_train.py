@@ -217,3 +217,24 @@ def test_a_workdir_of_another_configuration_is_one_line(uninterrupted, quick, ca
     assert cli.run(train.main, [*quick, "--config.ema.decay=0.5", f"--workdir={uninterrupted}"]) == 2
     assert "holds a run with config.ema.decay=0.99, not 0.5" in capsys.readouterr().err
     assert json.loads((uninterrupted / "config.json").read_text())["ema"]["decay"] == 0.99
+
+
+def test_some_steps_are_profiled(quick, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert cli.run(train.main, [*quick, "--config.profile.steps=(2, 3)", f"--workdir={workdir}"]) == 0, (
+        capsys.readouterr()
+    )
+    (trace,) = (workdir / "profile" / "process_0").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events if event.name == "train"]
+    assert sorted(dict(event.stats)["step_num"] for event in events) == [2, 3]
+    for steps in ("(3, 2)", "(0, 1)", "(1,)"):
+        assert cli.run(train.main, [*quick, f"--config.profile.steps={steps}", f"--workdir={tmp_path / 'other'}"]) == 2
+        assert "give the first and the last step, as in (10, 12), or ()" in capsys.readouterr().err
+
+
+def test_a_workdir_in_a_bucket_is_refused(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(train.main, [*quick, "--workdir=gs://bucket/run"]) == 2
+    assert "gs://bucket/run is no folder; mount the bucket" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

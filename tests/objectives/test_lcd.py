@@ -13,7 +13,7 @@ from lcm_jax.diffusion.guidance import w_embedding
 from lcm_jax.diffusion.schedule import PREDICTION_TYPES, Schedule
 from lcm_jax.diffusion.solvers import SOLVERS
 from lcm_jax.errors import UserError
-from lcm_jax.objectives.lcd import DISTANCES, Draws, LCDConfig, draw, lcd_loss
+from lcm_jax.objectives.lcd import DISTANCES, Draws, LCDConfig, draw, lcd_loss, summary
 
 B, H, W, C, L, D, HIDDEN, W_DIM = 5, 4, 6, 3, 3, 5, 16, 8
 CONFIG = LCDConfig(w_embedding_dim=W_DIM)
@@ -190,7 +190,7 @@ def test_a_student_that_knows_the_answer_has_no_loss(solver):
     arguments = oracle, oracle, oracle, schedule, *BATCH.values(), draws, dataclasses.replace(CONFIG, solver=solver)
     loss, aux = lcd_loss(*arguments)
     np.testing.assert_allclose(loss, 0, atol=1e-6)
-    np.testing.assert_allclose(lcd.summary(aux)["rms_difference"], 0, atol=1e-4)
+    np.testing.assert_allclose(summary(aux)["rms_difference"], 0, atol=1e-4)
 
 
 def test_the_last_step_ends_where_f_is_the_identity():
