@@ -61,8 +61,14 @@ def _latents(parts: Parts, vae: dict, batch: Batch, noise: jax.Array) -> jax.Arr
     return scaled_draw(network.config, mean, logvar, noise)
 
 
+def _contexts(parts: Parts, text_encoder: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The features of these captions, and of the empty prompt."""
+    encode = _bound("text_encoder", parts.networks["text_encoder"], text_encoder)
+    return encode(batch["input_ids"]), encode(parts.null_ids)
+
+
 def _lcd(config: Config, parts: Parts) -> Loss:
-    unet, teacher, text = (parts.networks[name] for name in ("unet", "teacher", "text_encoder"))
+    unet, teacher = parts.networks["unet"], parts.networks["teacher"]
 
     def draw(key, shape):
         key_vae, key_draws = jax.random.split(key)
@@ -72,8 +78,7 @@ def _lcd(config: Config, parts: Parts) -> Loss:
     def loss(params, target, frozen, batch, draws):
         noise, draws = draws
         z_0 = _latents(parts, frozen["vae"], batch, noise)
-        encode = _bound("text_encoder", text, frozen["text_encoder"])
-        context, null_context = encode(batch["input_ids"]), encode(parts.null_ids)
+        context, null_context = _contexts(parts, frozen["text_encoder"], batch)
         return lcd.lcd_loss(
             student=_bound("student", unet, params["unet"]),
             target=_bound("target", unet, target["unet"]),
@@ -90,7 +95,7 @@ def _lcd(config: Config, parts: Parts) -> Loss:
 
 
 def _denoising(config: Config, parts: Parts) -> Loss:
-    unet, text = parts.networks["unet"], parts.networks["text_encoder"]
+    unet = parts.networks["unet"]
 
     def draw(key, shape):
         key_vae, key_draws = jax.random.split(key)
@@ -101,8 +106,7 @@ def _denoising(config: Config, parts: Parts) -> Loss:
         noise, draws = draws
         z_0 = _latents(parts, frozen["vae"], batch, noise)
         text_params = params["text_encoder"] if "text_encoder" in params else frozen["text_encoder"]
-        encode = _bound("text_encoder", text, text_params)
-        context, null_context = encode(batch["input_ids"]), encode(parts.null_ids)
+        context, null_context = _contexts(parts, text_params, batch)
         return denoising.denoising_loss(
             _bound("unet", unet, params["unet"]),
             schedule=parts.schedule,
