@@ -7,7 +7,7 @@
 #   --dry-run      prints the command with its environment instead of running it
 #   --help
 #
-# Machines without a scheduler: run it on each, with --coordinator=HOST:8476 --num_processes=N --process_id=I added to
+# Machines without a scheduler: run it on each, with --coordinator=HOST:8476 --num-processes=N --process-id=I added to
 # the training's own options, HOST being the machine with I = 0. JAX_COMPILATION_CACHE_DIR (the workdir's neighbour
 # compile_cache otherwise) and XLA_FLAGS can be set in the environment.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from lcm_jax.errors import UserError, nearest
+from lcm_jax.errors import Unavailable, UserError, nearest
 
 Main = Callable[[Sequence[str]], int]
 
@@ -24,10 +24,19 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse; an option that doesn't exist is named with the one that is nearest to it."""
         values, unknown = self.parse_known_args(args, namespace)
+        self._refuse(unknown)
+        return values
+
+    def parse_with_config(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Returns the values of the command's own options, and the --config.<name>=<value> of the run."""
+        values, overrides = self.parse_known_args(args)
+        self._refuse([text for text in overrides if text.startswith("--") and not text.startswith("--config.")])
+        return values, overrides
+
+    def _refuse(self, unknown: Sequence[str]) -> None:
         if unknown:
             options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
             raise UserError(f"there is no option {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
-        return values
 
 
 def parser(command: str, doc: str | None) -> Parser:
@@ -87,7 +96,8 @@ def make_folder(option: str, folder: pathlib.Path) -> None:
 
 
 def run(main: Main, argv: Sequence[str] | None = None, command: str | None = None) -> int:
-    """Calls `main(argv)` and returns the process's exit code: 2 for a user's mistake, 130 for Ctrl-C.
+    """Calls `main(argv)` and returns the process's exit code: 2 for a user's mistake, 1 for what may be mended by
+    waiting, 130 for Ctrl-C.
 
     Args:
       main: takes the arguments without the program's name and returns the exit code.
@@ -100,7 +110,7 @@ def run(main: Main, argv: Sequence[str] | None = None, command: str | None = Non
             return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"lcm-jax {command}: error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, Unavailable) else 2
     except KeyboardInterrupt:
         print(f"lcm-jax {command}: interrupted", file=sys.stderr)
         return 130

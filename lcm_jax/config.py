@@ -273,7 +273,9 @@ def load_resolved(workdir: str | pathlib.Path) -> Config:
         return from_dict(json.loads(path.read_text()), where=str(path))
     except FileNotFoundError:
         raise UserError(f"{workdir} is no run of lcm_jax: it has no config.json") from None
-    except (json.JSONDecodeError, OSError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # JSON of another shape among them
         raise UserError(f"{path} can't be read: {error}") from None
 
 

@@ -3,7 +3,7 @@
 Runs the VAE of config.model.folder once over all pictures of config.data and writes what it says of them, with the
 captions, as a data set that `train` reads with --config.data.latents=True: the step is then free of the encoder, and
 the hosts of JPEG files. Pictures are resized and cropped as the config says; a random crop, or a mirrored half, is
-drawn once. Parts of a data set may be encoded side by side: --config.data.split='train[:50%]'.
+drawn once.
 """
 
 import sys
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", required=True, help="as for train")
     parser.add_argument("--out", required=True, type=cli.folder, help="the folder in which the data set is made")
     parser.add_argument("--batch", type=int, default=32, help="pictures at a time, over all devices (32)")
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parser.parse_with_config(argv)
     config = config_lib.load(args.config, overrides)
     if args.batch < 1:
         raise UserError(f"--batch={args.batch}; it must be at least 1")
@@ -106,6 +106,8 @@ def main(argv: Sequence[str]) -> int:
     if builder.data_path.exists():
         raise UserError(f"--out: {builder.data_path} is there already; delete it, or choose another folder")
     prepare(builder)
+    if not builder.written:
+        raise UserError(f"--out: {builder.data_path} was made by another run meanwhile; choose another folder")
     print(f"Done: {len(source)} pictures in {builder.data_path}. Train from it with")
     print(f"  --config.data.directory={builder.data_path} --config.data.latents=True")
     return 0

@@ -8,6 +8,10 @@ class UserError(Exception):
     """A mistake in what the user gave. Every command prints it as one line, without traceback, and exits with 2."""
 
 
+class Unavailable(UserError):
+    """What a command needs is not there now, and may be later: a host, a port. It exits with 1: worth another try."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Returns "; did you mean 'x'?" for the closest of `choices`; lists them where they are few, or none is close."""
     choices = sorted(choices)

@@ -100,7 +100,7 @@ def model_flops(config: Config) -> int:
 def search(config: Config, where: Topology | None, batches: Sequence[int]) -> list[Report]:
     """Compiles combinations of batch a chip, remat and fsdp; returns a report or a reason for each, the fastest first.
 
-    A larger batch is not tried where a smaller one does not fit, nor less recomputation where more does not.
+    A larger batch is not tried where a smaller one does not fit.
     """
     chips = where.chips if where else jax.device_count()
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if chips % size == 0]
@@ -118,10 +118,12 @@ def search(config: Config, where: Topology | None, batches: Sequence[int]) -> li
             try:
                 result = report(tried, compile_step(tried, where))
                 why = "" if result["fits"] is not False else estimate.too_much(result)
+                too_large = bool(why)
             except (_NoFit, UserError) as error:
                 result, why = {}, str(error).strip().splitlines()[0]
+                too_large = isinstance(error, _NoFit)
             found.append({**result, **what, "why_not": why})
-            if why:
+            if too_large:
                 break
     return sorted(found, key=lambda each: (bool(each["why_not"]), -(each.get("images_per_second") or 0.0)))
 
@@ -135,8 +137,6 @@ def save_executable(compiled: Compiled, path: pathlib.Path) -> None:
 def with_batch(config: Config, batch_a_chip: int | None, chips: int) -> Config:
     """Returns the config with this batch a chip; by default its own batch, raised to one a chip and micro-batch."""
     if batch_a_chip is not None:
-        if batch_a_chip < 1:
-            raise UserError(f"--batch-a-chip={batch_a_chip}; it must be at least 1")
         return dataclasses.replace(config, batch_size=batch_a_chip * chips)
     least = chips * config.accumulate
     if config.batch_size < least:
@@ -159,9 +159,18 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="tries batches, remat and fsdp sizes, and recommends the fastest that fits",
     )
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parser.parse_with_config(argv)
     config = config_lib.load(args.config, overrides)
     local = args.topology == "local"
+    if args.batch_a_chip is not None and args.batch_a_chip < 1:
+        raise UserError(f"--batch-a-chip={args.batch_a_chip}; it must be at least 1")
+    if local and (args.search or args.slices != 1):
+        raise UserError("--search and --slices are for topologies; of this machine's own devices no times are known")
+    for option, path in (("--json", args.json), ("--save", args.save)):
+        if path is not None and path.is_dir():
+            raise UserError(f"{option}={path} is a folder; give the name of a file")
+        if path is not None:
+            cli.make_folder(option, path.parent)
     where = None if local else topology.parse(args.topology, args.slices)
     if local:
         split_cpu(config.mesh.cpu_devices)

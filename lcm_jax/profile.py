@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 
+from lcm_jax import cli
 from lcm_jax.errors import UserError
 
 
@@ -16,7 +17,8 @@ class ProfileConfig:
     steps: tuple[int, ...] = ()  # the first and the last of them, as in (10, 12); (): none
 
     def __post_init__(self) -> None:
-        if self.steps and (len(self.steps) != 2 or not 1 <= self.steps[0] <= self.steps[1]):
+        whole = all(type(step) is int for step in self.steps)
+        if self.steps and not (whole and len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]):
             raise UserError(f"steps is {self.steps}; give the first and the last step, as in (10, 12), or ()")
 
 
@@ -24,9 +26,12 @@ class Profiler:
     """Records the steps of a ProfileConfig; use as a context manager around the loop."""
 
     def __init__(self, config: ProfileConfig, workdir: pathlib.Path) -> None:
+        """Raises UserError, here and where recording ends, if the folder can't be written."""
         self._first, self._last = config.steps or (0, 0)
         self._folder = workdir / "profile" / f"process_{jax.process_index()}"
         self._running = False
+        if config.steps:
+            cli.make_folder("--workdir", self._folder)
 
     def __enter__(self) -> "Profiler":
         return self
@@ -49,4 +54,7 @@ class Profiler:
         """Writes what was recorded, if anything was."""
         if self._running:
             self._running = False
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"{self._folder} can't be written: {str(error).splitlines()[0]}") from None

@@ -201,7 +201,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", required=True, help="a file of configs/, with its variant: configs/digits.py:smoke")
     parser.add_argument("--workdir", required=True, type=cli.folder, help="the folder of this run")
     processes.add_options(parser)
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parser.parse_with_config(argv)
     config = config_lib.load(args.config, overrides)
     where = processes.find(args.coordinator, args.num_processes, args.process_id, args.wait)
     split_cpu(config.mesh.cpu_devices)

@@ -29,6 +29,8 @@ def fingerprint(vae: Mapping[str, Any]) -> str:
 def check(metadata: Mapping[str, Any] | None, vae: Mapping[str, Any], image_size: int, where: str) -> None:
     """Raises UserError unless the data set was made by this VAE, of pictures of this size."""
     made = dict(metadata or {})
+    if made.keys() < {"image_size", "vae"}:
+        raise UserError(f"{where} does not say what encoded it (metadata.json); run lcm_jax.encode again")
     if made.get("image_size") != image_size:
         raise UserError(f"{where} is of {made.get('image_size')} px, config.data.image_size is {image_size}")
     if made.get("vae") != fingerprint(vae):
@@ -47,6 +49,7 @@ class Encoded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     ) -> None:
         """Args: moments and captions of each picture; shape of the moments; the metadata that `check` reads."""
         self._examples, self._shape, self._made = examples, shape, made
+        self.written = False  # else the data set that is there is another's
         super().__init__(data_dir=data_dir)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -70,3 +73,4 @@ class Encoded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self) -> Iterator[tuple[int, dict]]:
         for number, (moments, captions) in enumerate(self._examples):
             yield number, {MOMENTS: moments, CAPTIONS: captions}
+        self.written = True

@@ -124,7 +124,9 @@ def _from_directory(directory: str) -> Any:
         hint = f"; did you mean {inside[-1]}?" if inside else " (prepare it with file_format='array_record')"
         raise UserError(f"{directory} is no prepared TFDS data set: it has no dataset_info.json{hint}")
     try:
-        return tfds.builder_from_directory(path)
+        builder = tfds.builder_from_directory(path)
+        builder.info.metadata  # noqa: B018 (read at its first use)
+        return builder
     except Exception as error:
         raise UserError(f"{directory}: the data set's description cannot be read ({_line(error)})") from None
 

@@ -11,7 +11,7 @@ import jax
 from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks; it has no public name
 from jax.experimental import multihost_utils
 
-from lcm_jax.errors import UserError
+from lcm_jax.errors import Unavailable, UserError
 from lcm_jax.parallel.roll_call import RollCall
 
 WAIT = 300.0  # seconds for processes that are missing
@@ -43,6 +43,8 @@ def find(coordinator: str | None, count: int | None, process: int | None, wait: 
 
     Raises: UserError for options that are incomplete or out of range.
     """
+    if not 0 < wait < float("inf"):
+        raise UserError(f"--wait={wait:g}; it must be a positive number of seconds")
     given = {"--coordinator": coordinator, "--num-processes": count, "--process-id": process}
     if coordinator is None and count is None and process is None:
         return _of_cluster(wait)
@@ -52,6 +54,8 @@ def find(coordinator: str | None, count: int | None, process: int | None, wait: 
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65535:
         raise UserError(f"--coordinator={coordinator} is not HOST:PORT, as in 10.0.0.1:8476")
+    if count < 1:
+        raise UserError(f"--num-processes={count}; it must be at least 1")
     if not 0 <= process < count:
         raise UserError(f"--process-id={process} is not in 0..{count - 1}, the numbers of {count} processes")
     return Place(coordinator, process, count) if count > 1 else None
@@ -97,7 +101,7 @@ class Processes:
         except RuntimeError as error:
             why = str(error).strip().splitlines()[-1]
             self._roll_call.leave(why)
-            raise UserError(f"JAX can't connect to {place.coordinator}: {why}") from None
+            raise Unavailable(f"JAX can't connect to {place.coordinator}: {why}") from None
 
     def __enter__(self) -> Self:
         return self

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lcm_jax.errors import UserError
+from lcm_jax.errors import Unavailable, UserError
 
 SAY_EVERY = 15.0  # seconds between lines that say who is missing
 Say = Callable[[str], None]
@@ -51,7 +51,7 @@ class RollCall:
         if self._list:
             self._list.start()
         host, _, port = address.rpartition(":")
-        self._socket = _connect((host, int(port)), wait, say if process else None)
+        self._socket = _connect((host, int(port)), wait, say)
         self._lines = self._socket.makefile(encoding="utf-8")
         self._send({"process": process, "of": count, "host": socket.gethostname()})
         try:
@@ -71,7 +71,7 @@ class RollCall:
             except TimeoutError:
                 missing = self._list.missing() if self._list else "some of the processes; process 0 says which"
                 if time.monotonic() >= deadline:
-                    raise UserError(f"waited in vain for {missing}") from None
+                    raise Unavailable(f"waited in vain for {missing}") from None
                 say(f"Waiting for {missing}")
                 self._lines.close()  # of no use after a timeout; the list writes whole lines, and seldom
                 self._lines = self._socket.makefile(encoding="utf-8")
@@ -127,7 +127,7 @@ class _List(threading.Thread):
         try:
             self._server = socket.create_server(("", port), backlog=1024)
         except OSError as error:
-            raise UserError(
+            raise Unavailable(
                 f"port {port} can't be opened here: {os.strerror(error.errno or 0)}; is an old run alive?"
             ) from None
         self._server.setblocking(False)
@@ -222,7 +222,7 @@ class _Peer:
         return [json.loads(line) for line in lines]
 
 
-def _connect(address: tuple[str, int], wait: float, say: Say | None) -> socket.socket:
+def _connect(address: tuple[str, int], wait: float, say: Say) -> socket.socket:
     deadline, said = time.monotonic() + wait, time.monotonic()
     while True:
         try:
@@ -231,8 +231,8 @@ def _connect(address: tuple[str, int], wait: float, say: Say | None) -> socket.s
             reason = error.strerror or str(error)
             where = f"process 0 at {address[0]}, port {address[1]}"
             if time.monotonic() >= deadline:
-                raise UserError(f"{where} does not answer ({reason}); does it run, and is the port open?") from None
-            if say and time.monotonic() - said >= SAY_EVERY:
+                raise Unavailable(f"{where} does not answer ({reason}); does it run, and is the port open?") from None
+            if time.monotonic() - said >= SAY_EVERY:
                 said = time.monotonic()
                 say(f"Waiting for {where} ({reason})")
             time.sleep(0.5)

@@ -118,7 +118,7 @@ class Program:
             elif line.kind == "fusion":
                 for what in inner:
                     of_result = size_of(what.type)
-                    kind = what.kind
+                    kind = what.kind.removesuffix("-start")
                     if kind == "all-reduce" and size_of(line.type) < of_result:
                         kind, of_result = "reduce-scatter", size_of(line.type)
                     found.append(Collective(kind, times, of_result, _groups(what), 0, _source(what)))

@@ -63,7 +63,7 @@ def _seconds(figures: Figures) -> list[str]:
         line("  computation", "compute", "the compiler's cycles, loops multiplied, kernels by their declared cost"),
         line("  exchange", "exchange", "our model of links and hops"),
         line("  not hidden", "exposed", ""),
-        line("roofline", "roofline", "FLOPs over peak or bytes over bandwidth, by XLA"),
+        line("roofline", "roofline", "FLOPs over peak or bytes over bandwidth, by XLA (a loop's body once)"),
         line("XLA's estimate", "xla", "knows little of large groups"),
         line("FLOP floor", "floor", "the model's FLOPs at peak"),
         f"{'fraction of peak':<18}{100 * seconds['fraction_of_peak']:>8.1f} %",

@@ -105,8 +105,11 @@ def test_a_batch_that_is_too_small_is_raised_and_said(options, capsys):
         (["--topology=v5p-16", "--config.batch_size=12"], "config.batch_size=12 does not divide by the 8 devices"),
         (["--topology=v5p-16", "--batch-a-chip=0"], "--batch-a-chip=0; it must be at least 1"),
         (["--topology=v5p-16", "--slices=0"], "--slices=0; it must be at least 1"),
+        (["--topology=v5p-16", "--search", "--batch-a-chip=0"], "--batch-a-chip=0; it must be at least 1"),
+        (["--topology=v5p-16", "--json=/"], "--json=/ is a folder"),
+        (["--topology=local", "--search"], "no times are known"),
         (["--topology=v5p-16", "--search", "--save=x"], "--save keeps one step"),
-        (["--topology=v5p-16", "--jsn=x"], "'--jsn=x' is no option of this command"),
+        (["--topology=v5p-16", "--jsn=x"], "there is no option --jsn=x; did you mean '--json'?"),
     ],
 )
 def test_bad_input_is_one_line(options, given, said, capsys):
