@@ -25,6 +25,12 @@ def options(tmp_path_factory):
     ]
 
 
+@pytest.fixture(scope="module")
+def autoencoder(options):
+    """The smallest step there is, where it does not matter which."""
+    return [f"--config={ROOT}/configs/digits_teacher.py:vae", *options[1:], "--config.batch_size=8"]
+
+
 def planned(options, folder, capsys, *more):
     code = cli.run(plan.main, [*options, *more, f"--json={folder}/plan.json"], "plan")
     output = capsys.readouterr()
@@ -71,9 +77,9 @@ def test_weights_divided_over_a_v5p(options, tmp_path, capsys):
     assert len(payload) > 10_000
 
 
-def test_weights_whole_on_a_v4(options, tmp_path, capsys):
+def test_weights_whole_on_a_v4(autoencoder, tmp_path, capsys):
     """Only sums cross the links; each chip is one device."""
-    figures, _ = planned(options, tmp_path, capsys, "--topology=v4:2x2x1", "--config.lcd.w_embedding_dim=0")
+    figures, _ = planned(autoencoder, tmp_path, capsys, "--topology=v4:2x2x1")
     assert used(figures) == {"all-reduce"}
     assert figures["to_explain"] == []
     assert figures["chips"] == 4
@@ -81,8 +87,8 @@ def test_weights_whole_on_a_v4(options, tmp_path, capsys):
     assert figures["memory_bytes"]["optimizer"] == pytest.approx(2 * figures["memory_bytes"]["parameters"], rel=0.01)
 
 
-def test_this_machines_own_devices(options, tmp_path, capsys):
-    figures, output = planned(options, tmp_path, capsys, "--topology=local")
+def test_this_machines_own_devices(autoencoder, tmp_path, capsys):
+    figures, output = planned(autoencoder, tmp_path, capsys, "--topology=local")
     assert figures["chips"] == jax.device_count()
     assert figures["fits"] is None
     assert figures["flops_a_chip"]["model"] > 0
