@@ -124,9 +124,9 @@ def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, quick, capsys
     assert "lcm_jax.export" in capsys.readouterr().out
 
 
-def test_a_run_that_is_stopped_twice_and_killed_ends_bit_identical(options, tmp_path):
+def test_a_run_that_is_stopped_twice_and_killed_ends_bit_identical(quick, tmp_path):
     """SIGTERM, Ctrl-C and kill -9, each after another checkpoint, against a run that nobody touched."""
-    options = [*options, "--config.steps=60", "--config.checkpoint.every=10"]
+    options = [*quick, "--config.steps=300", "--config.checkpoint.every=40"]
     workdir, reference = tmp_path / "stopped", tmp_path / "reference"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         before = newest(workdir)
@@ -137,14 +137,14 @@ def test_a_run_that_is_stopped_twice_and_killed_ends_bit_identical(options, tmp_
         if number == signal.SIGKILL:
             continue
         assert process.returncode == 128 + number, output
-        stopped = int(re.search(r"Stopped at step (\d+) of 60, saved", output)[1])
-        assert before < stopped < 60
+        stopped = int(re.search(r"Stopped at step (\d+) of 300, saved", output)[1])
+        assert before < stopped < 300
         assert everything(workdir)[2] == stopped
     for folder in (workdir, reference):
         process = start(options, folder)
         output = process.communicate(timeout=240)[0]
         assert process.returncode == 0, output
-        assert "Done: 60 steps" in output
+        assert "Done: 300 steps" in output
     assert_same_bits(workdir, reference)
 
 
