@@ -30,22 +30,8 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def options(teacher, digits_data_dir):
-    """A run of seconds, on real data, that every test here shares its compiled step with."""
-    return [
-        f"--config={ROOT}/configs/digits.py:smoke",
-        f"--config.model.folder={teacher}",
-        f"--config.data.data_dir={digits_data_dir}",
-        "--config.mesh.cpu_devices=0",
-        "--config.steps=6",
-        "--config.checkpoint.every=2",
-        "--config.log.samples_every=0",
-    ]
-
-
-@pytest.fixture(scope="module")
 def quick(teacher, digits_data_dir):
-    """The same loop around the smallest step there is."""
+    """A run of seconds, on real data, around the smallest step there is."""
     return [
         f"--config={ROOT}/configs/digits_teacher.py:vae",
         f"--config.model.folder={teacher}",
