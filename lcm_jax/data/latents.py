@@ -29,7 +29,7 @@ def fingerprint(vae: Mapping[str, Any]) -> str:
 def check(metadata: Mapping[str, Any] | None, vae: Mapping[str, Any], image_size: int, where: str) -> None:
     """Raises UserError unless the data set was made by this VAE, of pictures of this size."""
     made = dict(metadata or {})
-    if made.keys() < {"image_size", "vae"}:
+    if not {"image_size", "vae"} <= made.keys():
         raise UserError(f"{where} does not say what encoded it (metadata.json); run lcm_jax.encode again")
     if made.get("image_size") != image_size:
         raise UserError(f"{where} is of {made.get('image_size')} px, config.data.image_size is {image_size}")
