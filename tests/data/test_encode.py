@@ -123,7 +123,10 @@ def test_another_vae(encoded, teacher, tmp_path):
     with pytest.raises(UserError, match="was encoded by another VAE"):
         batches(DataConfig(directory=str(other), latents=True), vae=vae, **given)
     batches(DataConfig(directory=str(encoded), latents=True), vae=vae, **given).close()
-    for content, said in (('{"vae": "0", "x": 1}', "does not say what encoded it"), ('{"va', "description cannot be read")):
+    for content, said in (
+        ('{"vae": "0", "x": 1}', "does not say what encoded it"),
+        ('{"va', "description cannot be read"),
+    ):
         (other / "metadata.json").write_text(content)
         with pytest.raises(UserError, match=said):
             batches(DataConfig(directory=str(other), latents=True), vae=vae, **given)
