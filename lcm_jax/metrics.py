@@ -8,16 +8,31 @@ import contextlib
 import logging
 import pathlib
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 from jaxtyping import UInt8
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.record_writer import RecordWriter
 
 from lcm_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def _as_if_absent(name: str) -> Iterator[None]:
+    """Lets nothing import this package, unless it has been imported already."""
+    hidden = name not in sys.modules
+    if hidden:
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]
+    yield
+    if hidden:
+        del sys.modules[name]
+
+
+with _as_if_absent("torch"):  # tensorboardX imports it where it can: seconds, for nothing that is used here
+    from tensorboardX import summary
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.record_writer import RecordWriter
 
 
 class Metrics:

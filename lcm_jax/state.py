@@ -20,8 +20,8 @@ from lcm_jax.config import Config, OptimizerConfig
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError
-from lcm_jax.interop.folder import Folder
-from lcm_jax.models import MODEL_CLASSES, Flat, Network, Policy
+from lcm_jax.interop.folder import Folder, make_network
+from lcm_jax.models import Flat, Network, Policy
 
 State = dict[str, Any]
 
@@ -79,12 +79,11 @@ def make_parts(config: Config, folder: Folder, tokenizer: Callable[[Sequence[str
     policy = Policy.named(config.model.dtype)
     networks = {}
     for name in ("unet", "vae", "text_encoder"):
-        component = folder.components[name]
-        config_class, model_class = MODEL_CLASSES[component.library_class]
+        component, where = folder.components[name], str(folder.path / name)
         options = {}
         if name == "unet":
             options = {"remat": config.model.remat, "attention": config.model.attention}
-        networks[name] = Network(model_class, config_class.from_dict(component.config), policy=policy, **options)
+        networks[name] = make_network(component.library_class, component.config, where=where, policy=policy, **options)
     if config.objective == "lcd":
         teacher = networks["unet"]
         if teacher.config.time_cond_proj_dim:

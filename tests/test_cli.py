@@ -1,5 +1,7 @@
 """What every command does with a mistake, a warning and Ctrl-C."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -81,3 +83,15 @@ def test_dispatcher(monkeypatch, capsys, argv, code, text):
     assert __main__.main() == code
     printed = capsys.readouterr()
     assert text in printed.out + printed.err
+
+
+def test_no_command_imports_another_framework():
+    # in the tests' environment they are all installed
+    program = f"""
+import importlib, sys
+for command in {sorted(__main__.COMMANDS)}:
+    importlib.import_module("lcm_jax." + command)
+print({{"torch", "tensorflow", "diffusers", "peft"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
