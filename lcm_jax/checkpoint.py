@@ -13,7 +13,6 @@ import gc
 import json
 import logging
 import pathlib
-import shutil
 import sys
 import warnings
 import zlib
@@ -24,7 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from lcm_jax import files
 from lcm_jax.errors import UserError
 from lcm_jax.parallel.processes import all_agree, is_first, meet
 
@@ -79,9 +80,9 @@ def _crc(content: Any) -> int:
 class Checkpoints:
     """Saves and restores a run's state in `<workdir>/checkpoints`."""
 
-    def __init__(self, workdir: str | pathlib.Path, *, keep_last: int = 3, keep_every: int = 0) -> None:
+    def __init__(self, workdir: epath.PathLike, *, keep_last: int = 3, keep_every: int = 0) -> None:
         """Args: the run's folder; how many of the newest are kept; also each multiple of keep_every (0: none)."""
-        self.folder = pathlib.Path(workdir).absolute() / FOLDER
+        self.folder = files.absolute(workdir) / FOLDER
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every or None, create=True, cleanup_tmp_directories=True
         )
@@ -91,10 +92,8 @@ class Checkpoints:
     @property
     def _manager(self) -> ocp.CheckpointManager:
         if self._open is None:
-            try:
+            with files.one_line(self.folder):
                 self._open = ocp.CheckpointManager(self.folder, options=self._options)
-            except OSError as error:
-                raise UserError(f"{self.folder} can't be written: {error.strerror or error}") from None
         return self._open
 
     def newest_step(self) -> int | None:
@@ -172,25 +171,28 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, step: int) -> pathlib.Path:
+    def _set_aside(self, step: int) -> epath.Path:
         target = self.folder / f"{step}.damaged"
-        try:
+        with files.one_line(target):
             if target.exists():
-                shutil.rmtree(target)
+                target.rmtree()
             return (self.folder / str(step)).rename(target)
-        except OSError as error:
-            raise UserError(f"{target} can't be written: {error.strerror or error}") from None
 
 
-def good_steps(folder: pathlib.Path) -> list[int]:
-    """Returns the steps of the finished checkpoints, newest first; a kill in mid-save leaves another name."""
+def good_steps(folder: epath.PathLike) -> list[int]:
+    """Returns the steps of the finished checkpoints, newest first.
+
+    A kill in mid-save leaves another name, or, in a bucket, a folder without the object that Orbax writes last.
+    """
+    folder = epath.Path(folder)
     if not folder.is_dir():
         return []
-    return sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir()), reverse=True)
+    steps = [path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()]
+    return sorted((int(path.name) for path in steps if ocp.utils.is_checkpoint_finalized(path)), reverse=True)
 
 
 def restore_params(
-    workdir: str | pathlib.Path, which: str, step: int | None = None
+    workdir: epath.PathLike, which: str, step: int | None = None
 ) -> tuple[dict[str, dict[str, np.ndarray]], int]:
     """Reads the weights of a run alone, as host arrays.
 
@@ -202,7 +204,7 @@ def restore_params(
     Raises: UserError if there is no such checkpoint, it is damaged, or it holds no average.
     """
     logging.getLogger("absl").addFilter(_not_from_orbax)
-    folder = pathlib.Path(workdir).absolute() / FOLDER
+    folder = files.absolute(workdir) / FOLDER
     steps = good_steps(folder)
     if not steps:
         raise UserError(f"{workdir} holds no checkpoint yet; train first")
@@ -229,7 +231,7 @@ def restore_params(
     return jax.device_get(params), step
 
 
-def _read(path: pathlib.Path, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(path: epath.Path, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     content = _read_meta(path)
     wanted = _items(like)
     _check_same_model(path, {name: (tuple(s), d) for name, (s, d, _) in content["leaves"].items()}, _leaves(wanted))
@@ -238,14 +240,14 @@ def _read(path: pathlib.Path, like: dict[str, Any]) -> tuple[dict[str, Any], dic
     return {**state, **items["counters"]}, content["data"]
 
 
-def _read_meta(path: pathlib.Path) -> dict[str, Any]:
+def _read_meta(path: epath.Path) -> dict[str, Any]:
     meta = _restore(path, {"meta": ocp.args.JsonRestore()})["meta"]
     if not isinstance(meta, dict) or _crc(meta.get("content")) != meta.get("crc"):
         raise Damaged("its description does not have its checksum")
     return meta["content"]
 
 
-def _read_items(path: pathlib.Path, like: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+def _read_items(path: epath.Path, like: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
     items = _restore(path, {name: ocp.args.StandardRestore(item) for name, item in like.items()})
     for leaf, found in zip(_leaves(items), checksums(items), strict=True):
         if content["leaves"][leaf][2] != found:
@@ -253,7 +255,7 @@ def _read_items(path: pathlib.Path, like: dict[str, Any], content: dict[str, Any
     return items
 
 
-def _restore(path: pathlib.Path, arguments: dict[str, ocp.args.CheckpointArgs]) -> dict[str, Any]:
+def _restore(path: epath.Path, arguments: dict[str, ocp.args.CheckpointArgs]) -> dict[str, Any]:
     """Reads these items of a checkpoint.
 
     Raises Damaged, in all processes if in any, for all that Orbax says, but for a device without memory.
@@ -314,7 +316,7 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in pathlib.PurePath(record.pathname).parts
 
 
-def _check_same_model(path: pathlib.Path, stored: Leaves, wanted: Leaves) -> None:
+def _check_same_model(path: epath.Path, stored: Leaves, wanted: Leaves) -> None:
     for name in sorted(stored.keys() | wanted.keys()):
         found, expected = stored.get(name), wanted.get(name)
         if found != expected:

@@ -1,6 +1,7 @@
 """What the commands share: a user's mistake and a warning are one line each on stderr, without traceback."""
 
 import argparse
+import importlib.util
 import pathlib
 import sys
 import tempfile
@@ -9,6 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from etils import epath
+
+from lcm_jax import files
 from lcm_jax.errors import Unavailable, UserError, nearest
 
 Main = Callable[[Sequence[str]], int]
@@ -76,15 +80,32 @@ def loras(given: Sequence[str]) -> dict[str, float]:
 def folder(text: str) -> pathlib.Path:
     """The type of an option that names a folder; raises UserError for a URL, which would be made as a folder here."""
     if "://" in text:
-        raise UserError(f"{text} is no folder; mount the bucket on each host (gcsfuse, s3fs) and give its path there")
+        raise UserError(f"{text} is no folder; only the workdir of a run may be in a bucket, as gs://BUCKET/PATH")
     return pathlib.Path(text)
 
 
-def make_folder(option: str, folder: pathlib.Path) -> None:
+def workdir(text: str) -> epath.Path:
+    """The type of --workdir: a folder, or a place in a bucket of Google Cloud Storage, `gs://BUCKET/PATH`."""
+    if not files.in_bucket(text):
+        if "://" in text:
+            raise UserError(f"--workdir={text}: a run is written to a folder, or to gs://BUCKET/PATH")
+        return epath.Path(text)
+    bucket, _, rest = text.removeprefix("gs://").partition("/")
+    if not bucket or not rest.strip("/"):
+        raise UserError(f"--workdir={text} must name a bucket and a place in it: gs://BUCKET/PATH")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f'--workdir={text} needs gcsfs: pip install gcsfs, or lcm_jax with its extra "tpu"')
+    return epath.Path(text.rstrip("/"))
+
+
+def make_folder(option: str, folder: epath.PathLike) -> None:
     """Makes the folder that `option` names, before work that takes long; raises UserError where nothing can be written.
 
     One that is there already stays as it is.
     """
+    if files.in_bucket(folder):
+        return  # where there are no folders
+    folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

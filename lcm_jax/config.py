@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from lcm_jax.data.pipeline import DataConfig
@@ -266,9 +267,9 @@ def resolved(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def load_resolved(workdir: str | pathlib.Path) -> Config:
+def load_resolved(workdir: epath.PathLike) -> Config:
     """Reads `<workdir>/config.json`; raises UserError if it isn't a run's folder."""
-    path = pathlib.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"
     try:
         return from_dict(json.loads(path.read_text()), where=str(path))
     except FileNotFoundError:
@@ -279,7 +280,7 @@ def load_resolved(workdir: str | pathlib.Path) -> Config:
         raise UserError(f"{path} can't be read: {error}") from None
 
 
-def check_same_run(config: Config, stored: Config, workdir: str | pathlib.Path) -> None:
+def check_same_run(config: Config, stored: Config, workdir: epath.PathLike) -> None:
     """Raises UserError if `config` would compute other steps than the run that `stored` began in `workdir`."""
     new, old = dataclasses.asdict(config), dataclasses.asdict(stored)
     for name in new:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from lcm_jax import checkpoint, cli, compile_cache
 from lcm_jax.config import Config, load_resolved
@@ -28,7 +29,7 @@ BATCHES, PICTURES = 16, 32  # of the training data, from which an autoencoder's 
 
 
 def export(
-    workdir: pathlib.Path,
+    workdir: epath.PathLike,
     out: pathlib.Path,
     *,
     which: str | None = None,
@@ -126,7 +127,7 @@ def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarra
 def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     parser = cli.parser("export", __doc__)
-    parser.add_argument("--workdir", type=cli.folder, help="the folder of the run")
+    parser.add_argument("--workdir", type=cli.workdir, help="the folder of the run")
     parser.add_argument("--model", help="in place of --workdir: a diffusers folder, or a hub id, to merge LoRAs into")
     parser.add_argument("--out", required=True, type=cli.folder, help="the new folder")
     parser.add_argument("--which", choices=("ema", "student"), help="which weights of the run (default: ema)")

@@ -3,10 +3,13 @@
 import contextlib
 import dataclasses
 import pathlib
+import shutil
+import tempfile
 
 import jax
+from etils import epath
 
-from lcm_jax import cli
+from lcm_jax import cli, files
 from lcm_jax.errors import UserError
 
 
@@ -25,10 +28,11 @@ class ProfileConfig:
 class Profiler:
     """Records the steps of a ProfileConfig; use as a context manager around the loop."""
 
-    def __init__(self, config: ProfileConfig, workdir: pathlib.Path) -> None:
+    def __init__(self, config: ProfileConfig, workdir: epath.PathLike) -> None:
         """Raises UserError, here and where recording ends, if the folder can't be written."""
         self._first, self._last = config.steps or (0, 0)
-        self._folder = workdir / "profile" / f"process_{jax.process_index()}"
+        self._folder = epath.Path(workdir) / "profile" / f"process_{jax.process_index()}"
+        self._recorded = ""  # where a profile lies at first: the profiler itself knows no buckets
         self._running = False
         if config.steps:
             cli.make_folder("--workdir", self._folder)
@@ -42,7 +46,8 @@ class Profiler:
     def step(self, number: int) -> contextlib.AbstractContextManager:
         """Around the dispatch of a step, counted from 1; starts recording before the first that is wanted."""
         if not self._running and self._first <= number <= self._last:
-            jax.profiler.start_trace(self._folder)
+            self._recorded = tempfile.mkdtemp() if files.in_bucket(self._folder) else str(self._folder)
+            jax.profiler.start_trace(self._recorded)
             self._running = True
         return jax.profiler.StepTraceAnnotation("train", step_num=number) if self._running else contextlib.nullcontext()
 
@@ -57,4 +62,9 @@ class Profiler:
             try:
                 jax.profiler.stop_trace()
             except (OSError, RuntimeError) as error:
-                raise UserError(f"{self._folder} can't be written: {str(error).splitlines()[0]}") from None
+                raise UserError(f"{self._recorded} can't be written: {str(error).splitlines()[0]}") from None
+            if files.in_bucket(self._folder):
+                for path in pathlib.Path(self._recorded).rglob("*"):
+                    if path.is_file():
+                        files.write(self._folder / path.relative_to(self._recorded), path.read_bytes())
+                shutil.rmtree(self._recorded)

@@ -7,7 +7,6 @@ from its last checkpoint and ends with the same bits as a run that was never sto
 
 import dataclasses
 import math
-import pathlib
 import signal
 import sys
 import time
@@ -16,9 +15,10 @@ from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import jax
+from etils import epath
 from rich.console import Console
 
-from lcm_jax import cli, compile_cache
+from lcm_jax import cli, compile_cache, files
 from lcm_jax import config as config_lib
 from lcm_jax.checkpoint import FOLDER, Checkpoints, good_steps
 from lcm_jax.config import Config
@@ -47,12 +47,13 @@ class Result:
     signal: int
 
 
-def train(config: Config, workdir: pathlib.Path) -> Result:
+def train(config: Config, workdir: epath.PathLike) -> Result:
     """Trains until `config.steps`, or until SIGINT or SIGTERM, and leaves a checkpoint of the last step in `workdir`.
 
     Raises:
       UserError: a mistake in the configuration, the folder, the data or the workdir; a loss that stays non-finite.
     """
+    workdir = epath.Path(workdir)
     # ---- the machine
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)
@@ -136,6 +137,8 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
             if profiler.is_last(done):
                 profiler.stop()
             if save or last:
+                if metrics:
+                    metrics.flush()
                 checkpoints.save(done, state, data.get_state())
             if show:
                 pictures = preview(*program.whole((state["ema"] or state["params"], frozen)))
@@ -145,24 +148,16 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
     return Result(done, received if done < config.steps else 0)
 
 
-def _claim(workdir: pathlib.Path, config: Config) -> None:
+def _claim(workdir: epath.Path, config: Config) -> None:
     """Makes the workdir this run's own, or checks that it is; one without a checkpoint has nothing to lose."""
-    path = workdir / "config.json"
     if good_steps(workdir / FOLDER):
         config_lib.check_same_run(config, config_lib.load_resolved(workdir), workdir)
     meet("config.json read")
-    if not is_first():
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(config_lib.resolved(config))
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} can't be written: {error.strerror or error}") from None
+    if is_first():
+        files.write(workdir / "config.json", config_lib.resolved(config))
 
 
-def _diverged(workdir: pathlib.Path, config: Config, step: int, good: int | None) -> str:
+def _diverged(workdir: epath.Path, config: Config, step: int, good: int | None) -> str:
     kept = (
         f"the checkpoint of step {good} in {workdir}/checkpoints is good" if good else "no checkpoint was written yet"
     )
@@ -199,7 +194,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     parser = cli.parser("train", __doc__)
     parser.add_argument("--config", required=True, help="a file of configs/, with its variant: configs/digits.py:smoke")
-    parser.add_argument("--workdir", required=True, type=cli.folder, help="the folder of this run")
+    parser.add_argument("--workdir", required=True, type=cli.workdir, help="of this run: a folder, or gs://BUCKET/PATH")
     processes.add_options(parser)
     args, overrides = parser.parse_with_config(argv)
     config = config_lib.load(args.config, overrides)
@@ -215,7 +210,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"Stopped at step {result.step} of {config.steps}, saved. The same command goes on from there.")
         return 128 + result.signal
     print(f"Done: {result.step} steps, checkpoints in {args.workdir}/checkpoints. Next:")
-    print(f"  python -m lcm_jax.export --workdir={args.workdir} --out={args.workdir}/{_OUT[config.objective]}")
+    beside = f"runs/{args.workdir.name}" if files.in_bucket(args.workdir) else args.workdir  # an export is local
+    print(f"  python -m lcm_jax.export --workdir={args.workdir} --out={beside}/{_OUT[config.objective]}")
     return 0
 
 

@@ -69,7 +69,7 @@ def test_pictures(metrics, tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "tensorboard").write_text("in the way")
-    with pytest.raises(UserError, match="tensorboard can't be written: File exists"):
+    with pytest.raises(UserError, match="tensorboard can't be written: it is a file"):
         Metrics(tmp_path)
 
 

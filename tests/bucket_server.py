@@ -1,0 +1,78 @@
+"""An emulator of Google Cloud Storage that knows generations, on which TensorStore relies."""
+
+import contextlib
+import re
+import socket
+import urllib.parse
+
+from gcp_storage_emulator import exceptions, server
+
+
+class _Handler(server.RequestHandler):
+    """Adds what the emulator leaves out: preconditions, and the generation of what is read.
+
+    https://cloud.google.com/storage/docs/request-preconditions
+    """
+
+    _generation: str | None = None
+
+    def _object(self):
+        """Returns the generation of the object that is asked for ("0": there is none), and the query."""
+        url = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        found = re.fullmatch(r"(?:/upload|/download)?(?:/storage/v1)?/b/([^/]+)/o(?:/(.+))?", url.path)
+        name = query.get("name") or (found and urllib.parse.unquote(found[2] or ""))
+        if not found or not name:
+            return None, query
+        try:
+            return self.storage.get_file_obj(found[1], name)["generation"], query
+        except exceptions.NotFound:
+            return "0", query
+
+    def _answer(self, method):
+        self._generation, query = self._object()
+        if self._generation is not None:
+            if query.get("ifGenerationMatch", self._generation) != self._generation:
+                return self._say(412)
+            if query.get("ifGenerationNotMatch") == self._generation:
+                return self._say(304)
+        return method()
+
+    def _say(self, status):
+        if length := int(self.headers.get("Content-Length") or 0):
+            self.rfile.read(length)
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def end_headers(self):
+        if self._generation not in (None, "0") and self.command == "GET":
+            self.send_header("x-goog-generation", self._generation)
+        super().end_headers()
+
+    def do_GET(self):
+        self._answer(super().do_GET)
+
+    def do_POST(self):
+        self._answer(super().do_POST)
+
+    def do_DELETE(self):
+        self._answer(super().do_DELETE)
+
+
+@contextlib.contextmanager
+def serve(bucket, patch):
+    """Serves an empty bucket while the context lasts, to this process and those that it starts."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    patch.setattr(server, "RequestHandler", _Handler)
+    emulator = server.create_server("localhost", port, in_memory=True, default_bucket=bucket)
+    emulator.start()
+    address = f"http://localhost:{port}"
+    patch.setenv("STORAGE_EMULATOR_HOST", address)  # gcsfs
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)  # what Orbax writes arrays with
+    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks Google itself what kind of bucket it is
+    yield
+    emulator.stop()

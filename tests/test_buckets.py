@@ -1,0 +1,167 @@
+"""A run whose workdir is in a bucket: killed, started again, exported, against an emulator of Google Cloud Storage."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+from bucket_server import serve
+from etils import epath
+from event_files import visible
+
+from lcm_jax import checkpoint, cli, export, metrics, train
+from lcm_jax.blank import write_blank
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+pytestmark = [
+    pytest.mark.usefixtures("one_device"),
+    pytest.mark.filterwarnings("ignore:Sending a large body directly"),  # gcsfs, of objects beyond a megabyte
+]
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with pytest.MonkeyPatch.context() as patch, serve("bucket", patch):
+        yield epath.Path("gs://bucket")
+
+
+@pytest.fixture(scope="module")
+def quick(digits_data_dir, tmp_path_factory):
+    teacher = write_blank("micro", tmp_path_factory.mktemp("micro") / "teacher")
+    return [
+        f"--config={ROOT}/configs/digits_teacher.py:vae",
+        f"--config.model.folder={teacher}",
+        f"--config.data.data_dir={digits_data_dir}",
+        "--config.mesh.cpu_devices=0",
+        "--config.batch_size=8",
+        "--config.steps=6",
+        "--config.optimizer.decay=constant",
+        "--config.checkpoint.every=2",
+        "--config.log.samples_every=6",
+        "--config.log.every=1",
+    ]
+
+
+def start(options, workdir):
+    command = [sys.executable, "-m", "lcm_jax.train", *options, f"--workdir={workdir}"]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def steps(workdir):
+    """Read by the objects that are there, past the cache of gcsfs."""
+    workdir._backend.fs(workdir).invalidate_cache()
+    return checkpoint.good_steps(workdir / "checkpoints")
+
+
+def state(workdir, step):
+    """The checksum of each array of a checkpoint, and the data position."""
+    return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())
+
+
+def test_killed_in_a_bucket_as_if_never_stopped_in_a_folder(bucket, quick, tmp_path):
+    there, here = bucket / "runs" / "killed", tmp_path / "run"
+    longer = [option.replace("steps=6", "steps=400") for option in quick]
+    process = start(longer, there)
+    deadline = time.monotonic() + 240
+    while not steps(there):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    last = steps(there)[0]
+    last += -last % 6 + 6
+    options = [option.replace("steps=6", f"steps={last}") for option in quick]
+    said = [start(options, workdir).communicate()[0] for workdir in (there, here)]
+    assert said[0].endswith(f"--workdir={there} --out=runs/killed/model\n"), said[0]
+    assert steps(there) == checkpoint.good_steps(here / "checkpoints") == [last, last - 2]
+    assert state(there, last) == state(here, last)
+    pictures = sorted(path.name for path in (here / "samples").iterdir())
+    assert pictures[-1] == f"step_{last:06d}.png"
+    assert (there / "samples" / pictures[-1]).read_bytes() == (here / "samples" / pictures[-1]).read_bytes()
+    assert cli.run(export.main, [f"--workdir={there}", f"--out={tmp_path / 'a'}"]) == 0
+    assert cli.run(export.main, [f"--workdir={here}", f"--out={tmp_path / 'b'}"]) == 0
+    assert _files(tmp_path / "a" / "vae") == _files(tmp_path / "b" / "vae")
+
+
+def _files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_save_that_was_cut_short_is_passed_over(bucket, quick, tmp_path, capsys):
+    run = bucket / "runs" / "cut"
+    assert cli.run(train.main, [*quick, f"--workdir={run}", "--config.steps=4"]) == 0
+    (run / "checkpoints" / "4" / "commit_success.txt").unlink()  # the object that Orbax writes last
+    assert steps(run) == [2]
+    (run / "checkpoints" / "2" / "params" / "d").rmtree()
+    assert steps(run) == [2]
+    assert cli.run(train.main, [*quick, f"--workdir={run}"]) == 2
+    assert f"{run}/checkpoints: no checkpoint is whole (step 2: " in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_set_aside(bucket, quick, capsys):
+    run = bucket / "runs" / "damaged"
+    assert cli.run(train.main, [*quick, f"--workdir={run}", "--config.steps=4"]) == 0
+    before = state(run, 4)
+    meta = run / "checkpoints" / "4" / "meta" / "metadata"
+    meta.write_text(meta.read_text().replace('"crc": ', '"crc": 1'))
+    assert cli.run(train.main, [*quick, f"--workdir={run}", "--config.steps=4"]) == 0
+    said = f"step 4 is damaged (its description does not have its checksum); going on from step 2; it is kept as {run}"
+    assert said in capsys.readouterr().err
+    assert state(run, 4) == before
+    assert (run / "checkpoints" / "4.damaged" / "meta" / "metadata").exists()
+
+
+def test_a_profile_goes_to_the_bucket(bucket, quick):
+    run = bucket / "runs" / "profile"
+    assert cli.run(train.main, [*quick, f"--workdir={run}", "--config.profile.steps=(2, 3)", "--config.steps=4"]) == 0
+    (session,) = (run / "profile" / "process_0" / "plugins" / "profile").iterdir()
+    assert any(path.name.endswith(".xplane.pb") for path in session.iterdir())
+
+
+def test_curves_grow_in_parts(bucket, monkeypatch):
+    run = bucket / "runs" / "curves"
+    monkeypatch.setattr(metrics, "PART", 2000)
+    written = metrics.Metrics(run)
+    for step in range(100):
+        written.scalars(step, {"loss": step / 100})
+        if step % 10 == 9:
+            written.flush()
+    written.scalars(100, {"loss": 1.0})
+    assert [step for step, _ in visible(run)["loss"]] == list(range(100))  # the last one waits
+    written.close()
+    parts = list((run / "tensorboard").iterdir())
+    assert 2 < len(parts) < 10
+    assert [step for step, _ in visible(run)["loss"]] == list(range(101))
+    resumed = metrics.Metrics(run, start_step=50)
+    resumed.close()
+    assert [step for step, _ in visible(run)["loss"]] == list(range(51))
+
+
+@pytest.mark.parametrize(
+    ("workdir", "message"),
+    [
+        ("gs://no-such-bucket/run", "gs://no-such-bucket/run/config.json can't be written: "),
+        ("gs://bucket", "--workdir=gs://bucket must name a bucket and a place in it: gs://BUCKET/PATH"),
+        ("gs:///run", "--workdir=gs:///run must name a bucket and a place in it: gs://BUCKET/PATH"),
+        ("s3://bucket/run", "--workdir=s3://bucket/run: a run is written to a folder, or to gs://BUCKET/PATH"),
+    ],
+)
+def test_places_that_do_not_do(bucket, quick, tmp_path, monkeypatch, capsys, workdir, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(train.main, [*quick, f"--workdir={workdir}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_gcsfs(bucket, quick, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.run(train.main, [*quick, "--workdir=gs://bucket/run"]) == 2
+    assert 'needs gcsfs: pip install gcsfs, or lcm_jax with its extra "tpu"' in capsys.readouterr().err
