@@ -15,6 +15,9 @@ from lcm_jax.errors import Unavailable, UserError
 from lcm_jax.parallel.roll_call import RollCall
 
 WAIT = 300.0  # seconds for processes that are missing
+# The roll call's port is so far below the coordinator's: of the ports that Google Cloud's own firewall rule opens among
+# the hosts of a TPU pod, 8474 is the neighbour of JAX's 8476; and JAX's highest port under SLURM has none above it.
+ROLL_CALL = 2
 CLUSTERS = ("GkeTpuCluster", "GceTpuCluster", "SlurmCluster", "OmpiCluster")  # in which JAX finds its processes
 
 
@@ -30,7 +33,9 @@ class Place(NamedTuple):
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say where this process stands, for machines on which it can't be found out."""
     group = parser.add_argument_group("several processes (known by itself on TPU pods, under GKE, SLURM and mpirun)")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; PORT + 1 must be free there too")
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help=f"of process 0; PORT - {ROLL_CALL} must be free there too"
+    )
     group.add_argument("--num-processes", type=int, metavar="N", help="of the whole run")
     group.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
     group.add_argument(
@@ -52,7 +57,7 @@ def find(coordinator: str | None, count: int | None, process: int | None, wait: 
         missing = ", ".join(name for name, value in given.items() if value is None)
         raise UserError(f"{missing} is missing; of {', '.join(given)} give all or none")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+    if not host or not port.isdigit() or not ROLL_CALL < int(port) < 65536:
         raise UserError(f"--coordinator={coordinator} is not HOST:PORT, as in 10.0.0.1:8476")
     if count < 1:
         raise UserError(f"--num-processes={count}; it must be at least 1")
@@ -86,7 +91,13 @@ class Processes:
         if place.local_devices is None:
             how += f", with its own number where it is given (--coordinator={place.coordinator} --process-id=…)"
         self._roll_call = RollCall(
-            f"{host}:{int(port) + 1}", place.process, place.count, wait=wait, say=_say, how=how, on_loss=self._end
+            f"{host}:{int(port) - ROLL_CALL}",
+            place.process,
+            place.count,
+            wait=wait,
+            say=_say,
+            how=how,
+            on_loss=self._end,
         )
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the training loop
         try:

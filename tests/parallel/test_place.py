@@ -3,6 +3,7 @@
 import pytest
 
 from lcm_jax.errors import UserError
+from lcm_jax.parallel import processes
 from lcm_jax.parallel.processes import Place, find
 
 SLURM = {
@@ -51,6 +52,7 @@ def test_slurm_knows(monkeypatch):
         (("host", 2, 1), "--coordinator=host is not HOST:PORT, as in 10.0.0.1:8476"),
         (("host:70000", 2, 1), "is not HOST:PORT"),
         ((":8476", 2, 1), "is not HOST:PORT"),
+        (("host:2", 2, 1), "is not HOST:PORT"),  # the roll call has no port two below
         (("host:8476", 2, 2), r"--process-id=2 is not in 0\.\.1, the numbers of 2 processes"),
         (("host:8476", 2, -1), "--process-id=-1 is not in"),
     ],
@@ -58,3 +60,16 @@ def test_slurm_knows(monkeypatch):
 def test_what_is_missing_or_wrong_is_named(given, said):
     with pytest.raises(UserError, match=said):
         find(*given)
+
+
+@pytest.mark.parametrize(("coordinator", "roll_call"), [("pod-w-0:8476", "pod-w-0:8474"), ("host:65535", "host:65533")])
+def test_the_roll_call_has_the_other_open_port_of_a_pod(monkeypatch, coordinator, roll_call):
+    class Heard(Exception):
+        pass
+
+    def hear(address, *_, **__):
+        raise Heard(address)
+
+    monkeypatch.setattr(processes, "RollCall", hear)
+    with pytest.raises(Heard, match=f"^{roll_call}$"):
+        processes.Processes(find(coordinator, 2, 1))
