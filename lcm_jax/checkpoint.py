@@ -7,16 +7,10 @@
 Orbax itself does not notice a flipped bit. A damaged checkpoint that has been passed over is kept as `<step>.damaged`.
 """
 
-import contextlib
-import functools
 import gc
 import json
-import logging
-import pathlib
 import sys
-import warnings
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lcm_jax import files
+from lcm_jax import files, orbax_noise
 from lcm_jax.errors import UserError
 from lcm_jax.parallel.processes import all_agree, is_first, meet
 
@@ -87,7 +81,7 @@ class Checkpoints:
             max_to_keep=keep_last, keep_period=keep_every or None, create=True, cleanup_tmp_directories=True
         )
         self._open: ocp.CheckpointManager | None = None
-        logging.getLogger("absl").addFilter(_not_from_orbax)
+        orbax_noise.silence()
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -203,7 +197,7 @@ def restore_params(
     Returns: {component: {path: float32 array}}, and the step.
     Raises: UserError if there is no such checkpoint, it is damaged, or it holds no average.
     """
-    logging.getLogger("absl").addFilter(_not_from_orbax)
+    orbax_noise.silence()
     folder = files.absolute(workdir) / FOLDER
     steps = good_steps(folder)
     if not steps:
@@ -261,7 +255,7 @@ def _restore(path: epath.Path, arguments: dict[str, ocp.args.CheckpointArgs]) ->
     Raises Damaged, in all processes if in any, for all that Orbax says, but for a device without memory.
     """
     restored, reason = {}, ""
-    with _mute_asyncio():
+    with orbax_noise.while_reading():
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 restored = dict(checkpointer.restore(path, ocp.args.Composite(**arguments)).items())
@@ -274,46 +268,6 @@ def _restore(path: epath.Path, arguments: dict[str, ocp.args.CheckpointArgs]) ->
     if not all_agree(not reason):
         raise Damaged(reason or "another process can't read it")
     return restored
-
-
-@contextlib.contextmanager
-def _mute_asyncio() -> Iterator[None]:
-    """After the first error Orbax neither waits for its other reads nor asks what became of them; Python tells."""
-    logger = logging.getLogger("asyncio")
-    logger.disabled, before = True, logger.disabled
-    _ignore_dropped_reads()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-            yield
-    finally:
-        logger.disabled = before
-
-
-def _not_a_dropped_read(record: logging.LogRecord) -> bool:
-    """A filter for asyncio's logger: others' lost exceptions are told as ever."""
-    message = record.getMessage()
-    return not (message.startswith("Future exception was never retrieved") and "tensorstore" in message)
-
-
-@functools.cache
-def _ignore_dropped_reads() -> None:
-    """For good: such a read may end at any later time, in a thread of TensorStore's."""
-    before = sys.unraisablehook
-
-    def hook(seen: Any) -> None:
-        code = getattr(seen.object, "cr_code", None)
-        dropped = code is not None and "orbax" in pathlib.PurePath(code.co_filename).parts
-        if not dropped and str(seen.exc_value) != "Event loop is closed":
-            before(seen)
-
-    sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(_not_a_dropped_read)
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    """A filter for absl's logger: what Orbax logs is raised as well."""
-    return "orbax" not in pathlib.PurePath(record.pathname).parts
 
 
 def _check_same_model(path: epath.Path, stored: Leaves, wanted: Leaves) -> None:

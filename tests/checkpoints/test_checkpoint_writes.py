@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from little_state import DATA, assert_same_bits, like, make_state, restore, save
 from orbax.checkpoint._src.serialization import serialization
 
-from lcm_jax import checkpoint
+from lcm_jax import orbax_noise
 from lcm_jax.checkpoint import Checkpoints, good_steps
 from lcm_jax.errors import UserError
 
@@ -173,10 +174,10 @@ def test_nothing_but_our_own_lines_on_the_terminal(tmp_path):
     assert done.returncode == 0
 
 
-def test_only_dropped_reads_are_not_heard(caplog):
-    """A read may end after the damage was told; what others lose is theirs to hear."""
-    checkpoint._ignore_dropped_reads()
-    for lost in ("ValueError('… tensorstore_spec=…')", "ValueError('mine')"):
+def test_only_dropped_work_is_not_heard(caplog):
+    """A read or write may end after the damage was told; what others lose is theirs to hear."""
+    orbax_noise.silence()
+    for lost in ("ValueError('… tensorstore_spec=…')", "ValueError('… in OCDBT database …')", "ValueError('mine')"):
         logging.getLogger("asyncio").error(f"Future exception was never retrieved\nfuture: <Future exception={lost}>")
     assert [record.getMessage().partition("=")[2] for record in caplog.records] == ["ValueError('mine')>"]
 
@@ -195,3 +196,15 @@ def test_killed_in_mid_save(tmp_path, capfd):
     checkpoints.close()
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_callback_that_comes_too_late_is_not_heard(monkeypatch):
+    """TensorStore prints, by way of sys.excepthook, that asyncio's loop is closed, for each array of a full disk."""
+    heard = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: heard.append(str(error)))
+    monkeypatch.setattr(sys, "unraisablehook", lambda seen: heard.append(str(seen.exc_value)))
+    orbax_noise.silence.__wrapped__()
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("mine")):
+        sys.excepthook(type(error), error, None)
+        sys.unraisablehook(types.SimpleNamespace(object=None, exc_value=error))
+    assert heard == ["mine", "mine"]
