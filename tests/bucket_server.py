@@ -1,15 +1,17 @@
 """An emulator of Google Cloud Storage that knows generations, on which TensorStore relies."""
 
 import contextlib
+import json
 import re
 import socket
+import time
 import urllib.parse
 
 from gcp_storage_emulator import exceptions, server
 
 
 class _Handler(server.RequestHandler):
-    """Adds what the emulator leaves out: preconditions, and the generation of what is read.
+    """Adds what the emulator leaves out: preconditions, the generation of what is read, moving.
 
     https://cloud.google.com/storage/docs/request-preconditions
     """
@@ -38,12 +40,13 @@ class _Handler(server.RequestHandler):
                 return self._say(304)
         return method()
 
-    def _say(self, status):
+    def _say(self, status, body=b""):
         if length := int(self.headers.get("Content-Length") or 0):
             self.rfile.read(length)
         self.send_response(status)
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        self.wfile.write(body)
 
     def end_headers(self):
         if self._generation not in (None, "0") and self.command == "GET":
@@ -54,7 +57,18 @@ class _Handler(server.RequestHandler):
         self._answer(super().do_GET)
 
     def do_POST(self):
-        self._answer(super().do_POST)
+        move = re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/?]+)(?:\?.*)?", self.path)
+        self._answer(super().do_POST if not move else lambda: self._move(*map(urllib.parse.unquote, move.groups())))
+
+    def _move(self, bucket, source, target):
+        """What the emulator does not know: https://cloud.google.com/storage/docs/json_api/v1/objects/move"""
+        try:
+            moved = {**self.storage.get_file_obj(bucket, source), "name": target, "generation": str(time.time_ns())}
+        except exceptions.NotFound:
+            return self._say(404)
+        self.storage.create_file(bucket, target, self.storage.get_file(bucket, source), moved)
+        self.storage.delete_file(bucket, source)
+        self._say(200, json.dumps(moved).encode())
 
     def do_DELETE(self):
         self._answer(super().do_DELETE)
