@@ -179,10 +179,14 @@ def good_steps(folder: epath.PathLike) -> list[int]:
     A kill in mid-save leaves another name, or, in a bucket, a folder without the object that Orbax writes last.
     """
     folder = epath.Path(folder)
-    if not folder.is_dir():
-        return []
-    steps = [path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()]
-    return sorted((int(path.name) for path in steps if ocp.utils.is_checkpoint_finalized(path)), reverse=True)
+    with files.one_line(folder, "read"):  # a bucket that does not answer is not an empty one
+        try:
+            steps = [path for path in folder.iterdir() if path.name.isdigit()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        if not files.in_bucket(folder):
+            steps = [path for path in steps if path.is_dir()]
+        return sorted((int(path.name) for path in steps if ocp.utils.is_checkpoint_finalized(path)), reverse=True)
 
 
 def restore_params(

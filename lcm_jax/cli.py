@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.util
+import logging
+import os
 import pathlib
 import sys
 import tempfile
@@ -89,12 +91,15 @@ def workdir(text: str) -> epath.Path:
     if not files.in_bucket(text):
         if "://" in text:
             raise UserError(f"--workdir={text}: a run is written to a folder, or to gs://BUCKET/PATH")
+        if "://" in str(epath.Path(os.path.abspath(text))):  # epath's rule, which Orbax follows too: /gs/… is gs://…
+            raise UserError(f"--workdir={text} would be taken for a bucket's place; choose a folder outside")
         return epath.Path(text)
     bucket, _, rest = text.removeprefix("gs://").partition("/")
     if not bucket or not rest.strip("/"):
         raise UserError(f"--workdir={text} must name a bucket and a place in it: gs://BUCKET/PATH")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f'--workdir={text} needs gcsfs: pip install gcsfs, or lcm_jax with its extra "tpu"')
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, with tracebacks, it raises as well
     return epath.Path(text.rstrip("/"))
 
 

@@ -16,6 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from lcm_jax import files
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.errors import UserError, nearest, one_of
 from lcm_jax.objectives.autoencoder import AutoencoderConfig
@@ -271,12 +272,14 @@ def load_resolved(workdir: epath.PathLike) -> Config:
     """Reads `<workdir>/config.json`; raises UserError if it isn't a run's folder."""
     path = epath.Path(workdir) / "config.json"
     try:
-        return from_dict(json.loads(path.read_text()), where=str(path))
-    except FileNotFoundError:
-        raise UserError(f"{workdir} is no run of lcm_jax: it has no config.json") from None
+        with files.one_line(path, "read"):
+            if not path.exists():
+                raise UserError(f"{workdir} is no run of lcm_jax: it has no config.json")
+            text = path.read_text()
+        return from_dict(json.loads(text), where=str(path))
     except UserError:
         raise
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # JSON of another shape among them
+    except (ValueError, AttributeError, TypeError) as error:  # JSON of another shape among them
         raise UserError(f"{path} can't be read: {error}") from None
 
 

@@ -45,16 +45,20 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 @contextlib.contextmanager
-def one_line(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an error of writing this file, or below this folder, into a UserError that names it and the reason."""
+def one_line(path: str | os.PathLike[str], what: str = "written") -> Iterator[None]:
+    """Turns an error of this file, or below this folder, into a UserError: it can't be `what`, and the reason."""
     try:
         yield
-    except FileExistsError:
-        place = epath.Path(path)
-        raise UserError(f"{path} can't be written: {'it' if place.exists() else place.parent} is a file") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error, UserError) or not in_bucket(path):
+        if in_bucket(path):  # gcsfs, google-auth and aiohttp have kinds of their own
+            reason = " ".join(f"{error or type(error).__name__}".split())[:200]
+        elif isinstance(error, FileExistsError):
+            place = epath.Path(path)
+            reason = f"{'it' if place.exists() else place.parent} is a file"
+        elif isinstance(error, OSError):
+            reason = str(error.strerror or error)
+        else:
             raise
-        raise UserError(f"{path} can't be written: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path} can't be {what}: {reason}") from None

@@ -25,9 +25,11 @@ def _as_if_absent(name: str) -> Iterator[None]:
     hidden = name not in sys.modules
     if hidden:
         sys.modules[name] = None  # pyright: ignore[reportArgumentType]
-    yield
-    if hidden:
-        del sys.modules[name]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[name]
 
 
 with _as_if_absent("torch"):  # tensorboardX imports it where it can: seconds, for nothing that is used here
@@ -96,7 +98,7 @@ class _Parts:
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self._number, self._part = path, 0, b""
+        self._path, self._number, self._part = path, 0, bytearray()
         self._stored = True
 
     def write(self, data: bytes) -> None:
@@ -106,10 +108,10 @@ class _Parts:
     def flush(self) -> None:
         if self._stored:
             return
-        files.write(f"{self._path}.{self._number:04d}", self._part)
+        files.write(f"{self._path}.{self._number:04d}", bytes(self._part))
         self._stored = True
         if len(self._part) >= PART:
-            self._number, self._part = self._number + 1, b""
+            self._number, self._part = self._number + 1, bytearray()
 
     def close(self) -> None:
         self.flush()

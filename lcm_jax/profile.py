@@ -46,7 +46,8 @@ class Profiler:
     def step(self, number: int) -> contextlib.AbstractContextManager:
         """Around the dispatch of a step, counted from 1; starts recording before the first that is wanted."""
         if not self._running and self._first <= number <= self._last:
-            self._recorded = tempfile.mkdtemp() if files.in_bucket(self._folder) else str(self._folder)
+            with files.one_line(tempfile.gettempdir()):
+                self._recorded = tempfile.mkdtemp() if files.in_bucket(self._folder) else str(self._folder)
             jax.profiler.start_trace(self._recorded)
             self._running = True
         return jax.profiler.StepTraceAnnotation("train", step_num=number) if self._running else contextlib.nullcontext()
@@ -64,7 +65,9 @@ class Profiler:
             except (OSError, RuntimeError) as error:
                 raise UserError(f"{self._recorded} can't be written: {str(error).splitlines()[0]}") from None
             if files.in_bucket(self._folder):
-                for path in pathlib.Path(self._recorded).rglob("*"):
-                    if path.is_file():
-                        files.write(self._folder / path.relative_to(self._recorded), path.read_bytes())
-                shutil.rmtree(self._recorded)
+                try:
+                    for path in pathlib.Path(self._recorded).rglob("*"):
+                        if path.is_file():
+                            files.write(self._folder / path.relative_to(self._recorded), path.read_bytes())
+                finally:
+                    shutil.rmtree(self._recorded)

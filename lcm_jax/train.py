@@ -57,6 +57,8 @@ def train(config: Config, workdir: epath.PathLike) -> Result:
     # ---- the machine
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)
+    if config.profile.steps and config.profile.steps[1] > config.steps:
+        raise UserError(f"config.profile.steps={config.profile.steps} goes beyond the last step, {config.steps}")
     _claim(workdir, config)
 
     # ---- models and state

@@ -26,6 +26,24 @@ def digits_data_dir(tmp_path_factory):
     return str(root)
 
 
+@pytest.fixture(scope="session")
+def quick(digits_data_dir, tmp_path_factory):
+    """The options of a run of seconds, on real data, around the smallest step there is."""
+    from lcm_jax.blank import write_blank
+
+    return [
+        f"--config={ROOT}/configs/digits_teacher.py:vae",
+        f"--config.model.folder={write_blank('micro', tmp_path_factory.mktemp('micro') / 'teacher')}",
+        f"--config.data.data_dir={digits_data_dir}",
+        "--config.mesh.cpu_devices=0",
+        "--config.batch_size=8",
+        "--config.steps=6",
+        "--config.optimizer.decay=constant",
+        "--config.checkpoint.every=2",
+        "--config.log.samples_every=0",
+    ]
+
+
 @pytest.fixture(scope="module")
 def one_device():
     """Runs of the train command take one device: eight copies of each array make Orbax slow and nothing clearer."""

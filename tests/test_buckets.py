@@ -13,7 +13,6 @@ from etils import epath
 from event_files import visible
 
 from lcm_jax import checkpoint, cli, export, metrics, train
-from lcm_jax.blank import write_blank
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -30,20 +29,8 @@ def bucket():
 
 
 @pytest.fixture(scope="module")
-def quick(digits_data_dir, tmp_path_factory):
-    teacher = write_blank("micro", tmp_path_factory.mktemp("micro") / "teacher")
-    return [
-        f"--config={ROOT}/configs/digits_teacher.py:vae",
-        f"--config.model.folder={teacher}",
-        f"--config.data.data_dir={digits_data_dir}",
-        "--config.mesh.cpu_devices=0",
-        "--config.batch_size=8",
-        "--config.steps=6",
-        "--config.optimizer.decay=constant",
-        "--config.checkpoint.every=2",
-        "--config.log.samples_every=6",
-        "--config.log.every=1",
-    ]
+def quick(quick):
+    return [*quick, "--config.log.samples_every=6", "--config.log.every=1"]
 
 
 def start(options, workdir):
@@ -147,6 +134,7 @@ def test_curves_grow_in_parts(bucket, monkeypatch):
         ("gs://no-such-bucket/run", "gs://no-such-bucket/run/config.json can't be written: "),
         ("gs://bucket", "--workdir=gs://bucket must name a bucket and a place in it: gs://BUCKET/PATH"),
         ("gs:///run", "--workdir=gs:///run must name a bucket and a place in it: gs://BUCKET/PATH"),
+        ("/gs/bucket/run", "--workdir=/gs/bucket/run would be taken for a bucket's place; choose a folder outside"),
         ("s3://bucket/run", "--workdir=s3://bucket/run: a run is written to a folder, or to gs://BUCKET/PATH"),
     ],
 )
@@ -155,6 +143,16 @@ def test_places_that_do_not_do(bucket, quick, tmp_path, monkeypatch, capsys, wor
     assert cli.run(train.main, [*quick, f"--workdir={workdir}"]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_that_does_not_answer_is_not_an_empty_one(bucket, quick, monkeypatch, capsys):
+    def refuse(self):
+        raise OSError("Forbidden: the address\nand why")
+
+    monkeypatch.setattr(type(bucket), "iterdir", refuse)
+    assert cli.run(train.main, [*quick, f"--workdir={bucket}/runs/refused"]) == 2
+    said = "gs://bucket/runs/refused/checkpoints can't be read: Forbidden: the address and why\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_without_gcsfs(bucket, quick, monkeypatch, capsys):

@@ -16,33 +16,11 @@ import pytest
 
 from lcm_jax import checkpoint, cli, train
 from lcm_jax import config as config_lib
-from lcm_jax.blank import write_blank
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 pytestmark = pytest.mark.usefixtures("one_device")
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_blank("micro", tmp_path_factory.mktemp("micro") / "teacher")
-
-
-@pytest.fixture(scope="module")
-def quick(teacher, digits_data_dir):
-    """A run of seconds, on real data, around the smallest step there is."""
-    return [
-        f"--config={ROOT}/configs/digits_teacher.py:vae",
-        f"--config.model.folder={teacher}",
-        f"--config.data.data_dir={digits_data_dir}",
-        "--config.mesh.cpu_devices=0",
-        "--config.batch_size=8",
-        "--config.steps=6",
-        "--config.optimizer.decay=constant",
-        "--config.checkpoint.every=2",
-        "--config.log.samples_every=0",
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +192,8 @@ def test_some_steps_are_profiled(quick, tmp_path, capsys):
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
     events = [event for plane in planes for line in plane.lines for event in line.events if event.name == "train"]
     assert sorted(dict(event.stats)["step_num"] for event in events) == [2, 3]
+    assert cli.run(train.main, [*quick, "--config.profile.steps=(2, 7)", f"--workdir={tmp_path / 'other'}"]) == 2
+    assert "config.profile.steps=(2, 7) goes beyond the last step, 6" in capsys.readouterr().err
     for steps in ("(3, 2)", "(0, 1)", "(1,)"):
         assert cli.run(train.main, [*quick, f"--config.profile.steps={steps}", f"--workdir={tmp_path / 'other'}"]) == 2
         assert "give the first and the last step, as in (10, 12), or ()" in capsys.readouterr().err
