@@ -155,8 +155,12 @@ def _claim(workdir: epath.Path, config: Config) -> None:
     if good_steps(workdir / FOLDER):
         config_lib.check_same_run(config, config_lib.load_resolved(workdir), workdir)
     meet("config.json read")
-    if is_first():
+    if not is_first():
+        return
+    try:
         files.write(workdir / "config.json", config_lib.resolved(config))
+    except UserError as error:
+        raise UserError(f"--workdir={workdir}: {error}") from None
 
 
 def _diverged(workdir: epath.Path, config: Config, step: int, good: int | None) -> str:
