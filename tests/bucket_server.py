@@ -1,6 +1,7 @@
 """An emulator of Google Cloud Storage that knows generations, on which TensorStore relies."""
 
 import contextlib
+import http.server
 import json
 import re
 import socket
@@ -81,6 +82,8 @@ def serve(bucket, patch):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     patch.setattr(server, "RequestHandler", _Handler)
+    # of more than five connections at a time, by default, some would wait seconds for their packet to be sent again
+    patch.setattr(http.server.HTTPServer, "request_queue_size", 256)
     emulator = server.create_server("localhost", port, in_memory=True, default_bucket=bucket)
     emulator.start()
     address = f"http://localhost:{port}"
