@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lcm_jax import files, orbax_noise
-from lcm_jax.errors import UserError
+from lcm_jax.errors import Unavailable, UserError
 from lcm_jax.parallel.processes import all_agree, is_first, meet
 
 FOLDER = "checkpoints"
@@ -131,7 +131,8 @@ class Checkpoints:
     def _failed(self, error: Exception) -> UserError:
         good = good_steps(self.folder)
         rest = f"the checkpoint of step {good[0]} is good" if good else "there is no older one"
-        return UserError(f"a checkpoint could not be written to {self.folder}: {_line(error)}; {rest}")
+        kind = Unavailable if files.in_bucket(self.folder) else UserError  # of a bucket, another start may go on
+        return kind(f"a checkpoint could not be written to {self.folder}: {_line(error)}; {rest}")
 
     def restore_newest(self, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int] | None:
         """Returns (state, data_state, step) of the newest checkpoint that is whole; None if there is none at all.

@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from lcm_jax.errors import UserError
+from lcm_jax.errors import Unavailable, UserError
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
@@ -46,7 +46,10 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 @contextlib.contextmanager
 def one_line(path: str | os.PathLike[str], what: str = "written") -> Iterator[None]:
-    """Turns an error of this file, or below this folder, into a UserError: it can't be `what`, and the reason."""
+    """Turns an error of this file, or below this folder, into a UserError: it can't be `what`, and the reason.
+
+    In a bucket it is Unavailable, which launchers take for worth another start, but for what is absent or forbidden.
+    """
     try:
         yield
     except UserError:
@@ -54,6 +57,8 @@ def one_line(path: str | os.PathLike[str], what: str = "written") -> Iterator[No
     except Exception as error:
         if in_bucket(path):  # gcsfs, google-auth and aiohttp have kinds of their own
             reason = " ".join(f"{error or type(error).__name__}".split())[:200]
+            if not (isinstance(error, FileNotFoundError | PermissionError) or reason.startswith("Forbidden")):
+                raise Unavailable(f"{path} can't be {what}: {reason}") from None
         elif isinstance(error, FileExistsError):
             place = epath.Path(path)
             reason = f"{'it' if place.exists() else place.parent} is a file"

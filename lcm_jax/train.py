@@ -160,7 +160,7 @@ def _claim(workdir: epath.Path, config: Config) -> None:
     try:
         files.write(workdir / "config.json", config_lib.resolved(config))
     except UserError as error:
-        raise UserError(f"--workdir={workdir}: {error}") from None
+        raise type(error)(f"--workdir={workdir}: {error}") from None
 
 
 def _diverged(workdir: epath.Path, config: Config, step: int, good: int | None) -> str:
