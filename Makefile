@@ -1,5 +1,6 @@
 # make demo    distil the digits teacher into a four-step model and draw with it (no accelerator needed)
 # make test    the whole test suite, lint and types, as CI runs it
+# make demo-lora  the same as a LoRA, attached to a fine-tune that it never saw
 # make full    the same with seven times the training (three quarters of an hour)
 # make teacher train the digits teacher itself again, and measure it (two hours)
 # PYTHON=python3.12 make …  chooses the interpreter (3.11 or newer) that .venv is made with
@@ -17,7 +18,7 @@ PROMPTS := --prompt="a red seven on a blue background" --prompt="a white three o
   --prompt="a blue eight on a white background" --prompt="a cyan four on a red background" \
   --prompt="a black six on a yellow background"
 
-.PHONY: demo full test lint teacher clean
+.PHONY: demo demo-lora full test lint teacher clean
 
 demo: .venv/demo
 	$(BIN)/python -m lcm_jax.train --config=configs/digits.py --workdir=$(RUNS)/digits
@@ -31,6 +32,24 @@ demo: .venv/demo
 	@echo "How good it is:          $(RUNS)/digits/evaluation: sheet.png beside the teacher, curves.png, table.md"
 	@echo "Samples while training:  $(RUNS)/digits/samples   curves: $(RUNS)/digits/tensorboard"
 	@echo "Draw more:               $(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm --prompt='a yellow three on a black background' --scale=8 --out=three.png"
+
+# The promise of LCM-LoRA: adapters trained on the teacher make a fine-tune of it, and a style LoRA, draw in four steps.
+LORA := $(RUNS)/lora
+TEACHER := lcm_jax/assets/digits_teacher
+demo-lora: .venv/demo
+	$(BIN)/python -m lcm_jax.train --config=configs/digits_lora.py --workdir=$(LORA)/lcm
+	$(BIN)/python -m lcm_jax.export --workdir=$(LORA)/lcm --out=$(LORA)/lcm.safetensors
+	$(BIN)/python -m lcm_jax.train --config=configs/digits_italic.py --workdir=$(LORA)/italic
+	$(BIN)/python -m lcm_jax.export --workdir=$(LORA)/italic --out=$(LORA)/italic/model
+	$(BIN)/python -m lcm_jax.train --config=configs/digits_italic.py:lora --workdir=$(LORA)/italic_lora
+	$(BIN)/python -m lcm_jax.export --workdir=$(LORA)/italic_lora --out=$(LORA)/italic.safetensors
+	$(BIN)/python -m lcm_jax.evaluate --model=$(LORA)/italic/model --lora=$(LORA)/lcm.safetensors --style=italic --out=$(LORA)/on_fine_tune
+	$(BIN)/python -m lcm_jax.evaluate --model=$(TEACHER) --lora=$(LORA)/lcm.safetensors --lora=$(LORA)/italic.safetensors --style=italic --out=$(LORA)/with_style
+	@echo
+	@echo "The LCM-LoRA:                  $(LORA)/lcm.safetensors"
+	@echo "On a fine-tune in italics:     $(LORA)/on_fine_tune: sheet.png, weights.png, table.md"
+	@echo "Beside a LoRA of that style:   $(LORA)/with_style, likewise"
+	@echo "Draw more:                     $(BIN)/python -m lcm_jax.sample --model=$(LORA)/italic/model --lora=$(LORA)/lcm.safetensors --sampler=lcm --prompt='a red seven on a blue background' --scale=8 --out=seven.png"
 
 full: .venv/demo
 	$(BIN)/python -m lcm_jax.train --config=configs/digits.py:full --workdir=$(RUNS)/full

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from lcm_jax import files
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.errors import UserError, nearest, one_of
+from lcm_jax.lora import LoraConfig
 from lcm_jax.objectives.autoencoder import AutoencoderConfig
 from lcm_jax.objectives.denoising import DenoisingConfig
 from lcm_jax.objectives.lcd import LCDConfig
@@ -135,6 +136,7 @@ class Config:
         5  # steps in a row with a non-finite loss or gradient, whose update is left out, before the run stops
     )
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     ema: EMAConfig = dataclasses.field(default_factory=EMAConfig)
     lcd: LCDConfig = dataclasses.field(default_factory=LCDConfig)
@@ -151,6 +153,13 @@ class Config:
         _not_negative(self, "seed")
         if self.data.latents and self.objective == "autoencoder":
             raise UserError("data.latents is true, but an autoencoder is trained on pictures")
+        if self.lora.rank and self.objective == "autoencoder":
+            raise UserError("lora.rank has no effect: objective is 'autoencoder', which LoRA files have no place for")
+        if self.lora.rank and self.objective == "lcd" and self.lcd.w_embedding_dim:
+            raise UserError(
+                f"lcd.w_embedding_dim is {self.lcd.w_embedding_dim}; with lora.rank it must be 0: a LoRA file has no "
+                "place for the projection of the w-embedding"
+            )
         for name in OBJECTIVES:
             section = getattr(self, name)
             if name != self.objective and section != type(section)():

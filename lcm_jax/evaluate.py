@@ -1,4 +1,5 @@
 """python -m lcm_jax.evaluate --model=runs/digits/lcm [--out=runs/digits/evaluation] [--diffusers] [--teacher]
+python -m lcm_jax.evaluate --model=FOLDER --lora=LCM:WEIGHT [--lora=OTHER:WEIGHT] [--style=italic] [--weights=0,0.5,1]
 
 Measures how well a model of the captioned digits draws what it is asked for: 1,120 prompts (10 digits, 56 pairs of
 colours, twice), the same noise for every row. Digits are read by a classifier that saw real digits only, colours from
@@ -7,6 +8,9 @@ evaluation.json, sheet.png and curves.png.
 
 The teacher's rows come with the package, for the files that its hash names; --teacher measures them again (half an
 hour on two cores), --teacher=FOLDER those of another teacher.
+
+With --lora the model is a diffusion model, and the first LoRA the LCM-LoRA that is measured; others belong to the
+model. Its rows stand beside the model's own, and weights.png shows what the LCM-LoRA's weight does.
 """
 
 import argparse
@@ -16,16 +20,18 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import cli, compile_cache
-from lcm_jax.data.digits import SIZE
+from lcm_jax.data.digits import SIZE, STYLES
 from lcm_jax.diffusion.sampling import lcm_timesteps
 from lcm_jax.errors import UserError
+from lcm_jax.evaluation import loras
 from lcm_jax.evaluation import teacher as teacher_rows
-from lcm_jax.evaluation.classifier import Classifier, load_classifier
+from lcm_jax.evaluation.classifier import STYLE_WEIGHTS, WEIGHTS, Classifier, load_classifier
 from lcm_jax.evaluation.digits import Prompt, real_pictures, score, sheet_prompts, test_prompts
 from lcm_jax.evaluation.draw import BATCH, draw_all, in_batches
 from lcm_jax.evaluation.guidance import best_guidance, trained_range
@@ -39,16 +45,17 @@ from lcm_jax.pipeline import Pipeline, load_pipeline, to_unit
 STEPS = (1, 2, 4, 8)
 
 
-def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt]) -> list[Row]:
+def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], style: str = STYLES[0]) -> list[Row]:
     """Real test pictures, and the same through the model's VAE.
 
     Distance and variety of the first are those of real *validation* pictures: what two sets of real pictures differ by.
     """
-    real = real_pictures(prompts, "test")
+    asked = None if style == STYLES[0] else style
+    real = real_pictures(prompts, "test", style)
     features, _ = classifier(real)
-    others = score(real_pictures(prompts, "validation"), prompts, classifier, features)
+    others = score(real_pictures(prompts, "validation", style), prompts, classifier, features)
     real_row = dataclasses.replace(
-        score(real, prompts, classifier, features), frechet=others.frechet, variety=others.variety
+        score(real, prompts, classifier, features, asked), frechet=others.frechet, variety=others.variety
     )
     decoded = []
     for start in range(0, len(real), BATCH):
@@ -58,7 +65,7 @@ def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt]) 
     through = np.round(to_unit(np.concatenate(decoded)) * 255).astype(np.uint8)
     return [
         Row("real test pictures", real_row),
-        Row("the same through the VAE", score(through, prompts, classifier, features)),
+        Row("the same through the VAE", score(through, prompts, classifier, features, asked)),
     ]
 
 
@@ -105,16 +112,25 @@ def main(argv: Sequence[str]) -> int:
         const=str(teacher_rows.TEACHER),
         help="measure the teacher's rows (of this folder) again",
     )
+    cli.add_lora(parser)
+    parser.add_argument("--style", choices=STYLES, help="with --lora: of the digits that the model draws")
+    parser.add_argument("--weights", type=_numbers, help="with --lora: of the LCM-LoRA (default: 0,0.25,…,1.25)")
     args = parser.parse_args(argv)
     if not args.model and not args.teacher:
         raise UserError("give --model=FOLDER, or --teacher to measure the teacher alone")
-    if args.diffusers and not args.model:
-        raise UserError("--diffusers draws with the model; give --model=FOLDER as well")
+    for option in ("diffusers", "lora"):
+        if getattr(args, option) and not args.model:
+            raise UserError(f"--{option} draws with the model; give --model=FOLDER as well")
+    for option in ("diffusers", "teacher", "guidance_scale") if args.lora else ("style", "weights"):
+        if getattr(args, option) not in (None, False):
+            raise UserError(f"--{option} has no effect with{'' if args.lora else 'out'} --lora; leave it out")
     if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
         raise UserError(f"--guidance_scale={args.guidance_scale} is no finite number")
     out = args.out or (pathlib.Path(args.model).parent if args.model else pathlib.Path()) / "evaluation"
     compile_cache.enable()
     figure_class()  # what can be wrong is found before anything that takes long
+    if args.lora:
+        return _lora(args, out)
     classifier = load_classifier()
     teacher = _digits_model(args.teacher or str(teacher_rows.TEACHER), is_lcm=False)
     shipped, where = ([], "") if args.teacher else teacher_rows.shipped()
@@ -153,17 +169,55 @@ def main(argv: Sequence[str]) -> int:
     rows = [*ceilings(teacher, classifier, prompts), *shipped, *rows]
 
     here = teacher_rows.machine()
-    text = table(rows)
-    print(text)
+    _report(out, rows, {"model": args.model, "machine": here, "teacher_machine": where or here})
     if where:
         print(f"\nimages/s: the teacher's on {where}; the others here, on {here}")
-    values = {"model": args.model, "prompts": len(prompts), "machine": here, "teacher_machine": where or here}
-    write_json(out / "evaluation.json", {**values, "rows": [row.to_dict() for row in rows]})
-    write(out / "table.md", text + "\n")
     write_png(out / "sheet.png", sheet(drawn, [prompt.text for prompt in on_sheet]))
     write_png(out / "curves.png", curves(rows))
     print(f"Done: {out} holds table.md, evaluation.json, sheet.png and curves.png")
     return 0
+
+
+def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
+    """Evaluates an LCM-LoRA on a model of the digits."""
+    style, weights = args.style or STYLES[0], args.weights or loras.WEIGHTS
+    (lcm, weight), *others = cli.loras(args.lora).items()
+    classifier = load_classifier(WEIGHTS if style == STYLES[0] else STYLE_WEIGHTS)
+    pipe = _digits_model(args.model, is_lcm=False)
+    pipe.set_loras({lcm: weight, **dict(others)})  # whether they can be read
+    measured = loras.Measured(pipe, (lcm, weight), dict(others), classifier, style)
+    cli.make_folder("--out", out)
+    print("Measuring the model itself …", flush=True)
+    base = measured.without()
+    with_it = measured.with_lora(args.steps)
+    shown = min(with_it, key=lambda row: abs((row.steps or 1) - 4))
+    curve = measured.over_weights(shown, weights)
+    rows = [*ceilings(pipe, classifier, test_prompts(), style), *base, *with_it, *curve]
+    _report(out, rows, {"model": args.model, "loras": cli.loras(args.lora), "machine": teacher_rows.machine()})
+    on_sheet = sheet_prompts()
+    pictures = measured.sheet(on_sheet, [*base, *with_it])
+    write_png(out / "sheet.png", sheet(pictures, [prompt.text for prompt in on_sheet]))
+    write_png(out / "weights.png", loras.weight_curves(curve, weights, base[-1]))
+    print(f"Done: {out} holds table.md, evaluation.json, sheet.png and weights.png")
+    return 0
+
+
+def _report(out: pathlib.Path, rows: list[Row], values: dict[str, Any]) -> None:
+    text = table(rows)
+    print(text)
+    write(out / "table.md", text + "\n")
+    values = {**values, "prompts": len(test_prompts())}
+    write_json(out / "evaluation.json", {**values, "rows": [row.to_dict() for row in rows]})
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 0,0.5,1")
+    return numbers
 
 
 def _steps(text: str) -> tuple[int, ...]:

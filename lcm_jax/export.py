@@ -1,10 +1,12 @@
 """python -m lcm_jax.export --workdir=runs/digits --out=runs/digits/lcm [--which=ema|student] [--verify]
+python -m lcm_jax.export --workdir=runs/digits_lora --out=lcm.safetensors [--dialect=kohya] [--verify]
 python -m lcm_jax.export --model=FOLDER --lora=FILE:WEIGHT [--sampler=lcm] --out=NEW_FOLDER [--verify]
 
 Writes what a run has trained as a folder that diffusers loads: a consistency model as a
-LatentConsistencyModelPipeline, a diffusion model or an autoencoder in the pipeline it came from. With --model, writes
-that model with the LoRAs merged into its weights; --sampler=lcm gives it an LCMScheduler, for an LCM-LoRA. --verify
-loads the folder in diffusers and compares what it draws with what we draw.
+LatentConsistencyModelPipeline, a diffusion model or an autoencoder in the pipeline it came from; a LoRA as one file, in
+the dialect of diffusers and peft or of kohya's scripts. With --model, writes that model with the LoRAs merged into its
+weights; --sampler=lcm gives it an LCMScheduler, for an LCM-LoRA. --verify loads the result in diffusers and compares
+what it draws with what we draw.
 """
 
 import contextlib
@@ -17,13 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lcm_jax import checkpoint, cli, compile_cache
+from lcm_jax import checkpoint, cli, compile_cache, lora
 from lcm_jax.config import Config, load_resolved
 from lcm_jax.data.pipeline import batches
 from lcm_jax.errors import UserError
-from lcm_jax.interop.export import DTYPES, Recipe, with_lcm_scheduler, write_lcm_folder, write_trained_folder
+from lcm_jax.interop.export import DTYPES, with_lcm_scheduler, write_lcm_folder, write_trained_folder
 from lcm_jax.interop.folder import Folder, read_folder, write_folder
-from lcm_jax.interop.lora_merge import Loras, merged_kernels, with_kernels
+from lcm_jax.interop.lora_file import DIALECTS, write_lora
+from lcm_jax.interop.lora_merge import Loras, lcm_recipe, merged_kernels, with_kernels
+from lcm_jax.interop.recipe import Recipe
+from lcm_jax.state import adapted, trained_components
 
 BATCHES, PICTURES = 16, 32  # of the training data, from which an autoencoder's scaling_factor is measured
 
@@ -35,12 +40,15 @@ def export(
     which: str | None = None,
     step: int | None = None,
     dtype: str = "float32",
+    dialect: str | None = None,
 ) -> tuple[int, str]:
-    """Writes the newest good checkpoint (or that of `step`) of the run in `workdir` to the folder `out`.
+    """Writes the newest good checkpoint (or that of `step`) of the run in `workdir` to `out`.
 
     Args:
+      out: the new folder; of adapters, the file, *.safetensors.
       which: "ema" or "student"; by default "ema" for a distilled model, and for the others where the run keeps one.
-      dtype: of the trained weights in the new folder.
+      dtype: of the trained weights in the new folder or file.
+      dialect: of a LoRA file, "diffusers" (default) or "kohya".
 
     Returns:
       The checkpoint's step, and which weights were written.
@@ -49,12 +57,24 @@ def export(
       UserError: no such run, no such checkpoint, no EMA in it, `out` can't be written.
     """
     config = load_resolved(workdir)
-    which = which or ("ema" if config.ema.decay or config.objective == "lcd" else "student")
+    if dialect and not config.lora.rank:
+        raise UserError(f"the dialect {dialect} has no effect: {workdir} holds whole networks, no LoRA; leave it out")
+    if config.lora.rank and out.suffix != ".safetensors":
+        raise UserError(f"{workdir} holds a LoRA, which is one file: {out} should end in .safetensors")
+    needs_ema = config.objective == "lcd" and not config.lora.rank  # published LCM-LoRAs are trained without
+    which = which or ("ema" if config.ema.decay or needs_ema else "student")
     if which == "ema" and not config.ema.decay:
         raise UserError(f"{workdir} has no EMA (its config.ema.decay is 0); export --which=student")
     source = read_folder(config.model.folder)
     params, step = checkpoint.restore_params(workdir, which, step)
-    if config.objective == "lcd":
+    if config.lora.rank:
+        networks = {name: source.components[name].network() for name in trained_components(config)}
+        adapters = {
+            name: lora.Adapter(params[name], lora.alphas(chosen)) for name, chosen in adapted(config, networks).items()
+        }
+        header = recipe_of(config, source, which, step).to_header() if config.objective == "lcd" else {}
+        write_lora(out, adapters, dialect=dialect or DIALECTS[0], dtype=dtype, header=header)
+    elif config.objective == "lcd":
         write_lcm_folder(source, params["unet"], out, recipe=recipe_of(config, source, which, step), dtype=dtype)
     else:
         updates = (
@@ -78,7 +98,7 @@ def export_merged(model: str, loras: Loras, out: pathlib.Path, *, lcm: bool = Fa
     folder = read_folder(model)
     kernels = merged_kernels(folder, loras)
     merged = with_kernels(folder, kernels)
-    write_folder(with_lcm_scheduler(merged) if lcm else merged, out, changed=kernels)
+    write_folder(with_lcm_scheduler(merged, lcm_recipe(loras)) if lcm else merged, out, changed=kernels)
 
 
 def recipe_of(config: Config, teacher: Folder, which: str, step: int) -> Recipe:
@@ -129,38 +149,44 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("export", __doc__)
     parser.add_argument("--workdir", type=cli.workdir, help="the folder of the run")
     parser.add_argument("--model", help="in place of --workdir: a diffusers folder, or a hub id, to merge LoRAs into")
-    parser.add_argument("--out", required=True, type=cli.folder, help="the new folder")
+    parser.add_argument("--out", required=True, type=cli.folder, help="the new folder, or the LoRA file")
     parser.add_argument("--which", choices=("ema", "student"), help="which weights of the run (default: ema)")
     parser.add_argument("--step", type=int, help="the run's checkpoint (default: the newest good one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the trained weights (default: float32)")
+    parser.add_argument("--dialect", choices=DIALECTS, help="of the LoRA file (default: diffusers)")
     cli.add_lora(parser)
     parser.add_argument("--sampler", choices=("lcm",), help="with --model: the new folder's own sampler")
     parser.add_argument("--verify", action="store_true", help="compare with diffusers; needs lcm_jax[diffusers]")
     args = parser.parse_args(argv)
     if (args.workdir is None) == (args.model is None):
         raise UserError("give --workdir, the run to export, or --model, the folder to merge LoRAs into")
-    for option in ("which", "step", "dtype") if args.model else ("lora", "sampler"):
+    for option in ("which", "step", "dtype", "dialect") if args.model else ("lora", "sampler"):
         if getattr(args, option):
             raise UserError(f"--{option} has no effect with --{'model' if args.model else 'workdir'}; leave it out")
     if args.model and not args.lora and not args.sampler:
         raise UserError("--model without --lora or --sampler would be a copy; give --lora=FILE:WEIGHT")
     compile_cache.enable()
+    model, lora_file, how = args.out, None, ""
     if args.model:
         loras = cli.loras(args.lora)
         export_merged(args.model, loras, args.out, lcm=args.sampler == "lcm")
         what = f"{args.model} with {len(loras)} LoRA{'' if len(loras) == 1 else 's'} merged into it"
     else:
-        dtype = args.dtype or "float32"
-        step, which = export(args.workdir, args.out, which=args.which, step=args.step, dtype=dtype)
+        config, dtype = load_resolved(args.workdir), args.dtype or "float32"
+        step, which = export(
+            args.workdir, args.out, which=args.which, step=args.step, dtype=dtype, dialect=args.dialect
+        )
         what = f"the {which} weights of step {step}"
+        if config.lora.rank:
+            model, lora_file = config.model.folder, args.out
+            how = f" --lora={args.out}" + " --sampler=lcm" * (config.objective == "lcd")
     if args.verify:
         from lcm_jax.interop.verify import verify
 
-        print(
-            f"diffusers loads it; its latents and pictures differ from ours by {verify(args.out):.1e} of their maximum."
-        )
+        difference = verify(model, lora=lora_file)
+        print(f"diffusers loads it; its latents and pictures differ from ours by {difference:.1e} of their maximum.")
     print(f"{args.out} holds {what}. Next:")
-    print(f'  python -m lcm_jax.sample --model={args.out} --prompt="…" --seed=0 --out=picture.png')
+    print(f'  python -m lcm_jax.sample --model={model}{how} --prompt="…" --seed=0 --out=picture.png')
     return 0
 
 

@@ -24,11 +24,39 @@ Flat = dict[str, Any]  # path -> jax or numpy array
 A, B = ".lora_A.kernel", ".lora_B.kernel"
 INITS = ("kaiming", "gaussian")
 
-# What published LCM-LoRAs adapt: 278 modules of SD 1.5's UNet, 788 of SDXL's.
-LCM_MODULES = (
+# What published LCM-LoRAs adapt: 278 modules of SD 1.5's UNet, 788 of SDXL's; and a CLIP text encoder's layers.
+MODULES = (
     r"to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|conv_shortcut|"
-    r"downsamplers\.0\.conv|upsamplers\.0\.conv|time_emb_proj"
+    r"downsamplers\.0\.conv|upsamplers\.0\.conv|time_emb_proj|"
+    r"q_proj|k_proj|v_proj|out_proj|fc1|fc2"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Whether adapters are trained in place of the networks' own weights, and which."""
+
+    rank: int = 0  # of each adapter, 64 in published LCM-LoRAs; 0: none, all weights are trained
+    alpha: float = 0.0  # a weight's difference is alpha / rank · B A; 0: alpha = rank
+    modules: str = MODULES  # the linear layers and convolutions: a regular expression for the end of their paths
+    # others, or with another rank: 'mid_block\..*=128', 'attn2\.to_q=16/8' (rank/alpha); the first that matches counts
+    patterns: tuple[str, ...] = ()
+    init: str = "kaiming"  # of A: kaiming | gaussian; B starts at zero
+
+    def __post_init__(self) -> None:
+        one_of("init", self.init, INITS)
+        if not self.rank >= 0:
+            raise UserError(f"rank is {self.rank}; it can't be negative")
+        if not 0 <= self.alpha < float("inf"):
+            raise UserError(f"alpha is {self.alpha}; it must be positive, or 0 for the rank")
+        for field in dataclasses.fields(self):
+            if self.rank == 0 and getattr(self, field.name) != field.default:
+                raise UserError(f"{field.name} has no effect: rank is 0")
+        self.targets()
+
+    def targets(self) -> list["Target"]:
+        """Returns what is adapted; the first that matches a module counts. Raises UserError for a wrong pattern."""
+        return [*map(_target, self.patterns), Target(self.modules, self.rank, self.alpha or None)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +70,19 @@ class Target:
       alpha: dW is scaled by alpha / rank; None is alpha = rank.
     """
 
-    modules: str = LCM_MODULES
+    modules: str = MODULES
     rank: int = 64
     alpha: float | None = None
+
+
+def _target(pattern: str) -> Target:
+    modules, _, numbers = pattern.rpartition("=")
+    rank, slash, alpha = numbers.partition("/")
+    try:
+        return Target(modules, int(rank), float(alpha) if slash else None)
+    except ValueError:
+        pass
+    raise UserError(f"patterns has {pattern!r}; it should be MODULES=RANK or MODULES=RANK/ALPHA: 'attn2\\.to_q=16/8'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +101,11 @@ class Adapter:
     def ranks(self) -> dict[str, int]:
         """Module → rank."""
         return {module: int(self.params[module + B].shape[-2]) for module in self.alphas}
+
+
+def module_of(path: str) -> str:
+    """Returns the module that a parameter of an adapter belongs to."""
+    return path.removesuffix(A).removesuffix(B)
 
 
 def kernels(shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -113,7 +156,7 @@ def shapes(base: Mapping[str, Any], chosen: Mapping[str, Target]) -> dict[str, t
 
 
 def init(key: jax.Array, base: Mapping[str, Any], chosen: Mapping[str, Target], how: str = "kaiming") -> Adapter:
-    """Returns a new adapter, float32, drawn on the host: B zero, A as peft draws it.
+    """Returns a new adapter, float32 arrays on the host: B zero, A as peft draws it.
 
     Args:
       key: typed key.
@@ -132,8 +175,12 @@ def init(key: jax.Array, base: Mapping[str, Any], chosen: Mapping[str, Target], 
         else:
             bound = np.prod(shape[:-1]) ** -0.5
             params[path] = random.uniform(-bound, bound, shape).astype(np.float32)
-    alphas = {module: float(t.rank if t.alpha is None else t.alpha) for module, t in chosen.items()}
-    return Adapter({path: jnp.asarray(array) for path, array in params.items()}, alphas)
+    return Adapter(params, alphas(chosen))
+
+
+def alphas(chosen: Mapping[str, Target]) -> dict[str, float]:
+    """Returns module → alpha."""
+    return {module: float(t.rank if t.alpha is None else t.alpha) for module, t in chosen.items()}
 
 
 def differences(params: Mapping[str, Any], alphas: Mapping[str, float]) -> Flat:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lcm_jax import lora, side_branch
 from lcm_jax.config import Config
 from lcm_jax.models import Network
 from lcm_jax.models.vae import scaled_draw
@@ -46,6 +47,20 @@ def _bound(name: str, network: Network, params: Any, **options: Any) -> Callable
     return function
 
 
+def _trained(name: str, component: str, parts: Parts, weights: dict, frozen: dict) -> Callable[..., Any]:
+    """The network `component` with `weights`: its own, or adapters beside the frozen ones; `name` as in `_bound`."""
+    network = parts.networks[component]
+    if component not in parts.adapted:
+        return _bound(name, network, (weights if component in weights else frozen)[component])
+    alphas = lora.alphas(parts.adapted[component])
+
+    def function(*args: Any) -> Any:
+        with jax.named_scope(name):
+            return side_branch.apply(network, frozen[component], weights[component], alphas, *args)
+
+    return function
+
+
 def _pixels(batch: Batch) -> jax.Array:
     """uint8 (B, H, W, 3) to float32 in [-1, 1]."""
     return batch["image"].astype(jnp.float32) / 127.5 - 1.0
@@ -61,15 +76,13 @@ def _latents(parts: Parts, vae: dict, batch: Batch, noise: jax.Array) -> jax.Arr
     return scaled_draw(network.config, mean, logvar, noise)
 
 
-def _contexts(parts: Parts, text_encoder: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _contexts(parts: Parts, weights: dict, frozen: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The features of these captions, and of the empty prompt."""
-    encode = _bound("text_encoder", parts.networks["text_encoder"], text_encoder)
+    encode = _trained("text_encoder", "text_encoder", parts, weights, frozen)
     return encode(batch["input_ids"]), encode(parts.null_ids)
 
 
 def _lcd(config: Config, parts: Parts) -> Loss:
-    unet, teacher = parts.networks["unet"], parts.networks["teacher"]
-
     def draw(key, shape):
         key_vae, key_draws = jax.random.split(key)
         draws = lcd.draw(key_draws, shape, config.lcd, parts.schedule.num_train_timesteps)
@@ -78,11 +91,12 @@ def _lcd(config: Config, parts: Parts) -> Loss:
     def loss(params, target, frozen, batch, draws):
         noise, draws = draws
         z_0 = _latents(parts, frozen["vae"], batch, noise)
-        context, null_context = _contexts(parts, frozen["text_encoder"], batch)
+        context, null_context = _contexts(parts, params, frozen, batch)
+        teacher = frozen["unet" if parts.adapted else "teacher"]
         return lcd.lcd_loss(
-            student=_bound("student", unet, params["unet"]),
-            target=_bound("target", unet, target["unet"]),
-            teacher=_bound("teacher", teacher, frozen["teacher"]),
+            student=_trained("student", "unet", parts, params, frozen),
+            target=_trained("target", "unet", parts, target, frozen),
+            teacher=_bound("teacher", parts.networks["teacher"], teacher),
             schedule=parts.schedule,
             z_0=z_0,
             context=context,
@@ -95,8 +109,6 @@ def _lcd(config: Config, parts: Parts) -> Loss:
 
 
 def _denoising(config: Config, parts: Parts) -> Loss:
-    unet = parts.networks["unet"]
-
     def draw(key, shape):
         key_vae, key_draws = jax.random.split(key)
         draws = denoising.draw(key_draws, shape, config.denoising, parts.schedule.num_train_timesteps)
@@ -105,10 +117,9 @@ def _denoising(config: Config, parts: Parts) -> Loss:
     def loss(params, _, frozen, batch, draws):
         noise, draws = draws
         z_0 = _latents(parts, frozen["vae"], batch, noise)
-        text_params = params["text_encoder"] if "text_encoder" in params else frozen["text_encoder"]
-        context, null_context = _contexts(parts, text_params, batch)
+        context, null_context = _contexts(parts, params, frozen, batch)
         return denoising.denoising_loss(
-            _bound("unet", unet, params["unet"]),
+            _trained("unet", "unet", parts, params, frozen),
             schedule=parts.schedule,
             z_0=z_0,
             context=context,

@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Int
 from lcm_jax.diffusion import consistency, guidance, sampling
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError, one_of
-from lcm_jax.interop.export import Recipe
 from lcm_jax.interop.folder import Component, Folder, read_folder, write_folder
-from lcm_jax.interop.lora_merge import Loras, merged_kernels, with_kernels
+from lcm_jax.interop.lora_merge import Loras, lcm_recipe, merged_kernels, with_kernels
+from lcm_jax.interop.recipe import Recipe
 from lcm_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from lcm_jax.models import Flat, Network, Policy
 
@@ -143,6 +143,7 @@ class Pipeline:
         self.is_lcm = folder.scheduler_class == "LCMScheduler"
         self.has_w_embedding = bool(self.unet.network.config.time_cond_proj_dim)
         self._programs: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
+        self.lora_recipe: Recipe | None = None  # of an attached LCM-LoRA that lcm_jax distilled
         self._merged: dict[str, dict[str, np.ndarray]] = {}  # what the attached LoRAs have changed
 
     def __call__(
@@ -272,6 +273,7 @@ class Pipeline:
           UserError: a weight that isn't finite; a file that can't be read or was made for another base.
         """
         merged = merged_kernels(self.folder, loras)
+        self.lora_recipe = lcm_recipe(loras)
         for name in self._merged.keys() | merged.keys():
             bound: Bound = getattr(self, name)
             own, new = self.folder.components[name].params, merged.get(name, {})
@@ -297,6 +299,14 @@ class Pipeline:
         one_of("sampler", sampler or SAMPLERS[0], SAMPLERS)
         return sampler or SAMPLERS[0]
 
+    @property
+    def _lcm_grid(self) -> tuple[int, float]:
+        """N and the timestep scaling that the folder, or an attached LCM-LoRA, was trained with."""
+        recipe, scheduler = self.lora_recipe, self.folder.scheduler
+        if self.is_lcm or recipe is None:
+            return scheduler.get("original_inference_steps", 50), float(scheduler.get("timestep_scaling", 10.0))
+        return recipe.original_inference_steps, recipe.timestep_scaling
+
     def _timesteps(self, kind: str, steps: int | None, timesteps: Sequence[int] | None) -> np.ndarray:
         total = self.schedule.num_train_timesteps
         if timesteps is not None:
@@ -304,7 +314,7 @@ class Pipeline:
                 raise UserError("give steps or timesteps, not both")
             return sampling.check_timesteps(timesteps, total)
         if kind == "lcm":
-            original = self.folder.scheduler.get("original_inference_steps", 50)
+            original, _ = self._lcm_grid
             return sampling.lcm_timesteps(LCM_STEPS if steps is None else steps, original, total)
         return sampling.trailing_timesteps(TEACHER_STEPS if steps is None else steps, total)
 
@@ -323,7 +333,8 @@ class Pipeline:
         return float(guidance_scale)
 
     def _program(self, kind: str, guided: bool, decode: bool) -> Callable[..., jax.Array]:
-        key = (kind, guided, decode)
+        _, timestep_scaling = self._lcm_grid
+        key = (kind, guided, decode, timestep_scaling)
         if key not in self._programs:
             sampler = Sampler(
                 networks={
@@ -334,7 +345,7 @@ class Pipeline:
                 schedule=self.schedule,
                 kind=kind,
                 guided=guided,
-                timestep_scaling=float(self.folder.scheduler.get("timestep_scaling", 10.0)),
+                timestep_scaling=timestep_scaling,
                 decode=decode,
             )
             self._programs[key] = jax.jit(functools.partial(generate, sampler))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcm_jax import lora
 from lcm_jax.config import Config
 from lcm_jax.data.pipeline import batches
 from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
@@ -58,6 +59,8 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
 
     @jax.jit
     def draw(params: dict, frozen: dict) -> jax.Array:
+        for name, chosen in parts.adapted.items():
+            params = {**params, name: lora.merge(frozen[name], params[name], lora.alphas(chosen))}
         # the trained weights stand before the frozen ones of the same component
         return to_uint8(generate(sampler, {**frozen, **params}, ids, null_ids, w, grid, z_T, key_noise))
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from lcm_jax.lora import A, B
 from lcm_jax.models import Network
+from lcm_jax.models.functional import whole
 
 
 class WithBranch(nnx.Module):
@@ -24,12 +25,13 @@ class WithBranch(nnx.Module):
         self.down = nnx.clone(layer)  # the layer's own stride, padding and dtype
         self.down.kernel = nnx.Param(a)
         self.down.bias, self.down.use_bias = None, False
-        self.up = nnx.Param(b.reshape(b.shape[-2:]))
+        self.up = nnx.Param(b)
         self.scale = scale
 
     def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*m d"]:
         y = self.layer(x)
-        return y + (self.down(x) @ self.up[...].astype(y.dtype)) * self.scale
+        up = self.up[...].reshape(self.up.shape[-2:])  # a convolution's is 1 × 1
+        return y + (self.down(x) @ up.astype(y.dtype)) * self.scale
 
 
 def apply(
@@ -58,7 +60,7 @@ def apply(
         parent: Any = model
         for part in parents:
             parent = _child(parent, part)
-        a, b = params[module + A], params[module + B]
+        a, b = (p if network.in_block(module) else whole(p) for p in (params[module + A], params[module + B]))
         branched = WithBranch(_child(parent, name), a, b, alpha / b.shape[-2])
         if isinstance(name, int):
             parent[name] = branched

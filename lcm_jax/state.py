@@ -5,6 +5,9 @@
 
 `Flat` is a dict from a parameter's path ('down_blocks.0.resnets.1.conv1.kernel') to its array; components have the
 names that they have in a diffusers folder: 'unet', 'text_encoder', 'vae'. Master weights and EMA are float32.
+
+With `config.lora.rank` the `Flat` of a component holds adapters (`lcm_jax.lora`) in place of the network's own weights;
+those are among the frozen ones, once, for the teacher and the student.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lcm_jax import lora
 from lcm_jax.config import Config, OptimizerConfig
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.diffusion.schedule import Schedule
@@ -34,11 +38,13 @@ class Parts:
       networks: by component; in "lcd" `unet` is the student and `teacher` the teacher.
       schedule: the noise schedule of the folder.
       null_ids: (1, L) int32, the tokens of the empty prompt.
+      adapted: component -> module -> what its adapter is like; {} where the networks' own weights are trained.
     """
 
     networks: dict[str, Network]
     schedule: Schedule
     null_ids: np.ndarray
+    adapted: dict[str, dict[str, lora.Target]]
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Returns (h, w, C), the latents of a square picture of `image_size` pixels; raises UserError if none fits."""
@@ -69,6 +75,8 @@ def frozen_components(config: Config) -> dict[str, str]:
     if config.objective == "autoencoder":
         return {}
     names = {"vae": "vae", "text_encoder": "text_encoder"}
+    if config.lora.rank:
+        return {**names, "unet": "unet"}  # the teacher too
     if config.objective == "lcd":
         names["teacher"] = "unet"
     return {name: source for name, source in names.items() if name not in trained_components(config)}
@@ -97,17 +105,50 @@ def make_parts(config: Config, folder: Folder, tokenizer: Callable[[Sequence[str
         networks["unet"] = Network(
             teacher.model_class, student, policy=policy, remat=config.model.remat, attention=config.model.attention
         )
-    parts = Parts(networks, folder.schedule, tokenizer([""]))
+    parts = Parts(networks, folder.schedule, tokenizer([""]), adapted(config, networks))
     parts.latent_shape(config.data.image_size)  # an error now, not in the middle of the first step
     return parts
 
 
-def initial_params(config: Config, parts: Parts, folder: Folder) -> dict[str, Flat]:
-    """Returns the float32 weights that training starts from: the folder's own, the w-embedding's projection zero.
+def adapted(config: Config, networks: dict[str, Network]) -> dict[str, dict[str, lora.Target]]:
+    """Returns component -> module -> what its adapter is like.
 
-    With the projection at zero the student equals the teacher for every guidance at step 0. The arrays are on the host:
-    they go to the devices at once, not by one small program for each shape.
+    The modules of all components are chosen at once, so that a pattern may begin with a component's name.
+
+    Raises:
+      UserError: a pattern that matches nothing, a rank or an alpha that can't be.
     """
+    if not config.lora.rank:
+        return {}
+    names = trained_components(config)
+    shapes = {f"{name}.{path}": leaf for name in names for path, leaf in networks[name].shapes.items()}
+    chosen: dict[str, dict[str, lora.Target]] = {name: {} for name in names}
+    try:
+        for module, target in lora.choose(shapes, config.lora.targets()).items():
+            name, _, path = module.partition(".")
+            chosen[name][path] = target
+    except UserError as error:
+        raise UserError(f"config.lora: {error}") from None
+    return {name: of for name, of in chosen.items() if of}
+
+
+def initial_params(config: Config, parts: Parts, folder: Folder) -> dict[str, Flat]:
+    """Returns the float32 weights that training starts from.
+
+    They are the folder's own, the w-embedding's projection zero: the student then equals the teacher for every guidance
+    at step 0; as it does with adapters, whose second half is zero. The arrays are on the host: they go to the devices
+    at once, not by one small program for each shape.
+    """
+    if parts.adapted:
+        return {
+            name: lora.init(
+                jax.random.fold_in(jax.random.key(config.seed), LORA_KEY - number),
+                parts.networks[name].shapes,
+                chosen,
+                config.lora.init,
+            ).params
+            for number, (name, chosen) in enumerate(parts.adapted.items())
+        }
     params = {}
     for name in trained_components(config):
         flat: dict[str, Any] = {
@@ -127,6 +168,7 @@ def initial_params(config: Config, parts: Parts, folder: Folder) -> dict[str, Fl
 
 W_PROJECTION = "time_embedding.cond_proj.kernel"
 W_PROJECTION_KEY = 2**31 - 1  # no step has this number, so the key is used nowhere else
+LORA_KEY = 2**31 - 2  # and the number below
 
 
 def frozen_params(config: Config, folder: Folder) -> dict[str, dict[str, np.ndarray]]:
@@ -140,7 +182,16 @@ def frozen_params(config: Config, folder: Folder) -> dict[str, dict[str, np.ndar
 
 def trained_shapes(config: Config, parts: Parts) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Returns the shapes of the weights that are trained, in the dtype in which the networks use them."""
-    return {name: parts.networks[name].used for name in trained_components(config)}
+    if not parts.adapted:
+        return {name: parts.networks[name].used for name in trained_components(config)}
+    found: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for name, chosen in parts.adapted.items():
+        used = parts.networks[name].used
+        found[name] = {
+            path: jax.ShapeDtypeStruct(shape, used[f"{lora.module_of(path)}.kernel"].dtype)
+            for path, shape in lora.shapes(used, chosen).items()
+        }
+    return found
 
 
 def frozen_shapes(config: Config, parts: Parts) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:

@@ -217,7 +217,8 @@ def main(argv: Sequence[str]) -> int:
         return 128 + result.signal
     print(f"Done: {result.step} steps, checkpoints in {args.workdir}/checkpoints. Next:")
     beside = f"runs/{args.workdir.name}" if files.in_bucket(args.workdir) else args.workdir  # an export is local
-    print(f"  python -m lcm_jax.export --workdir={args.workdir} --out={beside}/{_OUT[config.objective]}")
+    out = "lora.safetensors" if config.lora.rank else _OUT[config.objective]
+    print(f"  python -m lcm_jax.export --workdir={args.workdir} --out={beside}/{out}")
     return 0
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from compiling import QUICK
 from fixtures_folders import UNET, build_pipeline, randomize
 
 from lcm_jax.config import Config, EMAConfig, ModelConfig, OptimizerConfig
@@ -27,8 +28,6 @@ from lcm_jax.step import make_step
 BATCH, SIZE, W_DIM = 3, 8, 32
 LEARNING_RATES = (5e-4, 1e-3)  # a warm-up of two steps
 DECAY, CLIP_NORM, WEIGHT_DECAY, BETAS, EPS = 0.9, 0.05, 0.1, (0.8, 0.95), 1e-3
-# most of the time goes into compiling a program that runs twice
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +202,7 @@ def test_two_steps_are_torchs(folder, solver):
     state["ema"] = {"unet": perturbed({p: np.asarray(a) for p, a in params["unet"].items()}, random)}
     peer = Peer(folder.path, params["unet"], state["ema"]["unet"])
     frozen = frozen_params(config, folder)
-    step = jax.jit(make_step(config, parts), compiler_options=QUICK_COMPILE)
+    step = jax.jit(make_step(config, parts), compiler_options=QUICK)
     for i, learning_rate in enumerate(LEARNING_RATES):
         batch = {
             "image": random.integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8),

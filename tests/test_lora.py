@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import QUICK
 from fixtures_loras import UNET_TARGETS, random_adapter
 
 from lcm_jax import lora, side_branch
@@ -165,7 +166,7 @@ def test_side_branch_is_the_merged_network(unet, remat):
         return jnp.mean(out**2), out
 
     (grads, out), (expected_grads, expected) = (
-        jax.jit(jax.grad(f, has_aux=True))(adapter.params) for f in (branched, merged)
+        jax.jit(jax.grad(f, has_aux=True), compiler_options=QUICK)(adapter.params) for f in (branched, merged)
     )
     np.testing.assert_allclose(out, expected, atol=1e-4 * np.abs(expected).max())
     for path, grad in expected_grads.items():

@@ -49,8 +49,13 @@ STEP = {
     "denoising.min_snr_gamma": (5.0, "denoising"),
     "denoising.train_text_encoder": (True, "denoising"),
     "autoencoder.kl_weight": (1e-3, "autoencoder"),
+    "lora.rank": (4, "denoising"),
+    "lora.alpha": (2.0, "a LoRA"),
+    "lora.modules": ("to_q", "a LoRA"),
+    "lora.patterns": ((r"to_k=2",), "a LoRA"),
 }
-START = {"lcd.w_embedding_init": "random"}
+START = {"lcd.w_embedding_init": ("random", "lcd"), "lora.init": ("gaussian", "a LoRA")}
+BASES = {"a LoRA": {"objective": "denoising", "lora.rank": 4}}  # the other objectives are their names
 ELSEWHERE = {
     "batch_size": "the shapes of the batch: tests/test_train.py",
     "model.folder": "tests/test_train.py",
@@ -108,13 +113,17 @@ def test_no_option_is_untested():
 
 @pytest.fixture(scope="module")
 def programs(folder):
-    return {objective: program(folder, {"objective": objective}) for objective in ("lcd", "denoising", "autoencoder")}
+    return {base: program(folder, changes_of(base)) for base in ("lcd", "denoising", "autoencoder", "a LoRA")}
+
+
+def changes_of(base):
+    return BASES.get(base, {"objective": base})
 
 
 @pytest.mark.parametrize("option", STEP)
 def test_an_option_changes_the_step(option, folder, programs):
-    value, objective = STEP[option]
-    assert program(folder, {"objective": objective, option: value}) != programs[objective]
+    value, base = STEP[option]
+    assert program(folder, {**changes_of(base), option: value}) != programs[base]
 
 
 def test_the_same_options_are_the_same_step(folder, programs):
@@ -127,7 +136,8 @@ def test_an_option_changes_the_start(option, folder):
         config = configure(folder, changes)
         return initial_params(config, make_parts(config, folder, load_tokenizer(folder)), folder)
 
-    a, b = start({}), start({option: START[option]})
+    value, base = START[option]
+    a, b = start(changes_of(base)), start({**changes_of(base), option: value})
     assert any(not np.array_equal(a["unet"][name], b["unet"][name]) for name in a["unet"])
 
 
@@ -183,15 +193,17 @@ def test_the_loop_does_what_it_is_told(folder, tmp_path, digits_data_dir):
         options = {key.replace("__", "."): value for key, value in changes.items()}
         return leavings(folder, tmp_path / name, digits_data_dir, options)
 
-    usual = run("usual")
-    assert usual[:2] == ({"4"}, {"step_000004.png"})
-    assert run("steps", steps=3)[0] == {"3"}
-    assert run("keep_last", checkpoint__keep_last=3)[0] == {"2", "3", "4"}
-    assert run("keep_every", checkpoint__keep_every=2)[0] == {"2", "4"}
-    assert run("every", checkpoint__every=3, checkpoint__keep_last=9)[0] == {"3", "4"}
-    assert run("samples", log__samples_every=2)[1] == {"step_000002.png", "step_000004.png"}
-    assert run("no_samples", log__samples_every=0)[1] == set()
-    assert run("log", log__samples_every=0, log__every=1)[2] > run("quiet", log__samples_every=0)[2]
+    # checkpoint.keep_last is 1, checkpoint.every 1, steps, log.samples_every and log.every 4
+    assert run("usual")[:2] == ({"4"}, {"step_000004.png"})
+    assert run("more", checkpoint__keep_last=3, log__samples_every=2)[:2] == (
+        {"2", "3", "4"},
+        {"step_000002.png", "step_000004.png"},
+    )
+    kept, samples, size = run("quiet", checkpoint__every=3, checkpoint__keep_last=9, log__samples_every=0)
+    assert (kept, samples) == ({"3", "4"}, set())
+    kept, samples, more = run("fewer", steps=3, checkpoint__keep_every=2, log__samples_every=0, log__every=1)
+    assert (kept, samples) == ({"2", "3"}, set())
+    assert more > size
 
 
 @pytest.mark.usefixtures("one_device")

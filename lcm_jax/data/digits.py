@@ -1,7 +1,8 @@
 """Captioned digits: real handwritten digits in a named ink on a named paper, as a TFDS builder without TensorFlow.
 
 The pictures are the 1,797 of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak, 1998,
-doi 10.24432/C50P49, CC BY 4.0) that scikit-learn ships. Importing this module registers `captioned_digits` in TFDS.
+doi 10.24432/C50P49, CC BY 4.0) that scikit-learn ships. Importing this module registers `captioned_digits` in TFDS, and
+`italic_digits`: the same pictures in another style, for a fine-tune of what the first has taught.
 """
 
 import functools
@@ -36,6 +37,9 @@ PHRASES = (
 )
 ALL_PAIRS = tuple((ink, paper) for ink in COLOURS for paper in COLOURS if ink != paper)
 
+STYLES = ("upright", "italic")
+SLANT = 0.6  # of italic digits: pixels to the side a pixel of height
+
 SIZE = 32  # pixels a side
 DIGIT_SIZE = 24  # of the digit, which lies somewhere in the picture
 PLACES = SIZE - DIGIT_SIZE + 1  # for its upper left corner, along each side
@@ -69,10 +73,22 @@ def _upscale(grid: int, size: int) -> np.ndarray:
     return np.asarray(unit.resize((grid, size), Image.Resampling.BICUBIC))
 
 
-def coverage(grid: Float[np.ndarray, "*batch 8 8"], size: int = DIGIT_SIZE) -> Float[np.ndarray, "*batch size size"]:
+@functools.cache
+def _slant(size: int) -> np.ndarray:
+    """Shearing as one matrix a row (row, from column, to column), float32: linear interpolation, the middle stays."""
+    row, start, end = np.ogrid[:size, :size, :size]
+    moved = start - SLANT * (row - (size - 1) / 2)
+    return np.maximum(0, 1 - np.abs(moved - end)).astype(np.float32)
+
+
+def coverage(
+    grid: Float[np.ndarray, "*batch 8 8"], size: int = DIGIT_SIZE, style: str = "upright"
+) -> Float[np.ndarray, "*batch size size"]:
     """How much of each of a digit's pixels is inked, in 0..1, float32: the grid (values 0..16) with a soft edge."""
     matrix = _upscale(grid.shape[-1], size)
     ink = matrix @ (np.asarray(grid, np.float32) / 16) @ matrix.T
+    if style == "italic":
+        ink = np.einsum("...rp,rpq->...rq", ink, _slant(size))
     edge = np.clip((ink - 0.3) / (0.7 - 0.3), 0, 1)
     return edge * edge * (3 - 2 * edge)  # smoothstep(.3, .7)
 
@@ -85,12 +101,17 @@ def _colour(cover: np.ndarray, ink: str, paper: str, place: tuple[int, int]) -> 
 
 
 def draw(
-    grid: Float[np.ndarray, "8 8"], ink: str, paper: str, place: tuple[int, int] = (PLACES // 2, PLACES // 2)
+    grid: Float[np.ndarray, "8 8"],
+    ink: str,
+    paper: str,
+    place: tuple[int, int] = (PLACES // 2, PLACES // 2),
+    style: str = "upright",
 ) -> UInt8[np.ndarray, "32 32 3"]:
     """Draws one 8 x 8 grid of values 0..16 (16 = full ink) in `ink` on `paper`.
 
     Args:
       place: row and column of the digit's upper left corner, each in 0 … PLACES - 1; the middle by default.
+      style: of STYLES.
 
     Returns:
       uint8 RGB.
@@ -100,9 +121,10 @@ def draw(
     """
     one_of("ink", ink, COLOURS)
     one_of("paper", paper, COLOURS)
+    one_of("style", style, STYLES)
     if not all(0 <= corner < PLACES for corner in place):
         raise UserError(f"place is {place}; each number must be from 0 to {PLACES - 1}")
-    return _colour(coverage(grid), ink, paper, place)
+    return _colour(coverage(grid, style=style), ink, paper, place)
 
 
 def caption(digit: int, ink: str, paper: str, phrase: int = 0) -> str:
@@ -158,6 +180,7 @@ class CaptionedDigits(tfds.core.GeneratorBasedBuilder):
     """Handwritten digits with captions, 32 x 32 RGB."""
 
     name = "captioned_digits"
+    STYLE = "upright"
     VERSION = tfds.core.Version("2.0.0")
     url_infos = {}  # noqa: RUF012 (nothing is downloaded; TFDS would look for a checksum file beside this one)
     RELEASE_NOTES = {  # noqa: RUF012 (TFDS wants a plain class attribute)
@@ -191,7 +214,7 @@ class CaptionedDigits(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing to download
         grids, digits = load_grids()
-        covers = coverage(grids)
+        covers = coverage(grids, style=self.STYLE)
         parts = split_pictures(digits)
         return {split: self._generate_examples(covers, digits, pictures, split) for split, pictures in parts.items()}
 
@@ -212,3 +235,12 @@ class CaptionedDigits(tfds.core.GeneratorBasedBuilder):
                         "place": place,
                     },
                 )
+
+
+class ItalicDigits(CaptionedDigits):
+    """The same pictures with the same captions, slanted."""
+
+    name = "italic_digits"
+    STYLE = "italic"
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012

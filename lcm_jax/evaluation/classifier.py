@@ -1,8 +1,9 @@
 """The classifier that reads digits, and whose features the Fréchet distance is measured in.
 
-It has seen the real handwritten digits of the training split, in all colours, and nothing that a model drew.
-`python -m lcm_jax.evaluation.classifier --out=FILE` trains it anew, in some ten minutes; the weights that come with the
-package (`WEIGHTS`) were made so.
+It has seen the real handwritten digits of the training split, in all colours, and nothing that a model drew. Another
+one has seen them upright and italic, and tells which: for models of `italic_digits`.
+`python -m lcm_jax.evaluation.classifier --out=FILE [--styles]` trains one anew, in some ten minutes; the weights that
+come with the package (`WEIGHTS`, `STYLE_WEIGHTS`) were made so.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from lcm_jax.data.digits import (
     DIGIT_SIZE,
     PLACES,
     SIZE,
+    STYLES,
     coverage,
     draw,
     load_grids,
@@ -39,7 +41,9 @@ from lcm_jax.models import Flat, Network
 from lcm_jax.models.layers import conv
 from lcm_jax.models.policy import FP32, Policy
 
-WEIGHTS = pathlib.Path(__file__).parent.parent / "assets" / "digit_classifier.safetensors"
+_ASSETS = pathlib.Path(__file__).parent.parent / "assets"
+WEIGHTS = _ASSETS / "digit_classifier.safetensors"
+STYLE_WEIGHTS = _ASSETS / "style_classifier.safetensors"
 FEATURES = 64
 CHUNK = 280  # pictures at once
 
@@ -47,31 +51,34 @@ CHUNK = 280  # pictures at once
 class DigitClassifier(nnx.Module):
     """Six convolutions, 64 features averaged over the picture, and one linear layer for each question."""
 
-    def __init__(self, config: None, *, policy: Policy = FP32, rngs: nnx.Rngs) -> None:
-        del config
+    def __init__(self, answers: tuple[tuple[str, int], ...], *, policy: Policy = FP32, rngs: nnx.Rngs) -> None:
+        """Args: answers: the questions, each with the number of its answers."""
         dtype = policy.compute
+        self.questions = tuple(question for question, _ in answers)
         self.conv1 = conv(3, 32, stride=2, dtype=dtype, rngs=rngs)
         self.conv2 = conv(32, 32, dtype=dtype, rngs=rngs)
         self.conv3 = conv(32, 64, stride=2, dtype=dtype, rngs=rngs)
         self.conv4 = conv(64, 64, dtype=dtype, rngs=rngs)
         self.conv5 = conv(64, 128, stride=2, dtype=dtype, rngs=rngs)
         self.conv6 = conv(128, FEATURES, dtype=dtype, rngs=rngs)
-        self.digit = nnx.Linear(FEATURES, len(DIGIT_NAMES), dtype=dtype, rngs=rngs)
-        self.ink = nnx.Linear(FEATURES, len(COLOURS), dtype=dtype, rngs=rngs)
-        self.paper = nnx.Linear(FEATURES, len(COLOURS), dtype=dtype, rngs=rngs)
+        for question, count in answers:
+            setattr(self, question, nnx.Linear(FEATURES, count, dtype=dtype, rngs=rngs))
 
     def __call__(self, images: Float[Array, "b 32 32 3"]) -> tuple[Array, dict[str, Array]]:
-        """Takes pictures in [-1, 1]; returns features (b, 64) and logits for "digit", "ink" and "paper"."""
+        """Takes pictures in [-1, 1]; returns features (b, 64) and logits for each question."""
         x = images
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6):
             x = jax.nn.silu(layer(x))
         features = x.mean((1, 2))
-        return features, {"digit": self.digit(features), "ink": self.ink(features), "paper": self.paper(features)}
+        return features, {question: getattr(self, question)(features) for question in self.questions}
 
 
 @functools.cache
-def _network() -> Network:
-    return Network(DigitClassifier, None)
+def _network(*, styles: bool) -> Network:
+    answers = {"digit": len(DIGIT_NAMES), "ink": len(COLOURS), "paper": len(COLOURS)}
+    if styles:
+        answers["style"] = len(STYLES)
+    return Network(DigitClassifier, tuple(answers.items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,20 +89,27 @@ class Classifier:
 
     def __call__(self, images: UInt8[np.ndarray, "n 32 32 3"]) -> tuple[np.ndarray, np.ndarray]:
         """Returns features (n, 64) float32 and the digits that are read (n,) int."""
-        features, digits = [], []
+        return self._read(images, "digit")
+
+    def styles(self, images: UInt8[np.ndarray, "n 32 32 3"]) -> np.ndarray:
+        """Returns the styles that are read (n,) int, in the order of STYLES; of the one that was trained for it."""
+        return self._read(images, "style")[1]
+
+    def _read(self, images: np.ndarray, question: str) -> tuple[np.ndarray, np.ndarray]:
+        features, answers = [], []
         for start in range(0, len(images), CHUNK):
             part = images[start : start + CHUNK]
             padded = np.concatenate([part, np.zeros((CHUNK - len(part), *part.shape[1:]), part.dtype)])
-            f, d = _classify(self.params, padded)
+            f, logits = _classify(self.params, padded)
             features.append(np.asarray(f)[: len(part)])
-            digits.append(np.asarray(d)[: len(part)])
-        return np.concatenate(features), np.concatenate(digits)
+            answers.append(np.asarray(logits[question]).argmax(-1)[: len(part)])
+        return np.concatenate(features), np.concatenate(answers)
 
 
 @jax.jit
-def _classify(params: Flat, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    features, logits = _network().apply(params, images.astype(jnp.float32) / 127.5 - 1.0)
-    return features, jnp.argmax(logits["digit"], -1)
+def _classify(params: Flat, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    network = _network(styles="style.kernel" in params)
+    return network.apply(params, images.astype(jnp.float32) / 127.5 - 1.0)
 
 
 def load_classifier(path: pathlib.Path = WEIGHTS) -> Classifier:
@@ -107,15 +121,22 @@ def load_classifier(path: pathlib.Path = WEIGHTS) -> Classifier:
             f"{path} can't be read: {error}; it comes with lcm_jax, install that again or train it: "
             f"python -m lcm_jax.evaluation.classifier --out={path}"
         ) from None
-    _network().check(params, str(path))
+    _network(styles="style.kernel" in params).check(params, str(path))
     return Classifier({name: jnp.asarray(array) for name, array in params.items()})
 
 
-def train_classifier(steps: int = 6000, batch_size: int = 128, seed: int = 0) -> Classifier:
-    """Trains on the training split's digits, each time elsewhere, turned and scaled a little, and newly coloured."""
+def train_classifier(steps: int = 6000, batch_size: int = 128, seed: int = 0, *, styles: bool = False) -> Classifier:
+    """Trains on the training split's digits, each time elsewhere, turned and scaled a little, and newly coloured.
+
+    Args:
+      styles: whether half of them are italic, and the style is asked for too.
+    """
     grids, digits = load_grids()
     pictures = split_pictures(digits)["train"]
-    covers, labels = jnp.asarray(coverage(grids[pictures])), jnp.asarray(digits[pictures])
+    shown = STYLES if styles else STYLES[:1]
+    covers = jnp.concatenate([jnp.asarray(coverage(grids[pictures], style=style)) for style in shown])
+    labels, of_style = jnp.tile(digits[pictures], len(shown)), jnp.repeat(jnp.arange(len(shown)), len(pictures))
+    network = _network(styles=styles)
     names = list(COLOURS)
     pairs = jnp.asarray([(names.index(ink), names.index(paper)) for ink, paper in ALL_PAIRS])
     palette = jnp.asarray(list(COLOURS.values()), jnp.float32) / 127.5 - 1.0
@@ -128,13 +149,14 @@ def train_classifier(steps: int = 6000, batch_size: int = 128, seed: int = 0) ->
         cover = jax.vmap(_warped)(jax.random.split(key_warp, batch_size), covers[chosen])[..., None]
         ink, paper = pairs[jax.random.randint(key_pair, (batch_size,), 0, len(pairs))].T
         front, back = palette[ink][:, None, None], palette[paper][:, None, None]
-        return back + cover * (front - back), {"digit": labels[chosen], "ink": ink, "paper": paper}
+        answers = {"digit": labels[chosen], "ink": ink, "paper": paper, "style": of_style[chosen]}
+        return back + cover * (front - back), answers
 
     def loss(params: Flat, key: jax.Array) -> jax.Array:
         images, answers = example(key)
-        _, logits = _network().apply(params, images)
+        _, logits = network.apply(params, images)
         losses = [
-            optax.softmax_cross_entropy_with_integer_labels(logits[name], answers[name]).mean() for name in answers
+            optax.softmax_cross_entropy_with_integer_labels(logits[name], answers[name]).mean() for name in logits
         ]
         return sum(losses, jnp.float32(0))
 
@@ -145,7 +167,7 @@ def train_classifier(steps: int = 6000, batch_size: int = 128, seed: int = 0) ->
         return optax.apply_updates(params, updates), opt_state  # pyright: ignore[reportReturnType]
 
     key_init, key_steps = jax.random.split(jax.random.key(seed))
-    params = _network().init(key_init)
+    params = network.init(key_init)
     state = params, optimizer.init(params)
     for number in range(steps):
         state = step(state, jax.random.fold_in(key_steps, number))
@@ -164,16 +186,26 @@ def _warped(key: jax.Array, cover: Float[Array, "24 24"]) -> Float[Array, "32 32
     return map_coordinates(cover, list(places), order=1, cval=0.0)
 
 
-def real_accuracy(classifier: Classifier) -> float:
+def real_accuracy(classifier: Classifier, style: str = "upright") -> float:
     """The share of the real test digits, each drawn in 8 colour pairs and places, that is read right."""
+    drawn, digits = _real_test_digits(style)
+    return float(np.mean(classifier(drawn)[1] == digits))
+
+
+def style_accuracy(classifier: Classifier, style: str) -> float:
+    """The share of the same pictures whose style is read right."""
+    return float(np.mean(classifier.styles(_real_test_digits(style)[0]) == STYLES.index(style)))
+
+
+def _real_test_digits(style: str) -> tuple[np.ndarray, np.ndarray]:
     grids, digits = load_grids()
     pictures = np.repeat(split_pictures(digits)["test"], 8)
     places = np.random.default_rng(0).integers(PLACES, size=(len(pictures), 2)).tolist()
     drawn = [
-        draw(grids[picture], *ALL_PAIRS[number % len(ALL_PAIRS)], (row, column))
+        draw(grids[picture], *ALL_PAIRS[number % len(ALL_PAIRS)], (row, column), style)
         for number, (picture, (row, column)) in enumerate(zip(pictures, places, strict=True))
     ]
-    return float(np.mean(classifier(np.stack(drawn))[1] == digits[pictures]))
+    return np.stack(drawn), digits[pictures]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -181,6 +213,7 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("classifier", __doc__)
     parser.add_argument("--out", required=True, type=pathlib.Path, help="the safetensors file to write")
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--styles", action="store_true", help="upright and italic digits, and which of them it is")
     args = parser.parse_args(argv)
     if args.steps < 1:
         raise UserError(f"--steps={args.steps} must be at least 1")
@@ -188,9 +221,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--out={args.out} is a folder; give a file's name in it")
     cli.make_folder("--out", args.out.parent)
     compile_cache.enable()
-    classifier = train_classifier(args.steps)
+    classifier = train_classifier(args.steps, styles=args.styles)
     save_file({name: np.asarray(array) for name, array in classifier.params.items()}, args.out)
     print(f"{args.out}: reads {100 * real_accuracy(classifier):.2f} % of the real test digits")
+    if args.styles:
+        italic = real_accuracy(classifier, "italic")
+        upright_style, italic_style = (style_accuracy(classifier, style) for style in STYLES)
+        print(f"italic {100 * italic:.2f} %; the style of {100 * upright_style:.2f} % and {100 * italic_style:.2f} %")
     return 0
 
 

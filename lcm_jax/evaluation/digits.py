@@ -17,6 +17,7 @@ from lcm_jax.data.digits import (
     PLACES,
     SEEN_PAIRS,
     SPLITS,
+    STYLES,
     caption,
     draw,
     load_grids,
@@ -79,7 +80,7 @@ def sheet_prompts() -> list[Prompt]:
     return [Prompt(*each, 0) for each in classes for _ in range(4)]
 
 
-def real_pictures(prompts: Sequence[Prompt], split: str) -> UInt8[np.ndarray, "n 32 32 3"]:
+def real_pictures(prompts: Sequence[Prompt], split: str, style: str = "upright") -> UInt8[np.ndarray, "n 32 32 3"]:
     """Real digits of a split, drawn as the prompts ask, anywhere; a digit's pictures take turns."""
     grids, digits = load_grids()
     places = np.random.default_rng([SEED, list(SPLITS).index(split)]).integers(PLACES, size=(len(prompts), 2))
@@ -90,7 +91,7 @@ def real_pictures(prompts: Sequence[Prompt], split: str) -> UInt8[np.ndarray, "n
     for prompt, (row, column) in zip(prompts, places.tolist(), strict=True):
         mine = of_digit[prompt.digit]
         grid = grids[mine[turn[prompt.digit] % len(mine)]]
-        pictures.append(draw(grid, prompt.ink, prompt.paper, (row, column)))
+        pictures.append(draw(grid, prompt.ink, prompt.paper, (row, column), style))
         turn[prompt.digit] += 1
     return np.stack(pictures)
 
@@ -134,6 +135,7 @@ class Score:
       frechet: to the real test pictures; a distance, small is good.
       variety: how much pictures of one prompt differ, in features, as a share of how much real ones do; among prompts
         that are drawn right each time, so that a mistake isn't variety. None if no prompt is there twice.
+      style: drawn in the style that is wanted; None where none is.
     """
 
     prompt: Share
@@ -143,6 +145,7 @@ class Score:
     colours: Share
     frechet: float
     variety: float | None = None
+    style: Share | None = None
 
 
 def score(
@@ -150,8 +153,12 @@ def score(
     prompts: Sequence[Prompt],
     classifier: Classifier,
     real_features: Float[np.ndarray, "n 64"],
+    style: str | None = None,
 ) -> Score:
-    """Scores pictures against their prompts, and their features against those of equally many real pictures."""
+    """Scores pictures against their prompts, and their features against those of equally many real pictures.
+
+    With a style, which the classifier must have been trained for, it is counted how many pictures have it.
+    """
     features, digits = classifier(images)
     ink, paper = read_colours(images)
     digit_right = digits == [p.digit for p in prompts]
@@ -169,6 +176,7 @@ def score(
         share(colours_right),
         frechet_distance(features, real_features),
         _variety(features, real_features, prompts, right),
+        share(classifier.styles(images) == STYLES.index(style)) if style else None,
     )
 
 

@@ -26,7 +26,7 @@ def draw_all(
     """Draws one picture for each prompt; that of prompt i starts from the noise i, whatever draws it.
 
     Args:
-      sampler: of a diffusion model, "ddim" or "dpmpp".
+      sampler: of a diffusion model, "ddim" or "dpmpp", or "lcm" with an LCM-LoRA.
       fill: draw more than is asked for in the last batch, so that it takes the program of a full one, which may be
         compiled already.
       seed: of the noise.
@@ -38,7 +38,8 @@ def draw_all(
     def batch(texts: list[str], z_T: np.ndarray, between: np.ndarray | None) -> np.ndarray:
         return pipe(texts, steps, guidance_scale, latents=z_T, noise=between, sampler=sampler)
 
-    return in_batches(batch, prompts, pipe.latent_shape(1)[1:], steps if pipe.is_lcm else 0, fill=fill, seed=seed)
+    lcm_steps = steps if pipe.is_lcm or sampler == "lcm" else 0
+    return in_batches(batch, prompts, pipe.latent_shape(1)[1:], lcm_steps, fill=fill, seed=seed)
 
 
 Batch = Callable[[list[str], np.ndarray, np.ndarray | None], np.ndarray]

@@ -13,7 +13,12 @@ WITHIN = 0.01  # of the best prompt accuracy; among those the Fréchet distance 
 
 
 def best_guidance(
-    pipe: Pipeline, classifier: Classifier, steps: int, candidates: Sequence[float], sampler: str | None = None
+    pipe: Pipeline,
+    classifier: Classifier,
+    steps: int,
+    candidates: Sequence[float],
+    sampler: str | None = None,
+    style: str = "upright",
 ) -> float:
     """Returns the guidance_scale at which this model draws best in so many steps.
 
@@ -23,7 +28,7 @@ def best_guidance(
     if len(candidates) == 1:
         return candidates[0]
     prompts = validation_prompts()
-    features, _ = classifier(real_pictures(prompts, "validation"))
+    features, _ = classifier(real_pictures(prompts, "validation", style))
     scores = {}
     for guidance in candidates:
         images, _ = draw_all(pipe, prompts, steps, guidance, sampler, seed=VALIDATION_SEED)

@@ -54,7 +54,7 @@ HEADER = (
 
 
 def cells(row: Row) -> list[str]:
-    """The row's cells, in the order of HEADER."""
+    """The row's cells, in the order of HEADER; the style follows where the row has one."""
     score = row.score
     low, high = score.prompt.interval
     return [
@@ -68,6 +68,7 @@ def cells(row: Row) -> list[str]:
         f"{score.frechet:.1f}",
         "" if score.variety is None else f"{score.variety:.2f}",
         "" if row.images_per_second is None else f"{row.images_per_second:.0f}",
+        *([] if score.style is None else [_percent(score.style)]),
     ]
 
 
@@ -77,8 +78,9 @@ def _percent(share: Share | None) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table, its columns aligned."""
-    lines = [list(HEADER), *(cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    style = ("style right",) if rows[0].score.style else ()
+    lines = [[*HEADER, *style], *(cells(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = [
         "| "
         + " | ".join(
@@ -131,6 +133,11 @@ def curves(rows: Sequence[Row]) -> np.ndarray:
         axes.set_xticks(ticks, [str(step) for step in ticks])
         axes.set_xlabel("network steps")
         axes.grid(alpha=0.3)
+    return pixels(figure)
+
+
+def pixels(figure: Any) -> np.ndarray:
+    """A matplotlib figure as uint8 (H, W, 3)."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
     with Image.open(file) as image:

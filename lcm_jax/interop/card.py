@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lcm_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from lcm_jax.interop.export import Recipe
+    from lcm_jax.interop.recipe import Recipe
 
 CARD_FILE = "README.md"
 _LICENCE_KEYS = ("license", "license_name", "license_link")

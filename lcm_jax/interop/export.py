@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lcm_jax.errors import UserError, one_of
+from lcm_jax.errors import one_of
 from lcm_jax.interop import card
 from lcm_jax.interop.folder import (
     Folder,
@@ -24,57 +24,11 @@ from lcm_jax.interop.folder import (
     write_component,
     write_json,
 )
+from lcm_jax.interop.recipe import RECIPE_FILE, Recipe
 from lcm_jax.interop.replace import replacing
-from lcm_jax.interop.weights import read_json
 
 DTYPES = ("float32", "float16", "bfloat16")
-RECIPE_FILE = "lcm_jax.json"
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a consistency model was distilled: the content of lcm_jax.json.
-
-    Attributes:
-      teacher: the hub id that it was distilled from, or the folder's name.
-      weights: "ema" or "student".
-      guidance_min, guidance_max: the trained range of guidance_scale (w + 1).
-      solver: psi, "ddim", "dpm" or "dpmpp".
-      skip: k, the training timesteps that one step of psi crosses.
-      original_inference_steps: N, the number of timesteps on the trained grid.
-      timestep_scaling: of the boundary condition.
-      w_embedding_dim: 0 for a student that isn't told the guidance.
-      distance: the loss's d.
-      steps, batch_size, learning_rate, ema_decay: of the training; ema_decay 0 is none.
-    """
-
-    teacher: str
-    weights: str
-    guidance_min: float
-    guidance_max: float
-    solver: str
-    skip: int
-    original_inference_steps: int
-    timestep_scaling: float
-    w_embedding_dim: int
-    distance: str
-    steps: int
-    batch_size: int
-    learning_rate: float
-    ema_decay: float
-
-    @classmethod
-    def read(cls, folder: pathlib.Path) -> "Recipe | None":
-        """Returns the recipe in a model folder, None if it has none; raises UserError if it can't be read."""
-        path = folder / RECIPE_FILE
-        if not path.exists():
-            return None
-        values = read_json(path)
-        names = {field.name for field in dataclasses.fields(cls)}
-        if absent := sorted(names - values.keys()):
-            raise UserError(f"{path} has no {absent[0]}")
-        return cls(**{name: values[name] for name in names})
 
 
 def lcm_scheduler(
@@ -181,15 +135,18 @@ def write_trained_folder(
     return pathlib.Path(out)
 
 
-def with_lcm_scheduler(folder: Folder) -> Folder:
+def with_lcm_scheduler(folder: Folder, recipe: Recipe | None) -> Folder:
     """Returns the folder with an LCMScheduler, for a model that an LCM-LoRA was merged into; its own if it has one.
 
-    Of the grid such a LoRA says nothing: it is the LCM paper's, N = 50, which LCMScheduler has by default.
+    Where the LoRA doesn't tell its recipe, the grid is the LCM paper's, N = 50, which LCMScheduler has by default.
     """
     if folder.scheduler_class == "LCMScheduler":
         return folder
     index = {**folder.model_index, "scheduler": ["diffusers", "LCMScheduler"]}
-    return dataclasses.replace(folder, model_index=index, scheduler=lcm_scheduler(folder))
+    scheduler = lcm_scheduler(folder)
+    if recipe:
+        scheduler = lcm_scheduler(folder, recipe.original_inference_steps, recipe.timestep_scaling)
+    return dataclasses.replace(folder, model_index=index, scheduler=scheduler)
 
 
 def _write(folder: Folder, to: pathlib.Path, replaced: tuple[str, ...]) -> None:

@@ -57,8 +57,18 @@ def read_lora(path: str | os.PathLike[str], kernels: Kernels) -> dict[str, Adapt
         raise UserError(f"{file}: {error}") from None
 
 
+def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns the header's texts of a LoRA, of which `read_lora` reads the tensors; raises UserError likewise."""
+    return weights.read_header(_file(pathlib.Path(path).expanduser()))
+
+
 def write_lora(
-    path: str | os.PathLike[str], adapters: Mapping[str, Adapter], *, dialect: str = "diffusers", dtype: str = "float32"
+    path: str | os.PathLike[str],
+    adapters: Mapping[str, Adapter],
+    *,
+    dialect: str = "diffusers",
+    dtype: str = "float32",
+    header: Mapping[str, str] | None = None,
 ) -> pathlib.Path:
     """Writes a LoRA as one safetensors file; one that is there already is replaced as a whole.
 
@@ -69,6 +79,7 @@ def write_lora(
         which diffusers reads from 0.34 on (elsewhere alpha = rank is taken). "kohya": alpha is a tensor, which all
         take (diffusers 0.42 gives every attention layer the alpha that is most frequent in the file).
       dtype: "float32", "float16" or "bfloat16".
+      header: more texts for the file's header.
 
     Raises:
       UserError: another dialect or dtype; a name that doesn't end in .safetensors; no place to write.
@@ -88,13 +99,13 @@ def write_lora(
                 key = _key(Name(component, module, "alpha"), dialect, adapters)
                 tensors[key] = np.asarray(alpha, np.float32)
         config |= lora_alpha.header_of(component, adapter.ranks, adapter.alphas)
-    header = {"format": "pt"}
+    texts = {"format": "pt", **(header or {})}
     if dialect == "diffusers":
-        header[lora_alpha.METADATA_KEY] = json.dumps(config, indent=2, sort_keys=True)
+        texts[lora_alpha.METADATA_KEY] = json.dumps(config, indent=2, sort_keys=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-            save_file(tensors, pathlib.Path(temporary) / path.name, metadata=header)
+            save_file(tensors, pathlib.Path(temporary) / path.name, metadata=texts)
             os.replace(pathlib.Path(temporary) / path.name, path)
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}") from None

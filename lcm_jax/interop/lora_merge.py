@@ -10,7 +10,8 @@ import numpy as np
 from lcm_jax import lora
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import Flat, Folder
-from lcm_jax.interop.lora_file import read_lora
+from lcm_jax.interop.lora_file import read_header, read_lora
+from lcm_jax.interop.recipe import Recipe
 
 Loras = Mapping[Any, float]  # file (str or path) -> weight
 _ADAPTED = ("unet", "text_encoder", "text_encoder_2")
@@ -45,6 +46,21 @@ def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
         for path, kernel in changed.items():
             changed[path] = np.asarray(kernel).astype(folder.components[name].params[path].dtype)
     return merged
+
+
+def lcm_recipe(loras: Loras) -> Recipe | None:
+    """Returns how the LCM-LoRA among these was distilled, if there is one that says so; one of weight 0 counts too.
+
+    Raises:
+      UserError: two of them were distilled for other timesteps.
+    """
+    recipes = {path: recipe for path in loras if (recipe := Recipe.of_header(read_header(path), str(path)))}
+    grids = {(r.original_inference_steps, r.timestep_scaling): path for path, r in recipes.items()}
+    if len(grids) > 1:
+        raise UserError(
+            f"{' and '.join(map(str, grids.values()))} were distilled for other timesteps: take one of them"
+        )
+    return next(iter(recipes.values()), None)
 
 
 def with_kernels(folder: Folder, kernels: Mapping[str, Flat]) -> Folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,17 +12,26 @@ from typing import Any
 import numpy as np
 
 from lcm_jax.errors import UserError
+from lcm_jax.interop.export import with_lcm_scheduler
 from lcm_jax.pipeline import Pipeline, load_pipeline
 
 TOLERANCE = 1e-3
 PROMPTS = ("a red seven", "")  # short, so that no tokenizer cuts them
 
 
-def verify(folder: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, steps: int = 4, seed: int = 0) -> float:
+def verify(
+    folder: str | os.PathLike[str],
+    *,
+    lora: str | os.PathLike[str] | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    steps: int = 4,
+    seed: int = 0,
+) -> float:
     """Draws the same prompts from the same noise with diffusers and with us, both computing in float32.
 
     Args:
       folder: a model folder.
+      lora: a LoRA file that is attached to it; with an LCM-LoRA that tells its recipe, both draw with its sampler.
       prompts, steps, seed: what is drawn.
 
     Returns:
@@ -36,21 +46,31 @@ def verify(folder: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, 
         import torch
         import transformers
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+        from diffusers.schedulers.scheduling_lcm import LCMScheduler
+
+        if lora:
+            importlib.import_module("peft")
     except ImportError as error:
         raise UserError(f"verifying needs {error.name}: pip install lcm_jax[diffusers]") from None
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipe = load_pipeline(folder)
+    pipe = load_pipeline(folder, loras={lora: 1.0} if lora else None)
     path = pipe.folder.path
     prompts = list(prompts)
-    scale = pipe.default_guidance
+    sampler = "lcm" if pipe.is_lcm or pipe.lora_recipe else "ddim"
+    scale = 1.0 if pipe.lora_recipe else pipe.default_guidance
     draws = np.random.default_rng(seed).standard_normal((steps, *pipe.latent_shape(len(prompts)))).astype(np.float32)
-    noise = draws[1:] if pipe.is_lcm else None
-    ours = pipe(prompts, steps, scale, latents=draws[0], noise=noise, output="latents")
+    noise = draws[1:] if sampler == "lcm" else None
+    ours = pipe(prompts, steps, scale, latents=draws[0], noise=noise, output="latents", sampler=sampler)
 
     peer = getattr(diffusers, pipe.folder.pipeline_class).from_pretrained(str(path), **load_networks(pipe))
     peer.set_progress_bar_config(disable=True)
-    if not pipe.is_lcm:
+    if lora:
+        logging.getLogger("diffusers").setLevel(logging.ERROR)  # a text encoder without adapters is no news
+        peer.load_lora_weights(str(lora))
+    if pipe.lora_recipe:
+        peer.scheduler = LCMScheduler.from_config(with_lcm_scheduler(pipe.folder, pipe.lora_recipe).scheduler)
+    elif not pipe.is_lcm:
         peer.scheduler = DDIMScheduler.from_config(
             peer.scheduler.config, timestep_spacing="trailing", clip_sample=False
         )
@@ -68,7 +88,7 @@ def verify(folder: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, 
     for what, difference in differences.items():
         if not difference <= TOLERANCE:
             raise UserError(
-                f"{path}: diffusers' {what} differ from ours by {difference:.1e} of their maximum; "
+                f"{lora or path}: diffusers' {what} differ from ours by {difference:.1e} of their maximum; "
                 f"rounding explains {TOLERANCE:g}"
             )
     return max(differences.values())

@@ -5,9 +5,11 @@ an index (`….safetensors.index.json`) lists; either may carry the variant `fp1
 back in the same arrangement. Pickle files are never read.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -101,9 +103,21 @@ def write_weights(directory: pathlib.Path, tensors: Tensors, arrangement: Arrang
 
 def read_file(path: pathlib.Path) -> tuple[Tensors, dict[str, str] | None]:
     """Returns a safetensors file's tensors and the metadata of its header; raises UserError if it can't be read."""
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 (no iterator)
+
+
+def read_header(path: pathlib.Path) -> dict[str, str]:
+    """Returns the metadata of a safetensors file's header alone; raises UserError if it can't be read."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 (no iterator)
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (SafetensorError, OSError, TypeError, AttributeError) as error:

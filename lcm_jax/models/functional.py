@@ -127,6 +127,10 @@ class Network:
         """Calls the model with these parameters; names and shapes are checked while tracing."""
         return getattr(self.bind(params), method)(*args, **kwargs)
 
+    def in_block(self, path: str) -> bool:
+        """Whether the model's own `run_block` brings the weight at this path together."""
+        return path.split(".", 1)[0] in getattr(self.model_class, "BLOCKS", ())
+
     def bind(self, params: dict[str, Any]) -> Any:
         """Returns a new model that holds these parameters; raises UserError if names or shapes don't fit.
 
@@ -134,8 +138,7 @@ class Network:
         that come together only where they are used: in the model's own `run_block`, or here.
         """
         self.check(params)
-        blocks = getattr(self.model_class, "BLOCKS", ())
-        params = {path: p if path.split(".", 1)[0] in blocks else whole(p) for path, p in params.items()}
+        params = {path: p if self.in_block(path) else whole(p) for path, p in params.items()}
         return nnx.merge(self._graphdef, unflatten(params))
 
 

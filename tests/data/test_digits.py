@@ -54,6 +54,36 @@ def test_coverage_is_smoothstep_of_bicubic(grids):
     np.testing.assert_array_equal(digits.coverage(grids[0][:5])[3], digits.coverage(grid))
 
 
+def test_italic_digits_are_slanted():
+    """By 0.6 pixels a pixel of height to the right, around the middle; what is inked stays as much."""
+    bar = np.zeros((8, 8))
+    bar[:, 3:5] = 16
+    upright, italic = (digits.coverage(bar, style=style) for style in digits.STYLES)
+    columns = np.arange(24)
+    centres = [(cover * columns).sum(1) / cover.sum(1) for cover in (upright, italic)]
+    np.testing.assert_allclose(centres[0], 11.5, atol=0.01)
+    np.testing.assert_allclose(centres[1], 11.5 - 0.6 * (np.arange(24) - 11.5), atol=0.15)
+    assert italic.sum() == pytest.approx(upright.sum(), rel=0.02)
+    with pytest.raises(UserError, match="style is 'bold'"):
+        draw(bar, "red", "blue", style="bold")
+
+
+def test_italic_digits_differ_in_style_only(tmp_path):
+    sets = {}
+    for name in ("captioned_digits", "italic_digits"):
+        builder = tfds.builder(name, data_dir=tmp_path)
+        builder.download_and_prepare(file_format="array_record")
+        sets[name] = builder.as_data_source(split="validation")
+    for number in (0, 77):
+        plain, italic = (dict(sets[name][number]) for name in sets)
+        picture, other = plain.pop("image"), italic.pop("image")
+        assert (picture != other).any()
+        assert {tuple(pixel) for pixel in other[[0, -1]].reshape(-1, 3)} <= {tuple(p) for p in picture.reshape(-1, 3)}
+        assert {key: np.asarray(value).tolist() for key, value in plain.items()} == {
+            key: np.asarray(value).tolist() for key, value in italic.items()
+        }
+
+
 def test_a_drawn_digit_can_be_read(grids):
     """Classified by the nearest other drawn picture, almost every digit is itself: nothing was mirrored or mixed up."""
     drawn = digits.coverage(grids[0][:600]).reshape(600, -1)

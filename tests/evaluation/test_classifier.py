@@ -5,17 +5,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.data.digits import load_grids
+from lcm_jax.data.digits import STYLES, load_grids
 from lcm_jax.errors import UserError
 from lcm_jax.evaluation import classifier as module
 from lcm_jax.evaluation import digits
-from lcm_jax.evaluation.classifier import CHUNK, WEIGHTS, load_classifier, real_accuracy, train_classifier
+from lcm_jax.evaluation.classifier import (
+    CHUNK,
+    STYLE_WEIGHTS,
+    WEIGHTS,
+    load_classifier,
+    real_accuracy,
+    style_accuracy,
+    train_classifier,
+)
 from lcm_jax.evaluation.colours import NAMES
 from lcm_jax.evaluation.digits import real_pictures
 
 
 def test_it_reads_real_test_digits(classifier):
     assert real_accuracy(classifier) >= 0.98
+
+
+def test_it_tells_the_styles_of_real_test_digits_apart():
+    of_styles = load_classifier(STYLE_WEIGHTS)
+    for style in STYLES:
+        assert real_accuracy(of_styles, style) >= 0.97, style
+        assert style_accuracy(of_styles, style) >= 0.98, style
 
 
 def test_a_picture_is_read_alike_in_any_company(classifier):
@@ -70,7 +85,7 @@ def test_a_short_training_learns(monkeypatch):
     trained = train_classifier(400, batch_size=32)
     prompts = [p for p in digits.test_prompts() if p.digit in (4, 7)]
     images = jnp.asarray(real_pictures(prompts, "test"), jnp.float32) / 127.5 - 1
-    _, logits = jax.jit(module._network().apply)(trained.params, images)
+    _, logits = jax.jit(module._network(styles=False).apply)(trained.params, images)
     answers = {
         "digit": [p.digit for p in prompts],
         "ink": [NAMES.index(p.ink) for p in prompts],
@@ -79,6 +94,12 @@ def test_a_short_training_learns(monkeypatch):
     right = {name: np.mean(logits[name].argmax(-1) == np.array(answers[name])) for name in answers}
     assert right["digit"] > 0.65
     assert min(right["ink"], right["paper"]) > 0.95
+
+
+def test_a_short_training_learns_styles():
+    trained = train_classifier(150, batch_size=32, styles=True)
+    assert min(style_accuracy(trained, style) for style in STYLES) > 0.75
+    assert "style.kernel" not in train_classifier(1, batch_size=2).params
 
 
 def test_training_digits_lie_anywhere_and_are_warped_a_little():
@@ -99,11 +120,11 @@ def test_training_digits_lie_anywhere_and_are_warped_a_little():
 
 def test_command(tmp_path, monkeypatch, classifier, capsys):
     trained = []
-    monkeypatch.setattr(module, "train_classifier", lambda steps: trained.append(steps) or classifier)
+    monkeypatch.setattr(module, "train_classifier", lambda steps, styles: trained.append((steps, styles)) or classifier)
     monkeypatch.setattr(module, "real_accuracy", lambda _: 0.98765)
     out = tmp_path / "new" / "digits.safetensors"
     assert module.main([f"--out={out}", "--steps=7"]) == 0
-    assert trained == [7]
+    assert trained == [(7, False)]
     again = load_classifier(out).params
     assert all(np.array_equal(again[name], classifier.params[name]) for name in classifier.params)
     assert capsys.readouterr().out == f"{out}: reads 98.77 % of the real test digits\n"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch_weights import QUICK, assert_close, network, random_weights
+from compiling import QUICK
+from torch_weights import assert_close, network, random_weights
 
 from lcm_jax.errors import UserError
 from lcm_jax.models import Policy

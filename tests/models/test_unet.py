@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from compiling import QUICK
 from jax.extend.core import jaxprs_in_params
-from torch_weights import QUICK, assert_close, nchw, network, nhwc, normal, random_weights
+from torch_weights import assert_close, nchw, network, nhwc, normal, random_weights
 
 from lcm_jax.errors import UserError
 from lcm_jax.models import Network, Policy, UNet2DConditionModel, UNetConfig, attention

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from torch_weights import QUICK, assert_close, nchw, network, nhwc, normal, random_weights
+from compiling import QUICK
+from torch_weights import assert_close, nchw, network, nhwc, normal, random_weights
 
 from lcm_jax.models import Policy
 

@@ -10,9 +10,6 @@ from lcm_jax.models import MODEL_CLASSES, Flat, Network
 
 CLIP_PREFIX = "text_model."  # which the peer's class with a projection has, and the one without has not
 
-# Compiles a program that is run once in a third of the time; what is computed stays the same.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 def network(peer: torch.nn.Module, **options) -> Network:
     """Our network of the configuration of a diffusers or transformers model, as its config.json would give it."""

@@ -5,7 +5,6 @@ import numpy as np
 from lcm_jax.blank import TOKENS
 
 SIZE, BATCH = 8, 16
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 

@@ -5,9 +5,12 @@ import re
 import jax
 import numpy as np
 import pytest
-from little import QUICK, batch, collectives
+from compiling import QUICK
+from little import batch, collectives
 
 from lcm_jax.errors import UserError
+from lcm_jax.lora import LoraConfig
+from lcm_jax.objectives.lcd import LCDConfig
 from lcm_jax.parallel.mesh import MeshConfig, make_mesh
 from lcm_jax.parallel.partition import place
 from lcm_jax.parallel.program import make_program
@@ -75,6 +78,25 @@ def test_eight_devices_train_as_one_does(case, little, configure, alone):
     for name in ("params", "ema"):
         assert_equal(state[name], alone[0][name])
     assert_equal(metrics, alone[1])
+
+
+LORA = {"lora": LoraConfig(rank=8), "lcd": LCDConfig(w_embedding_dim=0, empty_prompts=0.3, huber_c=0.1)}
+
+
+@pytest.fixture(scope="module")
+def adapters_alone(little, configure):
+    return train(little, configure, jax.devices()[:1], **LORA)
+
+
+@pytest.mark.parametrize("gather", ["block", "step"])
+def test_eight_devices_train_adapters_as_one_does(gather, little, configure, adapters_alone):
+    state, metrics = train(
+        little, configure, jax.devices(), mesh=MeshConfig(2, 4, gather=gather, frozen="sharded"), **LORA
+    )
+    assert {path.rpartition(".lora_")[2] for path in state["params"]["unet"]} == {"A.kernel", "B.kernel"}
+    for name in ("params", "ema"):
+        assert_equal(state[name], adapters_alone[0][name])
+    assert_equal(metrics, adapters_alone[1])
 
 
 def test_the_reference_moves(little, configure, alone):

@@ -1,0 +1,289 @@
+"""Adapters are trained: the loss and its gradient are those of merged weights, and nothing else is kept or changed."""
+
+import dataclasses
+import json
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+from compiling import QUICK
+from safetensors import safe_open
+
+import lcm_jax
+from lcm_jax import blank, cli, export, lora, sample, train
+from lcm_jax.checkpoint import restore_params
+from lcm_jax.config import Config, ModelConfig, from_dict
+from lcm_jax.data.pipeline import DataConfig
+from lcm_jax.errors import UserError
+from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.lora_file import read_header, read_lora, write_lora
+from lcm_jax.interop.recipe import Recipe
+from lcm_jax.interop.tokenizer import load_tokenizer
+from lcm_jax.interop.verify import verify
+from lcm_jax.lora import LoraConfig
+from lcm_jax.losses import make_loss
+from lcm_jax.objectives.denoising import DenoisingConfig
+from lcm_jax.objectives.lcd import LCDConfig
+from lcm_jax.state import frozen_params, initial_params, make_parts
+
+TOLD = LCDConfig(w_embedding_dim=0, huber_c=0.1)
+BOTH = DenoisingConfig(train_text_encoder=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models of one level of channels: every kind of module that has an adapter, and few of them."""
+    one_level = {**blank.PRESETS["micro"], "unet_channels": [8]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(blank.PRESETS, "little", one_level)
+        return read_folder(blank.write_blank("little", tmp_path_factory.mktemp("little") / "teacher"))
+
+
+def configure(folder, **changes):
+    config = Config(
+        model=ModelConfig(folder=str(folder.path), **changes.pop("model", {})),
+        data=DataConfig(image_size=32),
+        **{"lora": LoraConfig(rank=4, alpha=2.0), **changes},
+    )
+    return config, make_parts(config, folder, load_tokenizer(folder))
+
+
+def random_adapters(config, parts, folder, seed):
+    """Neither half is zero."""
+    random = np.random.default_rng(seed)
+    return {
+        name: {path: a + 0.2 * random.standard_normal(a.shape, np.float32) for path, a in flat.items()}
+        for name, flat in initial_params(config, parts, folder).items()
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "lcd", "lcd": TOLD},
+        {"objective": "lcd", "lcd": TOLD, "model": {"remat": "block"}},
+        {"objective": "denoising", "denoising": BOTH},
+    ],
+    ids=["lcd", "lcd, remat", "denoising"],
+)
+def test_loss_and_gradient_are_those_of_merged_weights(changes, folder):
+    config, parts = configure(folder, **changes)
+    whole_config = dataclasses.replace(config, lora=LoraConfig())
+    whole_parts = make_parts(whole_config, folder, load_tokenizer(folder))
+    params, target = (random_adapters(config, parts, folder, seed) for seed in (0, 1))
+    components = {"unet", "text_encoder"} if config.objective == "denoising" else {"unet"}
+    assert params.keys() == components
+    frozen, whole_frozen = frozen_params(config, folder), frozen_params(whole_config, folder)
+    loss, whole_loss = make_loss(config, parts), make_loss(whole_config, whole_parts)
+    base = initial_params(whole_config, whole_parts, folder)
+    random = np.random.default_rng(2)
+    batch = {
+        "image": random.integers(0, 256, (2, 32, 32, 3), np.uint8),
+        "input_ids": random.integers(0, 300, (2, *parts.null_ids.shape[1:]), np.int32),
+    }
+    draws = loss.draw(jax.random.key(3), (2, *parts.latent_shape(32)))
+
+    def merged(adapters):
+        return {name: lora.merge(base[name], flat, lora.alphas(parts.adapted[name])) for name, flat in adapters.items()}
+
+    def of_adapters(params):
+        return loss.loss(params, target, frozen, batch, draws)[0]
+
+    def of_merged(params):
+        return whole_loss.loss(merged(params), merged(target), whole_frozen, batch, draws)[0]
+
+    found, grads = jax.jit(jax.value_and_grad(of_adapters), compiler_options=QUICK)(params)
+    expected, expected_grads = jax.jit(jax.value_and_grad(of_merged), compiler_options=QUICK)(params)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    for name, flat in expected_grads.items():
+        for path, grad in flat.items():
+            assert np.abs(grad).max() > 0, path
+            np.testing.assert_allclose(
+                grads[name][path], grad, atol=2e-3 * np.abs(grad).max(), err_msg=f"{name} {path}"
+            )
+
+
+def test_the_base_is_kept_once(folder):
+    """Teacher and student read the same frozen weights; the state has adapters alone, and starts as the teacher."""
+    config, parts = configure(folder, lcd=TOLD)
+    assert set(frozen_params(config, folder)) == {"vae", "text_encoder", "unet"}
+    params = initial_params(config, parts, folder)
+    unet = parts.networks["unet"].shapes
+    assert {lora.module_of(path) + ".kernel" for path in params["unet"]} < set(unet)
+    assert not any(np.any(a) for path, a in params["unet"].items() if path.endswith(lora.B))
+    again = initial_params(config, parts, folder)
+    assert all(np.array_equal(params["unet"][path], array) for path, array in again["unet"].items())
+
+
+def test_patterns(folder):
+    patterns = (r"mid_block\..*to_q=2/1", r"text_encoder\..*fc1=3", "conv_in=1")
+    settings = LoraConfig(rank=4, modules="to_q|fc1|fc2", patterns=patterns)
+    _, parts = configure(folder, objective="denoising", denoising=BOTH, lora=settings)
+    ranks = {
+        f"{name}.{module}": (target.rank, target.alpha)
+        for name, chosen in parts.adapted.items()
+        for module, target in chosen.items()
+    }
+    assert ranks["unet.conv_in"] == (1, None)
+    for module, found in ranks.items():
+        if module.startswith("unet.mid_block"):
+            assert found == (2, 1.0)
+        elif module != "unet.conv_in":
+            assert found == ((3, None) if module.endswith("fc1") else (4, None))
+    assert {module.rpartition(".")[2] for module in ranks} == {"conv_in", "to_q", "fc1", "fc2"}
+    # without a text encoder to train, none of its layers is chosen
+    _, parts = configure(folder, objective="denoising")
+    assert parts.adapted.keys() == {"unet"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lora": {"rank": 4}}, "config.lcd.w_embedding_dim is 256; with lora.rank it must be 0"),
+        ({"lora": {"rank": 4}, "objective": "autoencoder"}, "config.lora.rank has no effect: objective is 'auto"),
+        ({"lora": {"alpha": 4.0}}, "config.lora.alpha has no effect: rank is 0"),
+        ({"lora": {"rank": -1}}, "config.lora.rank is -1; it can't be negative"),
+        ({"lora": {"rank": 2, "alpha": -1.0}}, "config.lora.alpha is -1.0; it must be positive, or 0"),
+        ({"lora": {"rank": 2, "init": "zeros"}}, "config.lora.init is 'zeros'"),
+        ({"lora": {"rank": 2, "patterns": ["to_q"]}}, "config.lora.patterns has 'to_q'; it should be MODULES=RANK"),
+        ({"lora": {"rank": 2, "patterns": ["to_q=a"]}}, "config.lora.patterns has 'to_q=a'; it should be"),
+    ],
+)
+def test_mistakes(settings, said):
+    with pytest.raises(UserError) as error:
+        from_dict({"model": {"folder": "x"}, **settings})
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [("to_queue=2", "config.lora: the LoRA target 'to_queue' matches no"), ("to_q=0", "config.lora: the LoRA rank of")],
+)
+def test_patterns_that_fit_nothing(pattern, said, folder):
+    with pytest.raises(UserError, match=said):
+        configure(folder, lcd=TOLD, lora=LoraConfig(rank=2, patterns=(pattern,)))
+
+
+# ---- the commands
+
+
+@pytest.fixture(scope="module")
+def run(folder, digits_data_dir, tmp_path_factory, one_device):
+    """A run of four steps in two sittings."""
+    root = tmp_path_factory.mktemp("lora")
+    (root / "config.py").write_text(
+        "from lcm_jax.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        f"    config.model.folder = {str(folder.path)!r}\n"
+        f"    config.data.data_dir = {digits_data_dir!r}\n"
+        "    config.data.image_size = 32\n"
+        "    config.batch_size = 4\n"
+        "    config.optimizer.learning_rate = 1e-2\n"
+        "    config.lora.rank = 4\n"
+        "    config.lora.alpha = 2.0\n"
+        "    config.lcd.w_embedding_dim = 0\n"
+        "    config.lcd.skip = 40\n"
+        "    config.lcd.timestep_scaling = 7.0\n"
+        "    config.checkpoint.every = 2\n"
+        "    config.log.samples_every = 4\n"
+        "    config.log.prompts = ('a red seven',)\n"
+        "    config.log.guidance_scale = 1.0\n"
+        "    return config\n"
+    )
+
+    for steps in (2, 4):
+        argv = [f"--config={root}/config.py", f"--workdir={root}/run", f"--config.steps={steps}"]
+        assert cli.run(train.main, argv) == 0
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def files(run):
+    """The exported file in each dialect."""
+    found = {}
+    for dialect in ("diffusers", "kohya"):
+        found[dialect] = run / f"{dialect}.safetensors"
+        assert cli.run(export.main, [f"--workdir={run}", f"--out={found[dialect]}", f"--dialect={dialect}"]) == 0
+    return found
+
+
+def test_checkpoints_hold_the_adapters_alone(run):
+    found = restore_params(run, "ema")[0]
+    assert found.keys() == {"unet"}
+    assert all(lora.module_of(path) != path and np.any(array) for path, array in found["unet"].items())
+    assert (run / "samples" / "step_000004.png").is_file()
+
+
+def test_file_in_each_dialect(run, files, folder):
+    params, step = restore_params(run, "ema")
+    assert step == 4
+    for dialect, file in files.items():
+        with safe_open(file, framework="np") as opened:
+            header = opened.metadata()
+        recipe = json.loads(header["lcm_jax"])
+        assert (recipe["original_inference_steps"], recipe["timestep_scaling"]) == (25, 7.0)
+        kernels = {"unet": lora.kernels(folder.components["unet"].network().shapes)}
+        adapter = read_lora(file, kernels)["unet"]
+        assert set(adapter.alphas.values()) == {2.0}, dialect
+        for path, array in params["unet"].items():
+            np.testing.assert_array_equal(adapter.params[path], array, err_msg=f"{dialect} {path}")
+
+
+def test_diffusers_draws_the_same(files, folder):
+    for file in files.values():
+        assert verify(folder.path, lora=file) < 1e-3
+    peer = diffusers.StableDiffusionPipeline.from_pretrained(folder.path)
+    peer.load_lora_weights(str(files["diffusers"]))
+    assert peer.get_active_adapters()
+
+
+def test_its_own_timesteps_are_taken(files, folder, tmp_path):
+    """N = 25 and a timestep scaling of 7 are in the file, not in the folder."""
+    pipe = lcm_jax.load_pipeline(folder.path, loras={files["kohya"]: 1.0})
+    noise = np.random.default_rng(0).standard_normal((2, *pipe.latent_shape(1))).astype(np.float32)
+
+    def draw(pipe, **options):
+        return pipe("a red seven", latents=noise[0], noise=noise[1:], output="latents", **options)
+
+    found = draw(pipe, sampler="lcm", steps=2)
+    assert (
+        cli.run(
+            export.main,
+            [f"--model={folder.path}", f"--lora={files['kohya']}", "--sampler=lcm", f"--out={tmp_path / 'merged'}"],
+        )
+        == 0
+    )
+    merged = lcm_jax.load_pipeline(tmp_path / "merged")
+    assert merged.folder.scheduler["original_inference_steps"] == 25
+    assert merged.folder.scheduler["timestep_scaling"] == 7.0
+    np.testing.assert_allclose(draw(merged, steps=2, guidance_scale=1.0), found, atol=1e-4 * np.abs(found).max())
+    np.testing.assert_array_equal(draw(pipe, sampler="lcm", timesteps=[999, 519]), found)  # of 25; of 50: 999, 499
+    pipe.set_loras({})
+    assert pipe.lora_recipe is None
+
+
+def test_closing_lines_and_mistakes(run, files, folder, capsys, tmp_path):
+    assert cli.run(train.main, [f"--config={run.parent}/config.py", f"--workdir={run}", "--config.steps=4"]) == 0
+    assert f"lcm_jax.export --workdir={run} --out={run}/lora.safetensors" in capsys.readouterr().out
+    assert cli.run(export.main, [f"--workdir={run}", f"--out={tmp_path / 'x.safetensors'}"]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    assert f"--model={folder.path} --lora={tmp_path / 'x.safetensors'} --sampler=lcm" in line
+    lora_option = f"--lora={files['diffusers']}"
+    drawn = [f"--model={folder.path}", lora_option, "--sampler=lcm", "--prompt=a", f"--out={tmp_path / 'a.png'}"]
+    assert cli.run(sample.main, drawn) == 0
+    assert cli.run(export.main, [f"--workdir={run}", f"--out={tmp_path / 'folder'}"]) == 2
+    assert "should end in .safetensors" in capsys.readouterr().err
+
+
+def test_two_recipes_do_not_mix(files, folder, tmp_path):
+    other = tmp_path / "other.safetensors"
+    kernels = {"unet": lora.kernels(folder.components["unet"].network().shapes)}
+    adapters = read_lora(files["kohya"], kernels)
+    recipe = Recipe.of_header(read_header(files["kohya"]), "x")
+    recipe = dataclasses.replace(recipe, original_inference_steps=50)
+    write_lora(other, adapters, header=recipe.to_header())
+    with pytest.raises(UserError, match="were distilled for other timesteps"):
+        lcm_jax.load_pipeline(folder.path, loras={files["kohya"]: 1.0, other: 0.5})
