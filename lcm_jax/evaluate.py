@@ -35,7 +35,7 @@ from lcm_jax.evaluation.classifier import STYLE_WEIGHTS, WEIGHTS, Classifier, lo
 from lcm_jax.evaluation.digits import Prompt, real_pictures, score, sheet_prompts, test_prompts
 from lcm_jax.evaluation.draw import BATCH, draw_all, in_batches
 from lcm_jax.evaluation.guidance import best_guidance, trained_range
-from lcm_jax.evaluation.report import Row, curves, figure_class, table
+from lcm_jax.evaluation.report import Row, curves, figure_class, said, table
 from lcm_jax.evaluation.sheet import sheet
 from lcm_jax.files import write, write_json
 from lcm_jax.grids import write_png
@@ -48,25 +48,30 @@ STEPS = (1, 2, 4, 8)
 def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], style: str = STYLES[0]) -> list[Row]:
     """Real test pictures, and the same through the model's VAE.
 
-    Distance and variety of the first are those of real *validation* pictures: what two sets of real pictures differ by.
+    Distances and varieties are those of real *validation* pictures, which the second row, too, takes through the VAE:
+    what two sets of real pictures differ by.
     """
     asked = None if style == STYLES[0] else style
     real = real_pictures(prompts, "test", style)
     features, _ = classifier(real)
-    others = score(real_pictures(prompts, "validation", style), prompts, classifier, features)
+    validation = real_pictures(prompts, "validation", style)
+    others = score(validation, prompts, classifier, features)
     real_row = dataclasses.replace(
         score(real, prompts, classifier, features, asked), frechet=others.frechet, variety=others.variety
     )
+    through = score(_through_vae(pipe, real), prompts, classifier, features, asked)
+    others = score(_through_vae(pipe, validation), prompts, classifier, features)
+    through = dataclasses.replace(through, frechet=others.frechet, variety=others.variety)
+    return [Row("real test pictures", real_row), Row("the same through the VAE", through)]
+
+
+def _through_vae(pipe: Pipeline, pictures: np.ndarray) -> np.ndarray:
     decoded = []
-    for start in range(0, len(real), BATCH):
-        pixels = jnp.asarray(real[start : start + BATCH], jnp.float32) / 127.5 - 1.0
+    for start in range(0, len(pictures), BATCH):
+        pixels = jnp.asarray(pictures[start : start + BATCH], jnp.float32) / 127.5 - 1.0
         latents = pipe.vae(pixels, None, method="to_latents")
         decoded.append(np.asarray(pipe.vae(latents, method="to_images")))
-    through = np.round(to_unit(np.concatenate(decoded)) * 255).astype(np.uint8)
-    return [
-        Row("real test pictures", real_row),
-        Row("the same through the VAE", score(through, prompts, classifier, features, asked)),
-    ]
+    return np.round(to_unit(np.concatenate(decoded)) * 255).astype(np.uint8)
 
 
 def student_rows(
@@ -84,6 +89,7 @@ def student_rows(
         guidance = best_guidance(student, classifier, n, candidates)
         pictures, rate = draw_all(student, prompts, n, guidance)
         rows.append(Row("student", score(pictures, prompts, classifier, features), n, guidance, rate))
+        print(said(rows[-1]), flush=True)
     return rows
 
 
@@ -104,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", help="a consistency model's folder, as lcm_jax.export writes it")
     parser.add_argument("--out", type=cli.folder, help="a folder for the results (default: beside the model)")
     parser.add_argument("--steps", type=_steps, default=STEPS, help="network steps of the model (default: 1,2,4,8)")
-    parser.add_argument("--guidance_scale", type=float, help="default: chosen with other prompts, as the teacher's is")
+    parser.add_argument("--guidance_scale", type=float, help="default: chosen with other noise, as the teacher's is")
     parser.add_argument("--diffusers", action="store_true", help="also draw in diffusers (needs lcm_jax[diffusers])")
     parser.add_argument(
         "--teacher",
@@ -126,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{option} has no effect with{'' if args.lora else 'out'} --lora; leave it out")
     if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
         raise UserError(f"--guidance_scale={args.guidance_scale} is no finite number")
-    out = args.out or (pathlib.Path(args.model).parent if args.model else pathlib.Path()) / "evaluation"
+    out = args.out or (_beside(args.model) if args.model else pathlib.Path()) / "evaluation"
     compile_cache.enable()
     figure_class()  # what can be wrong is found before anything that takes long
     if args.lora:
@@ -220,11 +226,19 @@ def _numbers(text: str) -> tuple[float, ...]:
     return numbers
 
 
+def _beside(model: str) -> pathlib.Path:
+    """The folder that the model's folder is in."""
+    path = pathlib.Path(model)
+    return path.parent if path.name not in ("", "..") else path.resolve().parent
+
+
 def _steps(text: str) -> tuple[int, ...]:
     try:
         steps = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 1,2,4") from None
+    if len(set(steps)) < len(steps):
+        raise argparse.ArgumentTypeError(f"{text!r} has a number twice")
     if min(steps) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} has {min(steps)}; each must be at least 1")
     return steps

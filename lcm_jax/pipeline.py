@@ -230,9 +230,15 @@ class Pipeline:
             z_T,
             between,
         )
+        drawn = np.asarray(result, np.float32)
+        if not np.isfinite(drawn).all():
+            raise UserError(
+                f"{self.folder.path} draws values that are not finite at guidance_scale {scale:g}: its weights, or "
+                "what was given, are not finite or too large"
+            )
         if output == "latents":
-            return np.asarray(result, np.float32)
-        pictures = to_unit(np.asarray(result, np.float32))
+            return drawn
+        pictures = to_unit(drawn)
         return np.round(pictures * 255).astype(np.uint8) if output == "uint8" else pictures
 
     @property

@@ -10,8 +10,8 @@ from fixtures_folders import W_DIM
 
 from lcm_jax import checkpoint, cli, config, export, load_pipeline
 from lcm_jax.errors import UserError
-from lcm_jax.interop.export import Recipe
 from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.recipe import Recipe
 from lcm_jax.objectives.autoencoder import AutoencoderConfig
 from lcm_jax.objectives.lcd import LCDConfig
 

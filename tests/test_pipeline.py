@@ -251,6 +251,11 @@ def test_wrong_arguments_of_a_diffusion_model(teacher, arguments, message):
         teacher(**{"prompts": PROMPTS, **arguments})
 
 
+def test_values_that_are_not_finite_are_an_error(lcm):
+    with pytest.raises(UserError, match=r"draws values that are not finite at guidance_scale 4: its weights, or what "):
+        lcm("a red seven", steps=2, guidance_scale=4.0, latents=np.full((1, *SHAPE[1:]), np.nan, np.float32))
+
+
 def test_long_prompt_is_cut_with_a_warning(lcm):
     words = " ".join(["red"] * 14)
     with pytest.warns(UserWarning, match=r"^the prompt '.*…' is longer than 16 tokens; cut off: 'and a blue zero'$"):

@@ -1,10 +1,12 @@
-"""Which guidance suits a model best, chosen with prompts, pictures and noise that no row of an evaluation has."""
+"""Which guidance suits a model best, chosen with noise and real pictures that no row of an evaluation has."""
 
+import warnings
 from collections.abc import Sequence
 
 from lcm_jax.evaluation.classifier import Classifier
 from lcm_jax.evaluation.digits import SEED, real_pictures, score, validation_prompts
 from lcm_jax.evaluation.draw import draw_all
+from lcm_jax.interop.recipe import RECIPE_FILE
 from lcm_jax.pipeline import Pipeline
 
 VALIDATION_SEED = SEED + 2
@@ -44,7 +46,15 @@ def trained_range(pipe: Pipeline) -> list[float]:
     One without w-embedding has its guidance in its weights: 1 alone. One that does not say for which range it was
     trained keeps its own default.
     """
-    if not pipe.has_w_embedding or not pipe.recipe:
+    if not pipe.has_w_embedding:
+        return [pipe.default_guidance]
+    if not pipe.recipe:
+        warnings.warn(
+            f"{pipe.folder.path} has no {RECIPE_FILE}, which tells for which guidance it was trained: "
+            f"{pipe.default_guidance:g} is taken, as diffusers does; give --guidance_scale if that is wrong",
+            UserWarning,
+            stacklevel=2,
+        )
         return [pipe.default_guidance]
     low, high = pipe.recipe.guidance_min, pipe.recipe.guidance_max
     return [g for g in GUIDANCE if low <= g <= high] or [pipe.default_guidance]

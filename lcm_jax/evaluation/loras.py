@@ -10,7 +10,7 @@ from lcm_jax.evaluation.classifier import Classifier
 from lcm_jax.evaluation.digits import Prompt, real_pictures, score, test_prompts
 from lcm_jax.evaluation.draw import draw_all
 from lcm_jax.evaluation.guidance import best_guidance
-from lcm_jax.evaluation.report import Row, figure_class, pixels
+from lcm_jax.evaluation.report import Row, figure_class, pixels, said
 from lcm_jax.interop.lora_merge import Loras
 from lcm_jax.pipeline import Pipeline
 
@@ -75,7 +75,9 @@ class Measured:
         guidance = best_guidance(self.pipe, self._classifier, steps, candidates, sampler, self.style)
         pictures, rate = draw_all(self.pipe, self._prompts, steps, guidance, sampler)
         measured = score(pictures, self._prompts, self._classifier, self._features, self._asked)
-        return Row(name, measured, steps, guidance, rate)
+        row = Row(name, measured, steps, guidance, rate)
+        print(said(row), flush=True)
+        return row
 
 
 def weight_curves(rows: Sequence[Row], weights: Sequence[float], base: Row) -> np.ndarray:

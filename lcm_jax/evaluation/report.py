@@ -72,6 +72,12 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+def said(row: Row) -> str:
+    """One line, while the others are still measured."""
+    accuracy, steps = 100 * row.score.prompt.value, f"{row.steps} step{'s' * (row.steps != 1)}"
+    return f"{row.name}, {steps}: guidance {row.guidance_scale:g}, {accuracy:.1f} %, {row.score.frechet:.1f}"
+
+
 def _percent(share: Share | None) -> str:
     return "" if share is None else f"{100 * share.value:.1f} %"
 

@@ -15,6 +15,7 @@ from lcm_jax.evaluation.digits import real_pictures, score, test_prompts
 from lcm_jax.evaluation.draw import draw_all
 from lcm_jax.evaluation.guidance import GUIDANCE, best_guidance
 from lcm_jax.evaluation.report import Row
+from lcm_jax.evaluation.report import said as line_of
 from lcm_jax.interop.weights import read_json
 from lcm_jax.pipeline import Pipeline
 
@@ -36,8 +37,7 @@ def measure(pipe: Pipeline, classifier: Classifier, say: Callable[[str], None]) 
             guidance = best_guidance(pipe, classifier, steps, GUIDANCE, sampler)
             images, rate = draw_all(pipe, prompts, steps, guidance, sampler)
             rows.append(Row(name, score(images, prompts, classifier, test_features), steps, guidance, rate))
-            accuracy = rows[-1].score.prompt.value
-            say(f"{name}, {steps} steps: guidance {guidance:g}, {100 * accuracy:.1f} %, {rows[-1].score.frechet:.1f}")
+            say(line_of(rows[-1]))
     return rows
 
 
@@ -67,14 +67,19 @@ def shipped(folder: pathlib.Path = TEACHER, path: pathlib.Path = ROWS) -> tuple[
         if values.get(key) != value:
             what = folder if key == "folder_sha256" else WEIGHTS
             raise UserError(f"{path} was measured with other files than those of {what}; measure again with --teacher")
-    return [Row.from_dict(row) for row in values["rows"]], values["machine"]
+    try:
+        return [Row.from_dict(row) for row in values["rows"]], values["machine"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no table of rows ({type(error).__name__}: {error}); measure again with --teacher"
+        ) from None
 
 
 def folder_hash(folder: pathlib.Path) -> str:
-    """SHA-256 over the names and contents of a model folder's files, its README.md left out."""
+    """SHA-256 over the names and contents of a model folder's files; README.md and hidden ones are left out."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "README.md":
+        if path.is_file() and path.name != "README.md" and not path.name.startswith("."):
             total.update(f"{path.relative_to(folder).as_posix()}\0".encode())
             total.update(hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()

@@ -73,4 +73,11 @@ class Recipe:
         names = {field.name for field in dataclasses.fields(cls)}
         if absent := sorted(names - values.keys()):
             raise UserError(f"{where} has no {absent[0]}")
+        for field in dataclasses.fields(cls):
+            value, kinds = values[field.name], _KINDS[field.type]  # pyright: ignore[reportArgumentType]
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise UserError(f"{where}: {field.name} is {value!r}, no {kinds[-1].__name__}")
         return cls(**{name: values[name] for name in names})
+
+
+_KINDS: dict[type, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}

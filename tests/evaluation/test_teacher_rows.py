@@ -49,7 +49,7 @@ def measured(monkeypatch, table, *, guidance):
     for module in (teacher, choice):
         monkeypatch.setattr(module, "draw_all", draw_all)
         monkeypatch.setattr(module, "score", score)
-        monkeypatch.setattr(module, "real_pictures", lambda prompts, split: f"{split} pictures of {prompts}")
+        monkeypatch.setattr(module, "real_pictures", lambda prompts, split, *_: f"{split} pictures of {prompts}")
     lines = []
     return measure("a model", lambda pictures: (f"features of {pictures}", None), lines.append), asked, lines
 
@@ -64,7 +64,7 @@ def test_every_sampler_and_number_of_steps(monkeypatch):
     assert asked == [
         call for s, n in expected for call in ((validation, s, n, 1.0), (validation, s, n, 3.0), (test, s, n, 3.0))
     ]
-    assert lines[0] == "teacher, DDIM, 1 steps: guidance 3, 0.0 %, 3.0"
+    assert lines[0] == "teacher, DDIM, 1 step: guidance 3, 0.0 %, 3.0"
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,16 @@ def test_usual_numbers():
 def test_a_student_is_asked_for_what_it_was_trained_for():
     def candidates(low, high, w_embedding=True):
         recipe = SimpleNamespace(guidance_min=low, guidance_max=high) if low else None
-        return choice.trained_range(SimpleNamespace(has_w_embedding=w_embedding, recipe=recipe, default_guidance=7.0))
+        folder = SimpleNamespace(path="a folder")
+        pipe = SimpleNamespace(has_w_embedding=w_embedding, recipe=recipe, default_guidance=7.0, folder=folder)
+        return choice.trained_range(pipe)
 
     assert candidates(1.0, 4.0) == [1.0, 1.5, 2.0, 3.0, 4.0]
     assert candidates(2.0, 3.5) == [2.0, 3.0]
     assert candidates(7.0, 9.0) == [7.0]  # none of them: its own default
     assert candidates(1.0, 4.0, w_embedding=False) == [7.0]
-    assert candidates(None, None) == [7.0]
+    with pytest.warns(UserWarning, match=r"a folder has no lcm_jax.json, .*: 7 is taken, as diffusers does"):
+        assert candidates(None, None) == [7.0]
 
 
 def test_one_candidate_needs_no_pictures():
@@ -137,6 +140,7 @@ def test_a_folders_hash_does_not_follow_its_card(folder):
     (folder / "README.md").write_text("another card")
     assert folder_hash(folder) == before
     (folder / "README.md").unlink()
+    (folder / ".DS_Store").write_text("what a file manager leaves")
     assert folder_hash(folder) == before
 
 
@@ -167,6 +171,14 @@ def test_rows_of_another_classifier(folder, rows_file, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "WEIGHTS", other)
     with pytest.raises(UserError, match=f"other files than those of {other}; measure again with --teacher"):
         shipped(folder, rows_file)
+
+
+def test_damaged_rows(folder, rows_file):
+    values = json.loads(rows_file.read_text())
+    for damaged in ({**values, "rows": [{"name": "x"}]}, {k: v for k, v in values.items() if k != "rows"}):
+        rows_file.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=f"^{rows_file} is no table of rows .*; measure again with --teacher$"):
+            shipped(folder, rows_file)
 
 
 def test_no_rows(folder, tmp_path):

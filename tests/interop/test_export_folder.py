@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 import lcm_jax
 from lcm_jax.errors import UserError
 from lcm_jax.interop import verify as verify_module
-from lcm_jax.interop.export import Recipe, write_lcm_folder, write_trained_folder
+from lcm_jax.interop.export import write_lcm_folder, write_trained_folder
 from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.recipe import Recipe
 from lcm_jax.interop.verify import verify
 
 RECIPE = Recipe(
@@ -183,6 +184,11 @@ def test_broken_recipe(tmp_path):
     (tmp_path / "lcm_jax.json").write_text('{"teacher": "x"}')
     with pytest.raises(UserError, match=r"lcm_jax.json has no batch_size"):
         Recipe.read(tmp_path)
+    values = dataclasses.asdict(RECIPE)
+    for name, value in (("skip", 20.5), ("guidance_min", "3"), ("teacher", 1), ("steps", True)):
+        (tmp_path / "lcm_jax.json").write_text(json.dumps({**values, name: value}))
+        with pytest.raises(UserError, match=f"lcm_jax.json: {name} is {value!r}, no "):
+            Recipe.read(tmp_path)
 
 
 def test_model_card(exported):
