@@ -21,9 +21,9 @@ def get_config(variant=""):
     config.data.data_dir = "data"
     config.data.image_size = 32
     config.mesh.cpu_devices = 2
-    config.steps = 800
+    config.steps = 1200
     config.batch_size = 64
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
     config.optimizer.decay = "cosine"
     config.denoising.timestep_shift = 6.0  # as the teacher was trained
@@ -35,6 +35,5 @@ def get_config(variant=""):
     config.log.sample_steps = 20
     config.log.guidance_scale = 3.0
     if variant == "lora":
-        config.lora.rank = 16
-        config.optimizer.learning_rate = 1e-3
+        config.lora.rank = 32
     return config
