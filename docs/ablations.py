@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/ablations"))
     parser.add_argument("--only", help="names of folders, with commas between")
     args = parser.parse_args()
+    if unknown := set((args.only or "").split(",")) - {"", *map(slug, RECIPES)}:
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(map(slug, RECIPES))}")
     chosen = {name: o for name, o in RECIPES.items() if not args.only or slug(name) in args.only.split(",")}
     lines = []
     for name, overrides in chosen.items():

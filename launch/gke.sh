@@ -212,12 +212,6 @@ $(when "$SPOT" '                - {key: cloud.google.com/gke-spot, operator: Equ
                   resources:
                     requests: {google.com/tpu: $CHIPS}
                     limits: {google.com/tpu: $CHIPS}
-                  volumeMounts:
-                    - {name: shm, mountPath: /dev/shm}
-              volumes:
-                # the data workers hand batches over in shared memory, of which a pod has 64 MiB otherwise
-                - name: shm
-                  emptyDir: {medium: Memory}
 MANIFEST
 }
 

@@ -16,6 +16,7 @@ model. Its rows stand beside the model's own, and weights.png shows what the LCM
 import argparse
 import dataclasses
 import functools
+import hashlib
 import math
 import pathlib
 import sys
@@ -40,6 +41,7 @@ from lcm_jax.evaluation.sheet import sheet
 from lcm_jax.files import write, write_json
 from lcm_jax.grids import write_png
 from lcm_jax.interop import verify
+from lcm_jax.interop.lora_file import find
 from lcm_jax.pipeline import Pipeline, load_pipeline, to_unit
 
 STEPS = (1, 2, 4, 8)
@@ -141,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
     teacher = _digits_model(args.teacher or str(teacher_rows.TEACHER), is_lcm=False)
     shipped, where = ([], "") if args.teacher else teacher_rows.shipped()
     on_sheet, prompts = sheet_prompts(), test_prompts()
-    rows, drawn = [], {}
+    rows, drawn, student = [], {}, None
 
     if args.model:
         student = _digits_model(args.model, is_lcm=True)
@@ -175,7 +177,9 @@ def main(argv: Sequence[str]) -> int:
     rows = [*ceilings(teacher, classifier, prompts), *shipped, *rows]
 
     here = teacher_rows.machine()
-    _report(out, rows, {"model": args.model, "machine": here, "teacher_machine": where or here})
+    measured = teacher_rows.hashes(student.folder.path if student else teacher.folder.path)
+    values = {"model": args.model, **measured, "teacher_sha256": teacher_rows.folder_hash(teacher.folder.path)}
+    _report(out, rows, {**values, "machine": here, "teacher_machine": where or here})
     if where:
         print(f"\nimages/s: the teacher's on {where}; the others here, on {here}")
     write_png(out / "sheet.png", sheet(drawn, [prompt.text for prompt in on_sheet]))
@@ -188,7 +192,8 @@ def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
     """Evaluates an LCM-LoRA on a model of the digits."""
     style, weights = args.style or STYLES[0], args.weights or loras.WEIGHTS
     (lcm, weight), *others = cli.loras(args.lora).items()
-    classifier = load_classifier(WEIGHTS if style == STYLES[0] else STYLE_WEIGHTS)
+    classifier_file = WEIGHTS if style == STYLES[0] else STYLE_WEIGHTS
+    classifier = load_classifier(classifier_file)
     pipe = _digits_model(args.model, is_lcm=False)
     pipe.set_loras({lcm: weight, **dict(others)})  # whether they can be read
     measured = loras.Measured(pipe, (lcm, weight), dict(others), classifier, style)
@@ -199,7 +204,10 @@ def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
     shown = min(with_it, key=lambda row: abs((row.steps or 1) - 4))
     curve = measured.over_weights(shown, weights)
     rows = [*ceilings(pipe, classifier, test_prompts(), style), *base, *with_it, *curve]
-    _report(out, rows, {"model": args.model, "loras": cli.loras(args.lora), "machine": teacher_rows.machine()})
+    of_loras = {file: hashlib.sha256(find(file).read_bytes()).hexdigest() for file in cli.loras(args.lora)}
+    values = {"model": args.model, "loras": cli.loras(args.lora), "lora_sha256": of_loras, "style": style}
+    values |= teacher_rows.hashes(pipe.folder.path, classifier_file)
+    _report(out, rows, {**values, "machine": teacher_rows.machine()})
     on_sheet = sheet_prompts()
     pictures = measured.sheet(on_sheet, [*base, *with_it])
     write_png(out / "sheet.png", sheet(pictures, [prompt.text for prompt in on_sheet]))

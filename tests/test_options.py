@@ -92,7 +92,8 @@ def program(folder, changes):
     """The step's jaxpr, with each number that stands in it."""
     config = configure(folder, changes)
     parts = make_parts(config, folder, load_tokenizer(folder))
-    state = jax.eval_shape(lambda: initial_state(config, initial_params(config, parts, folder)))
+    params = initial_params(config, parts, folder)  # on the host
+    state = jax.eval_shape(lambda: initial_state(config, params))
     frozen = jax.eval_shape(lambda: frozen_params(config, folder))
     batch = {
         "image": jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.uint8),

@@ -44,8 +44,7 @@ def measure(pipe: Pipeline, classifier: Classifier, say: Callable[[str], None]) 
 def to_json(rows: list[Row], folder: pathlib.Path) -> dict[str, Any]:
     """What ROWS holds."""
     return {
-        "folder_sha256": folder_hash(folder),
-        "classifier_sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
+        **hashes(folder),
         "machine": machine(),
         "rows": [row.to_dict() for row in rows],
     }
@@ -59,11 +58,7 @@ def shipped(folder: pathlib.Path = TEACHER, path: pathlib.Path = ROWS) -> tuple[
     if not path.exists():
         raise UserError(f"{path} is missing; measure the teacher's rows with --teacher")
     values = read_json(path)
-    found = {
-        "folder_sha256": folder_hash(folder),
-        "classifier_sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
-    }
-    for key, value in found.items():
+    for key, value in hashes(folder).items():
         if values.get(key) != value:
             what = folder if key == "folder_sha256" else WEIGHTS
             raise UserError(f"{path} was measured with other files than those of {what}; measure again with --teacher")
@@ -73,6 +68,12 @@ def shipped(folder: pathlib.Path = TEACHER, path: pathlib.Path = ROWS) -> tuple[
         raise UserError(
             f"{path} is no table of rows ({type(error).__name__}: {error}); measure again with --teacher"
         ) from None
+
+
+def hashes(folder: pathlib.Path, classifier: pathlib.Path | None = None) -> dict[str, str]:
+    """What a row was measured with: the SHA-256 of the model's folder and of the classifier, WEIGHTS by default."""
+    of_classifier = hashlib.sha256((classifier or WEIGHTS).read_bytes()).hexdigest()
+    return {"folder_sha256": folder_hash(folder), "classifier_sha256": of_classifier}
 
 
 def folder_hash(folder: pathlib.Path) -> str:

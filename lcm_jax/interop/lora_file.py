@@ -44,7 +44,7 @@ def read_lora(path: str | os.PathLike[str], kernels: Kernels) -> dict[str, Adapt
       UserError: no such file, cut short, a pickle; no plain LoRA (DoRA, LoHa, LoKr …); a tensor for a component or a
         module that isn't there, of another shape than the module or its own other half needs, or without that half.
     """
-    file = _file(pathlib.Path(path).expanduser())
+    file = find(path)
     tensors, header = weights.read_file(file)
     try:
         lora_keys.refuse(tensors)
@@ -59,7 +59,7 @@ def read_lora(path: str | os.PathLike[str], kernels: Kernels) -> dict[str, Adapt
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
     """Returns the header's texts of a LoRA, of which `read_lora` reads the tensors; raises UserError likewise."""
-    return weights.read_header(_file(pathlib.Path(path).expanduser()))
+    return weights.read_header(find(path))
 
 
 def write_lora(
@@ -118,7 +118,9 @@ def _key(name: Name, dialect: str, adapters: Mapping[str, Adapter]) -> str:
     return lora_keys.peft_key(name)
 
 
-def _file(path: pathlib.Path) -> pathlib.Path:
+def find(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the file of a LoRA, which may be in a folder; raises UserError if there is none, or a pickle."""
+    path = pathlib.Path(path).expanduser()
     if path.is_dir():
         for name in FILES:
             if (path / name).is_file():

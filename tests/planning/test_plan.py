@@ -1,6 +1,7 @@
 """The plan command on a micro model: compiled for real topologies, read, printed and kept."""
 
 import json
+import math
 import pathlib
 import pickle
 
@@ -8,7 +9,11 @@ import jax
 import pytest
 
 from lcm_jax import cli, plan
+from lcm_jax import config as config_lib
 from lcm_jax.blank import write_blank
+from lcm_jax.parallel.mesh import make_mesh
+from lcm_jax.parallel.program import make_program
+from lcm_jax.planning.blueprint import blueprint
 from lcm_jax.planning.compiled import COLLECTIVES
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -93,6 +98,26 @@ def test_this_machines_own_devices(autoencoder, tmp_path, capsys):
     assert figures["fits"] is None
     assert figures["flops_a_chip"]["model"] > 0
     assert "it fits" not in output.out
+
+
+def test_a_lora_is_planned(options):
+    """Its state is the adapters', the base is among what is frozen, and its weights' gradient is not counted."""
+    changes = ["--config.lora.rank=2", "--config.lcd.w_embedding_dim=0"]
+    adapters, whole = (
+        config_lib.load(options[0].split("=")[1], [*options[1:], *more]) for more in (changes, changes[1:])
+    )
+    programs = [
+        make_program(each, blueprint(each), make_mesh(each.mesh, jax.devices()[:1])) for each in (adapters, whole)
+    ]
+
+    def numbers(tree):
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+    of_base = numbers(programs[1].frozen["teacher"])
+    assert numbers(programs[0].frozen["unet"]) == of_base == numbers(programs[1].state["params"])
+    assert "teacher" not in programs[0].frozen
+    assert numbers(programs[0].state["params"]) < of_base / 2
+    assert plan.model_flops(adapters) < plan.model_flops(whole)
 
 
 def test_a_batch_that_is_too_small_is_raised_and_said(options, capsys):
