@@ -11,7 +11,6 @@ def get_config(variant=""):
         raise ValueError(f"no variant {variant!r}; digits_lora.py has none")
     config = digits.get_config()
     config.lora.rank = 32
-    config.steps = 2000
     config.optimizer.learning_rate = 1e-3
     config.lcd.w_embedding_dim = 0  # a LoRA file has no place for it
     config.lcd.guidance_min = 3.0  # one guidance, the teacher's best, which goes into the weights

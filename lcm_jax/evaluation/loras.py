@@ -14,7 +14,7 @@ from lcm_jax.evaluation.report import Row, figure_class, pixels, said
 from lcm_jax.interop.lora_merge import Loras
 from lcm_jax.pipeline import Pipeline
 
-WITHOUT, WITH = "without it, DDIM", "with the LCM-LoRA"
+WITHOUT, WITH = "the model, DDIM", "LCM-LoRA"
 BASE_STEPS = (4, 50)
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 # candidates: those that suit the teacher in few steps and in many; a LoRA has guidance in it already
@@ -100,7 +100,7 @@ def weight_curves(rows: Sequence[Row], weights: Sequence[float], base: Row) -> n
     share.set_ylabel("%")
     share.legend(fontsize=7)
     frechet.set_ylabel("Fréchet distance to real pictures")
-    frechet.set_yscale("log")
+    frechet.set_ylim(bottom=0)
     for axes in (share, frechet):
         axes.set_xlabel(f"weight of the LCM-LoRA, {rows[0].steps} steps")
         axes.grid(alpha=0.3)
