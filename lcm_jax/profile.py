@@ -48,9 +48,7 @@ class Profiler:
         if not self._running and self._first <= number <= self._last:
             with files.one_line(tempfile.gettempdir()):
                 self._recorded = tempfile.mkdtemp() if files.in_bucket(self._folder) else str(self._folder)
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # it hooks into every thread, which has brought a process down
-            jax.profiler.start_trace(self._recorded, profiler_options=options)
+            jax.profiler.start_trace(self._recorded)
             self._running = True
         return jax.profiler.StepTraceAnnotation("train", step_num=number) if self._running else contextlib.nullcontext()
 

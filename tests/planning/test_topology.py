@@ -2,11 +2,13 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from lcm_jax.errors import UserError
 from lcm_jax.planning.chips import CHIPS
-from lcm_jax.planning.topology import parse
+from lcm_jax.planning.topology import devices, parse
 
 
 @pytest.mark.parametrize(
@@ -69,3 +71,11 @@ def test_the_table_agrees_with_itself():
         assert chip.peak_flops == pytest.approx(units * 128 * 128 * 2 * chip.clock, rel=0.01)
     for chip in CHIPS.values():
         assert math.log2(chip.memory / 2**30) > 3.9
+
+
+def test_libtpu_is_the_one_that_jax_asks_for(tmp_path):
+    """Beside another, the profiler of JAX ends the process with a segmentation fault once libtpu is loaded."""
+    devices(parse("v5e:2x2"))
+    with jax.profiler.trace(str(tmp_path)):
+        jax.block_until_ready(jax.jit(jnp.square)(jnp.ones(8)))
+    assert list(tmp_path.rglob("*.xplane.pb"))
