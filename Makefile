@@ -57,7 +57,7 @@ full: .venv/demo
 	$(BIN)/python -m lcm_jax.evaluate --model=$(RUNS)/full/lcm
 
 test: .venv/test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ def get_config(variant=""):
     if variant:
         raise ValueError(f"no variant {variant!r}; digits_lora.py has none")
     config = digits.get_config()
+    config.steps = 2_000
     config.lora.rank = 32
     config.optimizer.learning_rate = 1e-3
     config.lcd.w_embedding_dim = 0  # a LoRA file has no place for it

@@ -1,10 +1,13 @@
 """Compiled programs kept on disk, so that the second start of a command compiles nothing."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 DEFAULT = "~/.cache/lcm_jax/compiled"
 
@@ -54,6 +57,39 @@ def enable() -> str:
         jax.monitoring.register_event_listener(_counts.note_event)
         jax.monitoring.register_event_duration_secs_listener(_counts.note_duration)
     return folder
+
+
+def folder() -> str:
+    """Returns the folder of the cache, or "" before `enable`."""
+    return _counts.folder if _counts else ""
+
+
+def from_cache() -> int:
+    """Returns how many programs were in the cache so far."""
+    return _counts.from_cache if _counts else 0
+
+
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+    """What is compiled in here is not looked for in the cache, nor put there."""
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    _switch(False)
+    try:
+        yield
+    finally:
+        _switch(before)
+
+
+def _switch(on: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", on)
+    compilation_cache.reset_cache()  # JAX asks once a process
+
+
+def note_hit() -> None:
+    """Counts a program that was kept by other means than JAX's own cache."""
+    if _counts:
+        _counts.programs += 1
+        _counts.from_cache += 1
 
 
 def summary() -> str:

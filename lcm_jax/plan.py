@@ -6,20 +6,19 @@ shapes (v5p:4x4x8); `local` is this machine's own devices. Of a published model 
 step compiles in a quarter of an hour on two cores. Needs the extra `plan`, but for `local`.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import pathlib
-import pickle
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental import serialize_executable
 
-from lcm_jax import cli, compile_cache, files
+from lcm_jax import cli, compile_cache, compiled_step, files
 from lcm_jax import config as config_lib
 from lcm_jax.config import Config
 from lcm_jax.errors import UserError
@@ -44,7 +43,7 @@ def compile_step(config: Config, where: Topology | None) -> Compiled:
             executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             raise _NoFit(str(error)) from None
-    return Compiled(step, executable, where, time.perf_counter() - start)
+    return Compiled(step, lowered, executable, where, time.perf_counter() - start)
 
 
 class _NoFit(Exception):
@@ -128,12 +127,6 @@ def search(config: Config, where: Topology | None, batches: Sequence[int]) -> li
     return sorted(found, key=lambda each: (bool(each["why_not"]), -(each.get("images_per_second") or 0.0)))
 
 
-def save_executable(compiled: Compiled, path: pathlib.Path) -> None:
-    """Writes the compiled step, so that a pod starts without compiling where its runtime allows it."""
-    payload = serialize_executable.serialize(compiled.executable)
-    files.write(path, pickle.dumps(payload))
-
-
 def with_batch(config: Config, batch_a_chip: int | None, chips: int) -> Config:
     """Returns the config with this batch a chip; by default its own batch, raised to one a chip and micro-batch."""
     if batch_a_chip is not None:
@@ -189,15 +182,16 @@ def main(argv: Sequence[str]) -> int:
         return int(bool(found[0]["why_not"]))
     config = with_batch(config, args.batch_a_chip, chips)
     try:
-        compiled = compile_step(config, where)
+        with compile_cache.off() if args.save else contextlib.nullcontext():
+            compiled = compile_step(config, where)
     except _NoFit as error:
         raise UserError(f"the compiler gives up: {str(error).strip().splitlines()[0]}") from None
     figures = report(config, compiled)
     print(table(figures))
     _write_json(args.json, figures)
     if args.save:
-        save_executable(compiled, args.save)
-        print(f"The compiled step is in {args.save}")
+        compiled_step.save(args.save, compiled.step.mesh, compiled.lowered, compiled.executable)
+        print(f"The compiled step is in {args.save}; train takes it with --compiled={args.save}")
     return int(figures["fits"] is False)
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from lcm_jax import cli, compile_cache, files
 from lcm_jax import config as config_lib
 from lcm_jax.checkpoint import FOLDER, Checkpoints, good_steps
+from lcm_jax.compiled_step import Ahead
 from lcm_jax.config import Config
 from lcm_jax.data.pipeline import batches
 from lcm_jax.errors import UserError
@@ -47,8 +48,12 @@ class Result:
     signal: int
 
 
-def train(config: Config, workdir: epath.PathLike) -> Result:
+def train(config: Config, workdir: epath.PathLike, compiled: str = "") -> Result:
     """Trains until `config.steps`, or until SIGINT or SIGTERM, and leaves a checkpoint of the last step in `workdir`.
+
+    Args:
+      config, workdir: of the run.
+      compiled: a file of `plan --save`, from which the step is taken if it fits.
 
     Raises:
       UserError: a mistake in the configuration, the folder, the data or the workdir; a loss that stays non-finite.
@@ -59,6 +64,7 @@ def train(config: Config, workdir: epath.PathLike) -> Result:
     check_batch(config.batch_size, config.accumulate, mesh)
     if config.profile.steps and config.profile.steps[1] > config.steps:
         raise UserError(f"config.profile.steps={config.profile.steps} goes beyond the last step, {config.steps}")
+    ahead = Ahead(config, mesh, compiled)
     _claim(workdir, config)
 
     # ---- models and state
@@ -118,13 +124,14 @@ def train(config: Config, workdir: epath.PathLike) -> Result:
         Profiler(config.profile, workdir) as profiler,
         closing(metrics) if metrics else nullcontext(),
     ):
+        step = ahead.step(program.lower())
         pending, received, last, done = None, 0, False, start
         while not last:
             before = time.perf_counter()
             batch = program.put(next(data))
             waited = time.perf_counter() - before
             with profiler.step(done + 1):
-                state, values = program.step(state, frozen, batch, program.put_stop(stop.signal))
+                state, values = step(state, frozen, batch, program.put_stop(stop.signal))
             if pending:
                 received = read(*pending)
             done += 1
@@ -201,6 +208,7 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("train", __doc__)
     parser.add_argument("--config", required=True, help="a file of configs/, with its variant: configs/digits.py:smoke")
     parser.add_argument("--workdir", required=True, type=cli.workdir, help="of this run: a folder, or gs://BUCKET/PATH")
+    parser.add_argument("--compiled", metavar="FILE", default="", help="the compiled step that plan --save=FILE wrote")
     processes.add_options(parser)
     args, overrides = parser.parse_with_config(argv)
     config = config_lib.load(args.config, overrides)
@@ -208,7 +216,7 @@ def main(argv: Sequence[str]) -> int:
     split_cpu(config.mesh.cpu_devices)
     compile_cache.enable()
     with processes.Processes(where, args.wait):
-        result = train(config, args.workdir)
+        result = train(config, args.workdir, args.compiled)
         speaks = processes.is_first()
     if not speaks:
         return 128 + result.signal if result.signal else 0

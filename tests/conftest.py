@@ -1,9 +1,12 @@
 """Runs before any test imports jax: eight virtual CPU devices, and compiled programs kept between runs."""
 
+import gc
 import os
 import pathlib
 
 import pytest
+
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects, few of them garbage
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,6 +17,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 pytest_plugins = ["fixtures_folders"]
+
+# Whole runs in processes of their own, and many compilations: begun first, so that no process is left with them alone.
+LONGEST = (
+    "test_processes.py",
+    "test_train.py",
+    "test_plan.py",
+    "test_golden_step.py",
+    "test_buckets.py",
+    "test_other_mesh.py",
+    "test_lora_training.py",
+    "test_compile_cache.py",
+    "test_options.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

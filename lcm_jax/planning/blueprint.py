@@ -11,8 +11,6 @@ from lcm_jax.interop.folder import Component, Folder, read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.state import Parts, make_parts
 
-TOKENS = 77  # of the published models' prompts
-
 
 def blueprint(config: Config) -> Parts:
     """Returns the parts of a run.
@@ -23,18 +21,24 @@ def blueprint(config: Config) -> Parts:
     Raises: UserError where it is neither.
     """
     if not pathlib.Path(config.model.folder).is_dir() and (known := published().get(config.model.folder)):
-        return make_parts(config, known, lambda texts: np.zeros((len(texts), TOKENS), np.int32))
+        folder, empty_prompt = known
+        return make_parts(config, folder, lambda _: empty_prompt)  # the step holds the tokens of no other
     folder = read_folder(config.model.folder)
     return make_parts(config, folder, load_tokenizer(folder))
 
 
-def published() -> dict[str, Folder]:
-    """Returns {hub id: folder without weights} of the models whose configurations come with the package."""
+def published() -> dict[str, tuple[Folder, np.ndarray]]:
+    """Returns {hub id: (folder without weights, tokens (1, L) int32 of the empty prompt)} of the models whose
+    configurations come with the package.
+    """
     found = {}
     for file in sorted(resources.files("lcm_jax").joinpath("assets", "published").iterdir(), key=lambda f: f.name):
         content = json.loads(file.read_text())
         components = {name: Component(name, content["classes"][name], content[name], {}) for name in content["classes"]}
         index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", content["scheduler_class"]]}
+        tokens = content["prompt_tokens"]
+        empty_prompt = np.full((1, tokens["length"]), tokens["padding"], np.int32)
+        empty_prompt[0, :2] = tokens["start"], tokens["end"]
         for hub_id in content["hub_ids"]:
-            found[hub_id] = Folder(pathlib.Path(hub_id), index, content["scheduler"], components)
+            found[hub_id] = Folder(pathlib.Path(hub_id), index, content["scheduler"], components), empty_prompt
     return found

@@ -21,6 +21,7 @@ class Compiled:
     """A step that was compiled for a topology (None: this machine's own devices), and in how many seconds."""
 
     step: Step
+    lowered: jax.stages.Lowered
     executable: jax.stages.Compiled
     topology: Topology | None
     seconds: float
