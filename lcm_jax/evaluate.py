@@ -39,10 +39,11 @@ from lcm_jax.evaluation.guidance import best_guidance, trained_range
 from lcm_jax.evaluation.report import Row, curves, figure_class, said, table
 from lcm_jax.evaluation.sheet import sheet
 from lcm_jax.files import write, write_json
+from lcm_jax.generate import to_unit
 from lcm_jax.grids import write_png
 from lcm_jax.interop import verify
 from lcm_jax.interop.lora_file import find
-from lcm_jax.pipeline import Pipeline, load_pipeline, to_unit
+from lcm_jax.pipeline import Pipeline, load_pipeline
 
 STEPS = (1, 2, 4, 8)
 

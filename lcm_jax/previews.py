@@ -10,7 +10,7 @@ from lcm_jax import lora
 from lcm_jax.config import Config
 from lcm_jax.data.pipeline import batches
 from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
-from lcm_jax.pipeline import Sampler, generate
+from lcm_jax.generate import Sampler, generate
 from lcm_jax.state import Parts
 
 Preview = Callable[[dict, dict], np.ndarray]

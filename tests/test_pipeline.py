@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import lcm_jax
 from lcm_jax.errors import UserError
+from lcm_jax.generate import generate
 from lcm_jax.interop.verify import injected_noise
-from lcm_jax.pipeline import generate
 
 PROMPTS = ["a red seven", "red red words"]
 SHAPE = (2, 8, 8, 4)
