@@ -73,6 +73,10 @@ def loras(given: Sequence[str]) -> dict[str, float]:
         except ValueError:
             colon, value = "", 1.0  # a colon of the path
         file = file if colon else text
+        if not file:
+            raise UserError(f"--lora={text} names no file; give FILE or FILE:WEIGHT")
+        if not os.path.exists(file) and os.path.exists(shorter := file.rpartition(":")[0]):
+            raise UserError(f"--lora={text}: the weight of {shorter} is {file.rpartition(':')[2]!r}, no number")
         if file in found:
             raise UserError(f"--lora={file} is given twice; give one weight")
         found[file] = value

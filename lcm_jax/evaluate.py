@@ -20,6 +20,7 @@ import hashlib
 import math
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
         if getattr(args, option) and not args.model:
             raise UserError(f"--{option} draws with the model; give --model=FOLDER as well")
     for option in ("diffusers", "teacher", "guidance_scale") if args.lora else ("style", "weights"):
-        if getattr(args, option) not in (None, False):
+        if getattr(args, option) is not None and getattr(args, option) is not False:
             raise UserError(f"--{option} has no effect with{'' if args.lora else 'out'} --lora; leave it out")
     if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
         raise UserError(f"--guidance_scale={args.guidance_scale} is no finite number")
@@ -196,7 +197,15 @@ def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
     classifier_file = WEIGHTS if style == STYLES[0] else STYLE_WEIGHTS
     classifier = load_classifier(classifier_file)
     pipe = _digits_model(args.model, is_lcm=False)
-    pipe.set_loras({lcm: weight, **dict(others)})  # whether they can be read
+    pipe.set_loras({lcm: weight or 1.0, **dict(others)})  # whether they can be read
+    for steps in args.steps:
+        pipe.lcm_timesteps(steps)
+    if pipe.lora_recipe is None:
+        warnings.warn(
+            f"{lcm} doesn't say that it is an LCM-LoRA, nor for how many timesteps: it is measured as one of 50",
+            UserWarning,
+            stacklevel=2,
+        )
     measured = loras.Measured(pipe, (lcm, weight), dict(others), classifier, style)
     cli.make_folder("--out", out)
     print("Measuring the model itself …", flush=True)

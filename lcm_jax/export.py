@@ -12,6 +12,7 @@ what it draws with what we draw.
 import contextlib
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 import jax
@@ -69,10 +70,23 @@ def export(
     params, step = checkpoint.restore_params(workdir, which, step)
     if config.lora.rank:
         networks = {name: source.components[name].network() for name in trained_components(config)}
-        adapters = {
-            name: lora.Adapter(params[name], lora.alphas(chosen)) for name, chosen in adapted(config, networks).items()
-        }
+        adapters = {}
+        for name, chosen in adapted(config, networks).items():
+            wanted = lora.shapes(networks[name].shapes, chosen)
+            if {path: array.shape for path, array in params.get(name, {}).items()} != wanted:
+                raise UserError(
+                    f"the adapters in {workdir} don't fit {config.model.folder}, which holds another model than the "
+                    "one that they were trained on"
+                )
+            adapters[name] = lora.Adapter(params[name], lora.alphas(chosen))
         header = recipe_of(config, source, which, step).to_header() if config.objective == "lcd" else {}
+        if dialect == "kohya" and len({a / r for _, a, r in _scales(adapters)}) > 1:
+            warnings.warn(
+                f"{out}: alpha / rank differs from module to module, and diffusers takes the most frequent alpha for "
+                "all attention layers of a kohya file; --dialect=diffusers has no such limit",
+                UserWarning,
+                stacklevel=2,
+            )
         write_lora(out, adapters, dialect=dialect or DIALECTS[0], dtype=dtype, header=header)
     elif config.objective == "lcd":
         write_lcm_folder(source, params["unet"], out, recipe=recipe_of(config, source, which, step), dtype=dtype)
@@ -82,6 +96,11 @@ def export(
         )
         write_trained_folder(source, params, out, config_updates=updates, dtype=dtype)
     return step, which
+
+
+def _scales(adapters: dict[str, lora.Adapter]) -> list[tuple[str, float, int]]:
+    """Module, alpha and rank of each."""
+    return [(m, alpha, adapter.ranks[m]) for adapter in adapters.values() for m, alpha in adapter.alphas.items()]
 
 
 def export_merged(model: str, loras: Loras, out: pathlib.Path, *, lcm: bool = False) -> None:
@@ -161,10 +180,12 @@ def main(argv: Sequence[str]) -> int:
     if (args.workdir is None) == (args.model is None):
         raise UserError("give --workdir, the run to export, or --model, the folder to merge LoRAs into")
     for option in ("which", "step", "dtype", "dialect") if args.model else ("lora", "sampler"):
-        if getattr(args, option):
+        if getattr(args, option) not in (None, []):
             raise UserError(f"--{option} has no effect with --{'model' if args.model else 'workdir'}; leave it out")
     if args.model and not args.lora and not args.sampler:
         raise UserError("--model without --lora or --sampler would be a copy; give --lora=FILE:WEIGHT")
+    if args.model and args.out.suffix == ".safetensors":
+        raise UserError(f"--out={args.out}: with --model a folder is written; choose a folder's name")
     compile_cache.enable()
     model, lora_file, how = args.out, None, ""
     if args.model:

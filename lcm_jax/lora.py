@@ -76,6 +76,8 @@ class Target:
 
 
 def _target(pattern: str) -> Target:
+    if not isinstance(pattern, str):
+        raise UserError(f"patterns has {pattern!r}; it should be text, as in ('attn2\\.to_q=16/8',)")
     modules, _, numbers = pattern.rpartition("=")
     rank, slash, alpha = numbers.partition("/")
     try:
@@ -127,8 +129,8 @@ def choose(shapes: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Ta
     for target in targets:
         if target.rank < 1:
             raise UserError(f"the LoRA rank of {target.modules!r} is {target.rank}; it must be at least 1")
-        if target.alpha is not None and not target.alpha > 0:
-            raise UserError(f"the LoRA alpha of {target.modules!r} is {target.alpha}; it must be above 0")
+        if target.alpha is not None and not 0 < target.alpha < float("inf"):
+            raise UserError(f"the LoRA alpha of {target.modules!r} is {target.alpha}; it must be above 0, and finite")
         try:
             pattern = re.compile(rf"(.*\.)?({target.modules})")
         except re.error as error:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from lcm_jax.diffusion import sampling
 from lcm_jax.errors import UserError, one_of
@@ -219,6 +219,13 @@ class Pipeline:
         """
         return write_folder(with_kernels(self.folder, self._merged), folder, changed=self._merged)
 
+    def lcm_timesteps(self, steps: int) -> Int[np.ndarray, " steps"]:
+        """Returns the timesteps of the sampler "lcm": `steps` of those that the folder, or an attached LCM-LoRA, was
+        trained for. Raises UserError where there are fewer of them.
+        """
+        original, _ = self._lcm_grid
+        return sampling.lcm_timesteps(steps, original, self.schedule.num_train_timesteps)
+
     def _kind(self, sampler: str | None) -> str:
         if self.is_lcm:
             if sampler not in (None, "lcm"):
@@ -242,8 +249,7 @@ class Pipeline:
                 raise UserError("give steps or timesteps, not both")
             return sampling.check_timesteps(timesteps, total)
         if kind == "lcm":
-            original, _ = self._lcm_grid
-            return sampling.lcm_timesteps(LCM_STEPS if steps is None else steps, original, total)
+            return self.lcm_timesteps(LCM_STEPS if steps is None else steps)
         return sampling.trailing_timesteps(TEACHER_STEPS if steps is None else steps, total)
 
     def _guidance(self, kind: str, guidance_scale: float | None) -> float:

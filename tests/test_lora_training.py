@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import re
 
 import diffusers
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 from compiling import QUICK
 from safetensors import safe_open
@@ -13,7 +15,7 @@ from safetensors import safe_open
 import lcm_jax
 from lcm_jax import blank, cli, export, lora, sample, train
 from lcm_jax.checkpoint import restore_params
-from lcm_jax.config import Config, ModelConfig, from_dict
+from lcm_jax.config import Config, ModelConfig, from_dict, load_resolved
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
@@ -25,10 +27,11 @@ from lcm_jax.lora import LoraConfig
 from lcm_jax.losses import make_loss
 from lcm_jax.objectives.denoising import DenoisingConfig
 from lcm_jax.objectives.lcd import LCDConfig
+from lcm_jax.previews import make_preview
 from lcm_jax.state import frozen_params, initial_params, make_parts
 
 TOLD = LCDConfig(w_embedding_dim=0, huber_c=0.1)
-BOTH = DenoisingConfig(train_text_encoder=True)
+BOTH = DenoisingConfig(train_text_encoder=True, caption_dropping=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,7 @@ def test_patterns(folder):
         ({"lora": {"rank": 2, "alpha": -1.0}}, "config.lora.alpha is -1.0; it must be positive, or 0"),
         ({"lora": {"rank": 2, "init": "zeros"}}, "config.lora.init is 'zeros'"),
         ({"lora": {"rank": 2, "patterns": ["to_q"]}}, "config.lora.patterns has 'to_q'; it should be MODULES=RANK"),
+        ({"lora": {"rank": 2, "patterns": [4]}}, "config.lora.patterns has 4; it should be text"),
         ({"lora": {"rank": 2, "patterns": ["to_q=a"]}}, "config.lora.patterns has 'to_q=a'; it should be"),
     ],
 )
@@ -159,7 +163,11 @@ def test_mistakes(settings, said):
 
 @pytest.mark.parametrize(
     ("pattern", "said"),
-    [("to_queue=2", "config.lora: the LoRA target 'to_queue' matches no"), ("to_q=0", "config.lora: the LoRA rank of")],
+    [
+        ("to_queue=2", "config.lora: the LoRA target 'to_queue' matches no"),
+        ("to_q=0", "config.lora: the LoRA rank of"),
+        ("to_q=2/inf", "config.lora: the LoRA alpha of 'to_q' is inf; it must be above 0, and finite"),
+    ],
 )
 def test_patterns_that_fit_nothing(pattern, said, folder):
     with pytest.raises(UserError, match=said):
@@ -167,6 +175,10 @@ def test_patterns_that_fit_nothing(pattern, said, folder):
 
 
 # ---- the commands
+
+
+# of a kohya file, diffusers takes the alpha of each convolution, and of no other layer
+CONVOLUTIONS = r"mid_block\..*conv1"
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +196,7 @@ def run(folder, digits_data_dir, tmp_path_factory, one_device):
         "    config.optimizer.learning_rate = 1e-2\n"
         "    config.lora.rank = 4\n"
         "    config.lora.alpha = 2.0\n"
+        f"    config.lora.patterns = ({CONVOLUTIONS + '=3/0.75'!r},)\n"
         "    config.lcd.w_embedding_dim = 0\n"
         "    config.lcd.skip = 40\n"
         "    config.lcd.timestep_scaling = 7.0\n"
@@ -212,7 +225,28 @@ def test_checkpoints_hold_the_adapters_alone(run):
     found = restore_params(run, "ema")[0]
     assert found.keys() == {"unet"}
     assert all(lora.module_of(path) != path and np.any(array) for path, array in found["unet"].items())
-    assert (run / "samples" / "step_000002.png").is_file()
+
+
+def test_previews_are_drawn_with_the_adapters(run, folder):
+    """The grid of the last step is what the pipeline draws with the adapters of that step, not the base's."""
+    config = load_resolved(run)
+    parts = make_parts(config, folder, load_tokenizer(folder))
+    preview, frozen = make_preview(config, parts, load_tokenizer(folder)), frozen_params(config, folder)
+    trained, start = (
+        preview(restore_params(run, "ema")[0], frozen),
+        preview(initial_params(config, parts, folder), frozen),
+    )
+    assert not np.array_equal(trained, start)
+    with PIL.Image.open(run / "samples" / "step_000002.png") as shown:
+        np.testing.assert_allclose(np.asarray(shown, int)[:32, :32], trained[0].astype(int), atol=1)
+
+
+def test_another_base_is_noticed(run, folder, tmp_path, monkeypatch):
+    bigger = read_folder(blank.write_blank("micro", tmp_path / "micro"))
+    monkeypatch.setattr(export, "read_folder", lambda _: bigger)
+    with pytest.raises(UserError, match="the adapters in .* don't fit .*, which holds another model"):
+        export.export(run, tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_file_in_each_dialect(run, files, folder):
@@ -225,7 +259,9 @@ def test_file_in_each_dialect(run, files, folder):
         assert (recipe["original_inference_steps"], recipe["timestep_scaling"]) == (25, 7.0)
         kernels = {"unet": lora.kernels(folder.components["unet"].network().shapes)}
         adapter = read_lora(file, kernels)["unet"]
-        assert set(adapter.alphas.values()) == {2.0}, dialect
+        for module, alpha in adapter.alphas.items():
+            own = re.fullmatch(CONVOLUTIONS, module)
+            assert (alpha, adapter.ranks[module]) == ((0.75, 3) if own else (2.0, 4)), (dialect, module)
         for path, array in params["unet"].items():
             np.testing.assert_array_equal(adapter.params[path], array, err_msg=f"{dialect} {path}")
 
@@ -276,12 +312,47 @@ def test_closing_lines_and_mistakes(run, files, folder, capsys, tmp_path):
     assert "should end in .safetensors" in capsys.readouterr().err
 
 
-def test_two_recipes_do_not_mix(files, folder, tmp_path):
-    other = tmp_path / "other.safetensors"
+def with_recipe(files, folder, path, **changes):
+    """The run's adapters with another recipe in their header."""
     kernels = {"unet": lora.kernels(folder.components["unet"].network().shapes)}
-    adapters = read_lora(files["kohya"], kernels)
     recipe = Recipe.of_header(read_header(files["kohya"]), "x")
-    recipe = dataclasses.replace(recipe, original_inference_steps=50)
-    write_lora(other, adapters, header=recipe.to_header())
+    header = dataclasses.replace(recipe, **changes).to_header()
+    return write_lora(path, read_lora(files["kohya"], kernels), header=header)
+
+
+def test_each_recipe_has_its_own_program(files, folder, tmp_path):
+    """At a timestep scaling this small the boundary condition is seen; a LoRA of weight 0 has no say in it."""
+    files = [with_recipe(files, folder, tmp_path / f"{x}.safetensors", timestep_scaling=x) for x in (1e-3, 2e-3)]
+    pipe = lcm_jax.load_pipeline(folder.path)
+
+    def draw(loras):
+        pipe.set_loras(loras)
+        return pipe("a red seven", steps=1, sampler="lcm", output="latents")
+
+    base, one, other = (draw(loras) for loras in ({}, {files[0]: 1.0}, {files[1]: 1.0}))
+    assert np.abs(one - other).max() > 0.01 * np.abs(one).max()
+    np.testing.assert_array_equal(draw({files[0]: 1.0}), one)
+    np.testing.assert_array_equal(draw({files[0]: 0.0}), base)
+    np.testing.assert_array_equal(draw({files[1]: 0.0, files[0]: 1.0}), one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"original_inference_steps": 5000}, "original_inference_steps is 5000; it must be in 1 … 1000"),
+        ({"original_inference_steps": 0}, "original_inference_steps is 0"),
+        ({"timestep_scaling": float("nan")}, "timestep_scaling is nan; it must be positive"),
+    ],
+)
+def test_a_recipe_that_can_not_be(changes, said, files, folder, tmp_path):
+    file = with_recipe(files, folder, tmp_path / "x.safetensors", **changes)
+    with pytest.raises(UserError) as error:
+        lcm_jax.load_pipeline(folder.path, loras={file: 1.0})
+    assert str(error.value).startswith(f"{file}: ")
+    assert said in str(error.value)
+
+
+def test_two_recipes_do_not_mix(files, folder, tmp_path):
+    other = with_recipe(files, folder, tmp_path / "other.safetensors", original_inference_steps=50)
     with pytest.raises(UserError, match="were distilled for other timesteps"):
         lcm_jax.load_pipeline(folder.path, loras={files["kohya"]: 1.0, other: 0.5})

@@ -79,6 +79,8 @@ def test_failed_attachment_changes_nothing(pipe, files, tmp_path):
     for loras, message in (
         ({files[0]: 1.0, tmp_path / "no.safetensors": 1.0}, "there is no LoRA file"),
         ({files[0]: float("nan")}, "is nan; it must be a finite number"),
+        ({files[0]: 1e39}, r"lcm.safetensors:1e\+39 the weights of .* are not finite in float32"),
+        ({files[0]: 1.0, str(files[0]): 0.5}, "are the same LoRA; give one weight"),
     ):
         with pytest.raises(UserError, match=message):
             pipe.set_loras(loras)
@@ -154,6 +156,23 @@ def test_option_given_twice():
         cli.loras(["a:1", "a:0.5"])
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("a.safetensors:abc", "--lora=a.safetensors:abc: the weight of a.safetensors is 'abc', no number"),
+        ("a.safetensors:", "the weight of a.safetensors is '', no number"),
+        ("", "--lora= names no file; give FILE or FILE:WEIGHT"),
+        (":1", "--lora=:1 names no file"),
+    ],
+)
+def test_option_mistakes(given, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(UserError) as error:
+        cli.loras([given])
+    assert said in str(error.value)
+
+
 def test_sample(pipe, teacher_folder, files, tmp_path):
     arguments = [f"--lora={files[0]}:0.5", f"--lora={files[1]}", "--sampler=lcm", "--steps=1", "--prompt=a"]
     assert sample.main([f"--model={teacher_folder}", *arguments, f"--out={tmp_path}/x.png"]) == 0
@@ -188,9 +207,11 @@ def test_export(pipe, teacher_folder, files, tmp_path, capsys):
         (["--workdir=x", "--lora=y"], "--lora has no effect with --workdir"),
         (["--model=x", "--lora=y", "--which=ema"], "--which has no effect with --model"),
         (["--model=x"], "would be a copy; give --lora"),
+        (["--model=x", "--lora=y", "--step=0"], "--step has no effect with --model"),
+        (["--model=x", "--lora=y", "--out=z.safetensors"], "with --model a folder is written"),
     ],
 )
 def test_export_mistakes(arguments, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        export.main([*arguments, f"--out={tmp_path}/out"])
+        export.main([f"--out={tmp_path}/out", *arguments])
     assert not list(tmp_path.iterdir())

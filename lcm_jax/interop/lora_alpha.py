@@ -3,7 +3,8 @@
     {"r": 64, "lora_alpha": 32, "alpha_pattern": {"mid_block.resnets.0.conv1": 8}, "rank_pattern": {}, …}
 
 diffusers' `save_lora_weights` writes it under the header's key `lora_adapter_metadata`, as JSON, each name with its
-component before it (`unet.lora_alpha`), if it is told to. Where nobody says anything, alpha is the rank.
+component before it (`unet.lora_alpha`), if it is told to; a model's own `save_lora_adapter` leaves that out. Where
+nobody says anything, alpha is the rank.
 """
 
 import collections
@@ -11,18 +12,24 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lcm_jax.errors import UserError
+from lcm_jax.interop.lora_keys import TEXT_MODEL
 from lcm_jax.interop.weights import read_json
 
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_FILE = "adapter_config.json"
+_OPTIONS = ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_dora", "use_rslora")
 
 
-def configs_of_header(header: Mapping[str, str] | None) -> dict[str, dict[str, Any]]:
-    """Returns component → peft's configuration, from a file's header; raises UserError if it can't be read."""
+def configs_of_header(header: Mapping[str, str] | None, components: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Returns component → peft's configuration, from the header of a file with tensors of these components.
+
+    Raises:
+      UserError: it can't be read; it doesn't say which of several components it is for.
+    """
     text = (header or {}).get(METADATA_KEY)
     if not text:
         return {}
@@ -32,6 +39,10 @@ def configs_of_header(header: Mapping[str, str] | None) -> dict[str, dict[str, A
         raise UserError(f"{METADATA_KEY} in its header is no JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{METADATA_KEY} in its header should hold a JSON object, found {type(values).__name__}")
+    if any(option in values for option in _OPTIONS):
+        if len(components) > 1:
+            raise UserError(f"{METADATA_KEY} in its header doesn't say for which of {', '.join(components)} it is")
+        return dict.fromkeys(components, values)
     configs: dict[str, dict[str, Any]] = collections.defaultdict(dict)
     for name, value in values.items():
         component, _, option = name.partition(".")
@@ -59,8 +70,15 @@ def alpha_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     if config.get("use_dora"):
         raise UserError("it holds a DoRA (use_dora); only plain LoRA of linear layers and convolutions is read")
     alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"its alpha_pattern should be a JSON object, found {type(patterns).__name__}")
+    for pattern, value in patterns.items():
+        try:
+            spelled = re.compile(rf"(.*\.)?({pattern})$")
+        except re.error as error:
+            raise UserError(f"its alpha_pattern has {pattern!r}, no regular expression: {error}") from None
+        if spelled.match(module) or spelled.match(TEXT_MODEL + module):  # the latter up to transformers 4
             alpha = value
             break
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):

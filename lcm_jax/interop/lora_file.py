@@ -15,7 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
 from lcm_jax import lora
 from lcm_jax.errors import UserError, one_of
@@ -48,8 +48,8 @@ def read_lora(path: str | os.PathLike[str], kernels: Kernels) -> dict[str, Adapt
     tensors, header = weights.read_file(file)
     try:
         lora_keys.refuse(tensors)
-        configs = lora_alpha.configs_of_header(header)
         parts = _parts(tensors, kernels)
+        configs = lora_alpha.configs_of_header(header, parts)
         if not configs and any("base_model.model." in key for key in tensors):
             configs = _configs_beside(file, parts)
         return {component: _adapter(component, of, configs, kernels[component]) for component, of in parts.items()}
@@ -105,10 +105,10 @@ def write_lora(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-            save_file(tensors, pathlib.Path(temporary) / path.name, metadata=texts)
+            weights.save(pathlib.Path(temporary) / path.name, tensors, texts)
             os.replace(pathlib.Path(temporary) / path.name, path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}") from None
     return path
 
 
@@ -190,6 +190,11 @@ def _adapter(
                 f"the ranks of {module} differ: {key_a} is {a.shape} and {key_b} is {b.shape}, which should be "
                 "(rank, in, …) and (out, rank, …)"
             )
+        for key, array in parts["A"], parts["B"]:
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise UserError(f"{key} is {array.dtype}; only real weights are read")
+            if array.size == 0 or not np.isfinite(array.astype(np.float32)).all():
+                raise UserError(f"{key} {'has values that are not finite' if array.size else 'is empty'}")
         rank, kernel = a.shape[0], names.file_shape("kernel", kernels[module])
         ones = (1,) * (len(kernel) - 2)
         for suffix, key, array, wanted in (

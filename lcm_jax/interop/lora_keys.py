@@ -34,11 +34,12 @@ _REFUSED = {
     r"\.lokr_": "a LoKr",
     r"\.lora_mid\.": "a LoCon with a Tucker core",
     r"\.b?oft_|\.oft_diag": "an OFT",
+    r"\.[ab][12]\.weight$": "a GLoRA",
     r"\.diff(_b)?$": "full weight differences",
     r"\.lora_embedding_[AB]": "an adapter of an embedding",
     r"\.lora_B\.(\w+\.)?bias$|\.lora_up\.bias$": "a LoRA with biases",
 }
-_TEXT_MODEL = "text_model."  # stood around the layers of CLIP's text encoder up to transformers 4
+TEXT_MODEL = "text_model."  # stood around the layers of CLIP's text encoder up to transformers 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +109,8 @@ def _dotted(component: str, modules: Iterable[str]) -> dict[str, str]:
         spellings = [module, re.sub(r"\.to_out\.0$", ".to_out", module)]
         if component.startswith("text_encoder"):
             spellings.append(re.sub(r"\.(q|k|v|out)_proj$", r".to_\1", module))
-            inner = [spelled.removeprefix(_TEXT_MODEL) for spelled in spellings]
-            spellings += [*inner, *(_TEXT_MODEL + spelled for spelled in inner)]
+            inner = [spelled.removeprefix(TEXT_MODEL) for spelled in spellings]
+            spellings += [*inner, *(TEXT_MODEL + spelled for spelled in inner)]
         table.update(dict.fromkeys(spellings, module))
     return table
 
@@ -122,8 +123,8 @@ def peft_key(name: Name) -> str:
 def peft_module(name: Name) -> str:
     """Returns the module's path as the key has it. That of a text encoder begins with `text_model.`: diffusers reads
     it with every transformers."""
-    if name.component.startswith("text_encoder") and not name.module.startswith((_TEXT_MODEL, "text_projection")):
-        return _TEXT_MODEL + name.module
+    if name.component.startswith("text_encoder") and not name.module.startswith((TEXT_MODEL, "text_projection")):
+        return TEXT_MODEL + name.module
     return name.module
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from lcm_jax import lora
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import Flat, Folder
-from lcm_jax.interop.lora_file import read_header, read_lora
+from lcm_jax.interop.lora_file import find, read_header, read_lora
 from lcm_jax.interop.recipe import Recipe
 
 Loras = Mapping[Any, float]  # file (str or path) -> weight
@@ -24,8 +25,9 @@ def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
     nothing. The folder's own arrays stay as they are.
 
     Raises:
-      UserError: a weight that isn't finite; as `read_lora`.
+      UserError: a weight that isn't finite, or makes weights that are not; a file that is given twice; as `read_lora`.
     """
+    check(loras)
     shapes = {
         name: lora.kernels(component.network().shapes)
         for name, component in folder.components.items()
@@ -33,28 +35,47 @@ def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
     }
     merged: dict[str, Flat] = {}
     for path, weight in loras.items():
-        if not math.isfinite(weight):
-            raise UserError(f"the weight of {path} is {weight}; it must be a finite number")
         for name, adapter in read_lora(path, shapes).items():
             if weight == 0:
                 continue
             changed, base = merged.setdefault(name, {}), folder.components[name].params
             kernels = {f"{module}.kernel" for module in adapter.alphas}
             so_far = {kernel: changed.get(kernel, base[kernel]) for kernel in kernels}
-            changed.update(lora.merge(so_far, adapter.params, adapter.alphas, weight))
+            with np.errstate(over="ignore", invalid="ignore"):  # found below
+                changed.update(lora.merge(so_far, adapter.params, adapter.alphas, weight))
     for name, changed in merged.items():
         for path, kernel in changed.items():
-            changed[path] = np.asarray(kernel).astype(folder.components[name].params[path].dtype)
+            dtype = folder.components[name].params[path].dtype
+            with np.errstate(over="ignore", invalid="ignore"):
+                changed[path] = np.asarray(kernel).astype(dtype)
+            if not np.isfinite(changed[path]).all():
+                raise UserError(
+                    f"with {', '.join(f'{file}:{weight:g}' for file, weight in loras.items())} the weights of {name} "
+                    f"are not finite in {dtype}: {path}"
+                )
     return merged
 
 
+def check(loras: Loras) -> None:
+    """Raises UserError for a weight that isn't finite, and for a file that is given twice."""
+    seen: dict[pathlib.Path, Any] = {}
+    for path, weight in loras.items():
+        if not math.isfinite(weight):
+            raise UserError(f"the weight of {path} is {weight}; it must be a finite number")
+        file = find(path).resolve()
+        if file in seen:
+            raise UserError(f"{seen[file]} and {path} are the same LoRA; give one weight")
+        seen[file] = path
+
+
 def lcm_recipe(loras: Loras) -> Recipe | None:
-    """Returns how the LCM-LoRA among these was distilled, if there is one that says so; one of weight 0 counts too.
+    """Returns how the LCM-LoRA among these was distilled, if there is one that says so; one of weight 0 is none.
 
     Raises:
       UserError: two of them were distilled for other timesteps.
     """
-    recipes = {path: recipe for path in loras if (recipe := Recipe.of_header(read_header(path), str(path)))}
+    attached = [path for path, weight in loras.items() if weight != 0]
+    recipes = {path: recipe for path in attached if (recipe := Recipe.of_header(read_header(path), str(path)))}
     grids = {(r.original_inference_steps, r.timestep_scaling): path for path, r in recipes.items()}
     if len(grids) > 1:
         raise UserError(

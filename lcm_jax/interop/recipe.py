@@ -11,6 +11,7 @@ from lcm_jax.interop.weights import read_json
 
 RECIPE_FILE = "lcm_jax.json"
 HEADER_KEY = "lcm_jax"
+MOST_STEPS = 1000  # no noise schedule that is read here has more timesteps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,10 @@ class Recipe:
             value, kinds = values[field.name], _KINDS[field.type]  # pyright: ignore[reportArgumentType]
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise UserError(f"{where}: {field.name} is {value!r}, no {kinds[-1].__name__}")
+        if not 1 <= (steps := values["original_inference_steps"]) <= MOST_STEPS:
+            raise UserError(f"{where}: original_inference_steps is {steps}; it must be in 1 … {MOST_STEPS}")
+        if not 0 < (scaling := values["timestep_scaling"]) < float("inf"):
+            raise UserError(f"{where}: timestep_scaling is {scaling}; it must be positive")
         return cls(**{name: values[name] for name in names})
 
 

@@ -8,6 +8,7 @@ back in the same arrangement. Pickle files are never read.
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -95,10 +96,18 @@ def write_weights(directory: pathlib.Path, tensors: Tensors, arrangement: Arrang
     for name, metadata in arrangement.metadata.items():
         # safetensors writes the memory behind a transposed view as it lies: each must be contiguous
         shard = {key: np.ascontiguousarray(tensors[key]) for key, file in arrangement.shard_of.items() if file == name}
-        save_file(shard, directory / name, metadata=metadata)
+        save(directory / name, shard, metadata)
     if arrangement.index:
         index = {"metadata": arrangement.index_metadata, "weight_map": arrangement.shard_of}
         (directory / arrangement.index).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save(path: pathlib.Path, tensors: Tensors, metadata: dict[str, str] | None) -> None:
+    """Writes a safetensors file that others may read as they may read other new files; safetensors' own can't be."""
+    save_file(tensors, path, metadata=metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def read_file(path: pathlib.Path) -> tuple[Tensors, dict[str, str] | None]:
@@ -120,7 +129,9 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+    except AttributeError as error:  # of numpy, which doesn't know the dtype
+        raise UserError(f"{path} holds a dtype that is not read: {str(error).rpartition(' ')[2]}") from None
+    except (SafetensorError, OSError, TypeError) as error:
         raise UserError(f"{path} can't be read as safetensors, it may be cut short: {error}") from None
 
 

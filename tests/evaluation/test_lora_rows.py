@@ -44,7 +44,7 @@ def files(micro_teacher, tmp_path_factory):
 
 
 @pytest.mark.usefixtures("few")
-def test_rows_are_those_of_what_is_attached(micro_teacher, files, tmp_path, capsys):
+def test_rows_are_those_of_what_is_attached(micro_teacher, files, tmp_path, capsys, recwarn):
     lcm, style = files
     out = tmp_path / "results"
     arguments = [f"--lora={lcm}:0.5", f"--lora={style}:0.8", "--style=italic", "--weights=0,1", "--steps=2"]
@@ -77,6 +77,23 @@ def test_rows_are_those_of_what_is_attached(micro_teacher, files, tmp_path, caps
     assert rows[5].score == expected({style: 0.8}, 2, 1.0, "lcm")
     assert rows[6].score == expected({lcm: 1.0, style: 0.8}, 2, 1.0, "lcm")
     assert len({row.score.frechet for row in rows[2:]}) == 5
+    assert "lcm.safetensors doesn't say that it is an LCM-LoRA" in str(recwarn.list[0].message)
+
+
+@pytest.mark.usefixtures("few")
+def test_the_sheet_shows_the_rows(micro_teacher, files):
+    lcm, style = files
+    pipe = load_pipeline(micro_teacher)
+    classifier = load_classifier(STYLE_WEIGHTS)
+    measured = loras.Measured(pipe, (lcm, 0.5), {style: 0.8}, classifier, "italic")
+    rows = [Row(loras.WITHOUT, None, 2, 2.0), Row(loras.WITH, None, 2, 1.0)]
+    drawn = measured.sheet(ON_SHEET, rows)
+    for (name, pictures), attached, row in zip(
+        list(drawn.items())[1:], ({style: 0.8}, {lcm: 0.5, style: 0.8}), rows, strict=True
+    ):
+        sampler = "ddim" if row.name == loras.WITHOUT else "lcm"
+        expected, _ = draw_all(load_pipeline(micro_teacher, loras=attached), ON_SHEET, 2, row.guidance_scale, sampler)
+        np.testing.assert_array_equal(pictures, expected, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +104,8 @@ def test_rows_are_those_of_what_is_attached(micro_teacher, files, tmp_path, caps
         (["--model=TEACHER", "--lora=LCM", "--diffusers"], "--diffusers has no effect with --lora; leave it out"),
         (["--model=TEACHER", "--style=italic"], "--style has no effect without --lora; leave it out"),
         (["--model=TEACHER", "--weights=1"], "--weights has no effect without --lora; leave it out"),
+        (["--model=TEACHER", "--lora=LCM", "--guidance_scale=0"], "--guidance_scale has no effect with --lora; leave"),
+        (["--model=TEACHER", "--lora=LCM", "--steps=100"], "steps is 100; it must be in 1 … 50"),
         (["--model=STUDENT", "--lora=LCM"], "STUDENT holds a consistency model; a diffusion model is needed here"),
         (["--model=TEACHER", "--lora=nowhere"], "there is no LoRA file nowhere"),
         (
@@ -104,7 +123,7 @@ def test_mistakes_with_loras(arguments, message, micro_teacher, micro_student, f
     monkeypatch.setattr(loras, "draw_all", None)
     with pytest.raises(UserError) as error:
         evaluate.main(arguments)
-    assert str(error.value) == message
+    assert str(error.value).startswith(message)
 
 
 def test_no_style_is_asked_of_upright_digits(classifier):

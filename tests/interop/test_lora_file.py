@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from fixtures_loras import assert_same_differences, differences, kernels, random_lora
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from lcm_jax.errors import UserError
@@ -152,7 +152,44 @@ def test_part_of_the_networks(tensors, shapes, tmp_path):
     assert list(found["unet"].alphas) == ["mid_block.resnets.0.conv1"]
 
 
+def test_header_of_one_model_names_no_component(tensors, shapes, tmp_path):
+    """As a model's own `save_lora_adapter` writes it."""
+    unet = {key: array for key, array in tensors.items() if key.startswith("unet.")}
+    header = {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 9, "alpha_pattern": {"to_q": 5}})}
+    alphas = read_lora(save(tmp_path, unet, header), shapes)["unet"].alphas
+    assert {alpha for module, alpha in alphas.items() if module.endswith(".to_q")} == {5.0}
+    assert {alpha for module, alpha in alphas.items() if not module.endswith(".to_q")} == {9.0}
+
+
+def test_alpha_pattern_in_the_old_spelling_of_a_text_encoder(tensors, shapes, tmp_path):
+    pattern = {"text_model.encoder.layers.0.mlp.fc1": 7}
+    header = {"lora_adapter_metadata": json.dumps({"text_encoder.alpha_pattern": pattern})}
+    alphas = read_lora(save(tmp_path, tensors, header), shapes)["text_encoder"].alphas
+    assert [module for module, alpha in alphas.items() if alpha == 7] == ["encoder.layers.0.mlp.fc1"]
+
+
+def test_others_may_read_what_is_written(adapters, tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert write_lora(tmp_path / "x.safetensors", adapters).stat().st_mode == plain.stat().st_mode
+
+
 # ---- what may be wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, b: (np.full_like(a, np.inf), b), f"{UNET_KEY} has values that are not finite"),
+        (lambda a, b: (a, np.full_like(b, np.nan)), f"{UNET_UP} has values that are not finite"),
+        (lambda a, b: (a.astype(np.int8), b), f"{UNET_KEY} is int8; only real weights are read"),
+        (lambda a, b: (a[:0], b[:, :0]), f"{UNET_KEY} is empty"),
+    ],
+    ids=["inf", "nan", "int8", "rank 0"],
+)
+def test_values_that_can_not_be_used(tensors, shapes, tmp_path, change, message):
+    tensors[UNET_KEY], tensors[UNET_UP] = change(tensors[UNET_KEY], tensors[UNET_UP])
+    fails(save(tmp_path, tensors), shapes, message)
 
 
 def fails(path, shapes, message):
@@ -171,6 +208,7 @@ def fails(path, shapes, message):
         ("lora_unet_mid_block_resnets_0_conv1.lokr_w1", "a LoKr"),
         ("lora_unet_mid_block_resnets_0_conv1.lora_mid.weight", "a LoCon with a Tucker core"),
         ("unet.mid_block.resnets.0.conv1.lora_B.bias", "a LoRA with biases"),
+        ("lora_unet_mid_block_resnets_0_conv1.a1.weight", "a GLoRA"),
     ],
 )
 def test_other_adapters_are_refused_by_name(tensors, shapes, tmp_path, key, kind):
@@ -183,7 +221,14 @@ def test_dora_of_the_header(tensors, shapes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("header", "message"), [("{", "in its header is no JSON"), ('{"unet.lora_alpha": "x"}', "the alpha of .* is 'x'")]
+    ("header", "message"),
+    [
+        ("{", "in its header is no JSON"),
+        ('{"unet.lora_alpha": "x"}', "the alpha of .* is 'x'"),
+        ('{"unet.alpha_pattern": {"[": 3}}', r"alpha_pattern has '\[', no regular expression"),
+        ('{"unet.alpha_pattern": [3]}', "alpha_pattern should be a JSON object, found list"),
+        ('{"lora_alpha": 3}', "doesn't say for which of text_encoder, unet it is"),
+    ],
 )
 def test_broken_header(tensors, shapes, tmp_path, header, message):
     fails(save(tmp_path, tensors, {"lora_adapter_metadata": header}), shapes, message)
@@ -276,3 +321,13 @@ def test_where_it_can_not_be_written(adapters, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
         write_lora(tmp_path / "file/x.safetensors", adapters)
+
+
+def test_full_disk(adapters, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("lcm_jax.interop.weights.save_file", full)
+    with pytest.raises(UserError, match=r"x.safetensors can't be written: .*No space left"):
+        write_lora(tmp_path / "x.safetensors", adapters)
+    assert not list(tmp_path.iterdir())

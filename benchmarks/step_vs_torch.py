@@ -1,0 +1,134 @@
+"""python benchmarks/step_vs_torch.py [--size=small] [--rounds=20] [--batch=N] [--dtype=float32] [--attention=xla]
+
+One step of latent consistency distillation here, against the same step written with diffusers' torch modules: student,
+target and teacher, DDIM, Huber loss, AdamW, clipping, EMA; latents as data, captions through the text encoder. Each
+runs in a process of its own, in turns; ratios are of neighbours. Torch is tried plain, with channels_last and compiled,
+and its best is what counts. Before any time is taken both must find the same loss and gradient norm on the same draws.
+
+Needs the extra `diffusers`. Sizes: micro, small, middle, large (a CPU's), sd15 (a GPU's: 512 px, --dtype=bfloat16).
+"""
+
+import argparse
+import pathlib
+import statistics
+import sys
+import tempfile
+
+import jax
+import networks
+import numpy as np
+import turns
+from jax_step import JaxStep
+from torch_step import SKIP, W_DIM, Settings, TorchStep
+
+from lcm_jax import cli, compile_cache
+from lcm_jax.config import Config, EMAConfig, ModelConfig, OptimizerConfig
+from lcm_jax.data.pipeline import DataConfig
+from lcm_jax.errors import UserError
+from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.tokenizer import load_tokenizer
+from lcm_jax.objectives import lcd
+
+PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}  # bfloat16, dense
+VARIANTS = ("plain", "channels_last", "compiled", "channels_last,compiled")
+
+
+def draw_inputs(config: Config, size: networks.Size, null_ids: np.ndarray, path: pathlib.Path) -> None:
+    """Writes the batch, and what the first step of our run draws, channels first."""
+    random = np.random.default_rng(0)
+    shape = (config.batch_size, size.latents, size.latents, 4)
+    _, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
+    draws = lcd.draw(key, shape, config.lcd, 1000)
+    ids = random.integers(0, 500, (config.batch_size, size.tokens))
+    np.savez(
+        path,
+        z_0=random.standard_normal(shape).astype(np.float16).astype(np.float32).transpose(0, 3, 1, 2),
+        eps=np.asarray(draws.eps).transpose(0, 3, 1, 2),
+        i=np.asarray(draws.i, np.int64),
+        w=np.asarray(draws.w),
+        input_ids=ids,
+        null_ids=null_ids,
+    )
+
+
+def check_same(one: turns.Contestant, other: turns.Contestant, tolerance: float) -> None:
+    """Raises UserError where the two did not find the same loss and gradient."""
+    for name in ("loss", "grad_norm"):
+        a, b = one.facts[name], other.facts[name]
+        if not abs(a - b) <= tolerance * abs(b):
+            raise UserError(f"{other.name} finds another {name}: {b:.6g}, not {a:.6g}; nothing to compare")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the contest and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=networks.SIZES, default="small")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch", type=int, help="another batch than the size's own")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla")
+    parser.add_argument("--remat", choices=("none", "block", "block_save_attention"), default="none")
+    parser.add_argument("--cpu-devices", type=int, default=2, help="as config.mesh.cpu_devices")
+    parser.add_argument("--torch", default="plain;channels_last", help=f"with ; between: {'; '.join(VARIANTS)}")
+    args = parser.parse_args(argv)
+    if args.rounds < 1 or (args.batch is not None and args.batch < 1):
+        raise UserError("--rounds and --batch must be at least 1")
+    size = networks.SIZES[args.size]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = networks.write(size, pathlib.Path(temporary) / "folder")
+        config = Config(
+            model=ModelConfig(folder=str(folder), dtype=args.dtype, remat=args.remat, attention=args.attention),
+            data=DataConfig(latents=True, image_size=4 * size.latents),
+            batch_size=args.batch or size.batch,
+            lcd=lcd.LCDConfig(skip=SKIP, w_embedding_dim=W_DIM),
+            optimizer=OptimizerConfig(learning_rate=1e-6),
+            ema=EMAConfig(decay=0.95),
+        )
+        inputs = pathlib.Path(temporary) / "inputs.npz"
+        null_ids = load_tokenizer(read_folder(folder, only=()))([""]).astype(np.int64)
+        draw_inputs(config, size, null_ids, inputs)
+        ours = turns.Contestant(
+            "lcm_jax",
+            JaxStep,
+            config,
+            inputs,
+            args.cpu_devices,
+            env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        )
+        peers = []
+        for variant in args.torch.split(";"):
+            chosen = variant.strip().split(",")
+            settings = Settings(args.dtype, "channels_last" in chosen, "compiled" in chosen)
+            peers.append(turns.Contestant(settings.name, TorchStep, folder, inputs, settings))
+        for peer in peers:
+            check_same(ours, peer, 1e-3 if args.dtype == "float32" else 5e-2)
+        rounds = turns.take_turns([ours, *peers], args.rounds)
+        report(config.batch_size, ours, peers, rounds)
+        for contestant in (ours, *peers):
+            contestant.close()
+    return 0
+
+
+def report(batch: int, ours: turns.Contestant, peers: list[turns.Contestant], rounds: list[dict[str, float]]) -> None:
+    """Prints the table."""
+    print("| step | ms | images/s | torch's time / ours, median (range) | MB | compiled or first step in, s |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for each in (ours, *peers):
+        seconds = statistics.median(one[each.name] for one in rounds)
+        said = ""
+        if each is not ours:
+            median, low, high = turns.ratio(rounds, each.name, ours.name)
+            said = f"{median:.2f} ({low:.2f} to {high:.2f})"
+        print(
+            f"| {each.name} | {1e3 * seconds:.0f} | {batch / seconds:.1f} | {said} | {each.memory() / 1e6:.0f} "
+            f"| {each.facts['first_seconds']:.0f} |"
+        )
+    needed, device = ours.facts["flops"], ours.facts["device"]
+    rate = needed / statistics.median(one[ours.name] for one in rounds)
+    share = f", {rate / PEAKS[device]:.1%} of its peak" if device in PEAKS else ""
+    print(f"\n{needed / batch / 1e12:.4f} TFLOP an image; {rate / 1e9:.0f} GFLOP/s on {device}{share}")
+
+
+if __name__ == "__main__":
+    compile_cache.enable()
+    sys.exit(cli.run(main, command="step_vs_torch"))

@@ -1,0 +1,109 @@
+"""Contestants in processes of their own, which take turns: one runs while the others wait without using a core."""
+
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+class Contestant:
+    """A process that builds something to run, and runs it when it is told to."""
+
+    def __init__(self, name: str, build: Callable[..., Any], *args: Any, env: Mapping[str, str] | None = None) -> None:
+        """Starts to build and waits for it.
+
+        Args:
+          name: for the table.
+          build: a function of a module; build(*args) returns an object with `run()`, which returns when the work is
+            done, `facts` (a dict), and, where the process's memory is not what counts, `memory()` in bytes.
+          env: environment variables of that process.
+        """
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        before = dict(os.environ)
+        os.environ.update(env or {})
+        try:
+            self._process = context.Process(target=_serve, args=(theirs, build, args), daemon=True)
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        theirs.close()
+        self.facts: dict[str, Any] = self._answer()
+
+    def seconds(self) -> float:
+        """Of one run, from its start to its end."""
+        return self._ask("run")
+
+    def memory(self) -> int:
+        """Bytes at the highest point so far."""
+        return self._ask("memory")
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.close()
+        self._process.join(10)
+
+    def _ask(self, what: str) -> Any:
+        self._pipe.send(what)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            good, value = self._pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{self.name} has died") from None
+        if not good:
+            raise SystemExit(f"{self.name}: {value}")
+        return value
+
+
+def take_turns(contestants: Sequence[Contestant], rounds: int, warm_up: int = 2) -> list[dict[str, float]]:
+    """Returns the seconds of each in each round; the order is turned around from round to round."""
+    for contestant in contestants:
+        for _ in range(warm_up):
+            contestant.seconds()
+    found = []
+    for number in range(rounds):
+        order = list(contestants)[:: 1 if number % 2 else -1]
+        found.append({contestant.name: contestant.seconds() for contestant in order})
+    return found
+
+
+def ratio(rounds: Sequence[Mapping[str, float]], of: str, to: str) -> tuple[float, float, float]:
+    """Returns the median, the smallest and the largest of `of` / `to`, round by round."""
+    each = [one[of] / one[to] for one in rounds]
+    return statistics.median(each), min(each), max(each)
+
+
+def _serve(pipe: Any, build: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        built = build(*args)
+        pipe.send((True, built.facts))
+        while True:
+            try:
+                what = pipe.recv()
+            except EOFError:
+                return
+            if what == "run":
+                start = time.perf_counter()
+                built.run()
+                pipe.send((True, time.perf_counter() - start))
+            elif hasattr(built, "memory"):
+                pipe.send((True, built.memory()))
+            else:
+                pipe.send((True, _peak_memory()))
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        pipe.send((False, f"{type(error).__name__}: {error}"))
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
