@@ -99,6 +99,8 @@ def devices(topology: Topology) -> list[Any]:
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.chip.kind == "v4":
         options["chip_config_name"] = "megacore"  # else each chip is two devices
+    if math.prod(topology.shape) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # else a host has four, and the slice can't be divided
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one that two processes would fight for
     try:

@@ -73,6 +73,11 @@ def test_the_table_agrees_with_itself():
         assert math.log2(chip.memory / 2**30) > 3.9
 
 
+@pytest.mark.parametrize("name", ["v5e-1", "v6e-1", "v5e-4", "v4-8"])
+def test_small_slices_are_known_to_the_compiler(name):
+    assert len(devices(parse(name))) == parse(name).chips
+
+
 def test_libtpu_is_the_one_that_jax_asks_for(tmp_path):
     """Beside another, the profiler of JAX ends the process with a segmentation fault once libtpu is loaded."""
     devices(parse("v5e:2x2"))

@@ -1,0 +1,70 @@
+"""python benchmarks/sample_vs_torch.py [--size=small] [--rounds=20] [--batch=N] [--steps=4] [--dtype=float32]
+
+The sampler of a consistency model, from prompts to decoded pictures, here and by diffusers'
+LatentConsistencyModelPipeline, on the same folder, prompts and noise. Each runs in a process of its own, in turns;
+ratios are of neighbours. Before any time is taken both must have drawn the same pictures (float32).
+"""
+
+import argparse
+import pathlib
+import statistics
+import sys
+import tempfile
+
+import networks
+import numpy as np
+import turns
+from samplers import JaxSampler, TorchSampler, Work, write_student
+
+from lcm_jax import cli, compile_cache
+from lcm_jax.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Runs the contest and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=networks.SIZES, default="small")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile its UNet and VAE as well")
+    args = parser.parse_args(argv)
+    if min(args.rounds, args.batch, args.steps) < 1:
+        raise UserError("--rounds, --batch and --steps must be at least 1")
+    with tempfile.TemporaryDirectory() as temporary:
+        teacher = networks.write(networks.SIZES[args.size], pathlib.Path(temporary) / "teacher")
+        folder = write_student(teacher, pathlib.Path(temporary) / "student")
+        work = Work(folder, args.batch, args.steps, args.dtype)
+        env = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        ours = turns.Contestant("lcm_jax", JaxSampler, work, env=env)
+        peers = [
+            turns.Contestant("diffusers", TorchSampler, work, False, False),
+            turns.Contestant("diffusers, channels_last", TorchSampler, work, True, False),
+        ]
+        if args.compiled:
+            peers.append(turns.Contestant("diffusers, channels_last, compiled", TorchSampler, work, True, True))
+        for peer in peers:
+            difference = np.abs(ours.facts["pictures"].astype(int) - peer.facts["pictures"]).max()
+            if args.dtype == "float32" and difference > 1:
+                raise UserError(f"{peer.name} draws other pictures: they differ by {difference} of 255")
+        rounds = turns.take_turns([ours, *peers], args.rounds)
+        print("| sampler | ms | images/s | diffusers' time / ours, median (range) | MB | first call, s |")
+        print("|---|--:|--:|--:|--:|--:|")
+        for each in (ours, *peers):
+            seconds = statistics.median(one[each.name] for one in rounds)
+            said = ""
+            if each is not ours:
+                median, low, high = turns.ratio(rounds, each.name, ours.name)
+                said = f"{median:.2f} ({low:.2f} to {high:.2f})"
+            print(
+                f"| {each.name} | {1e3 * seconds:.0f} | {args.batch / seconds:.1f} | {said} "
+                f"| {each.memory() / 1e6:.0f} | {each.facts['first_seconds']:.0f} |"
+            )
+            each.close()
+    return 0
+
+
+if __name__ == "__main__":
+    compile_cache.enable()
+    sys.exit(cli.run(main, command="sample_vs_torch"))
