@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lcm_jax.grids import GAP, grid
 
-LEFT, HEAD = 150, 18  # pixels for the rows' names and the columns' prompts
+LEFT, HEAD = 165, 18  # pixels for the rows' names and the columns' prompts
 
 
 def sheet(
