@@ -78,7 +78,9 @@ def test_weights_divided_over_a_v5p(options, tmp_path, capsys):
     for said in ("it fits", "all-gather", "fraction of peak", "where the time goes", "compiled in"):
         assert said in output.out
     assert output.err == ""  # libtpu keeps quiet
-    payload, _, _ = pickle.loads((tmp_path / "x").read_bytes())
+    made_for, _, content = (tmp_path / "x").read_bytes().partition(b"\n")
+    assert json.loads(made_for)["devices"] == "8 x TPU v5"
+    payload, _, _ = pickle.loads(content)
     assert len(payload) > 10_000
 
 
