@@ -7,7 +7,6 @@ ratios are of neighbours. Before any time is taken both must have drawn the same
 
 import argparse
 import pathlib
-import statistics
 import sys
 import tempfile
 
@@ -49,19 +48,9 @@ def main(argv: list[str]) -> int:
             if args.dtype == "float32" and difference > 1:
                 raise UserError(f"{peer.name} draws other pictures: they differ by {difference} of 255")
         rounds = turns.take_turns([ours, *peers], args.rounds)
-        print("| sampler | ms | images/s | diffusers' time / ours, median (range) | MB | first call, s |")
-        print("|---|--:|--:|--:|--:|--:|")
-        for each in (ours, *peers):
-            seconds = statistics.median(one[each.name] for one in rounds)
-            said = ""
-            if each is not ours:
-                median, low, high = turns.ratio(rounds, each.name, ours.name)
-                said = f"{median:.2f} ({low:.2f} to {high:.2f})"
-            print(
-                f"| {each.name} | {1e3 * seconds:.0f} | {args.batch / seconds:.1f} | {said} "
-                f"| {each.memory() / 1e6:.0f} | {each.facts['first_seconds']:.0f} |"
-            )
-            each.close()
+        print(turns.table([ours, *peers], args.batch, rounds))
+        for contestant in (ours, *peers):
+            contestant.close()
     return 0
 
 

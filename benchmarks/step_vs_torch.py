@@ -103,30 +103,19 @@ def main(argv: list[str]) -> int:
         for peer in peers:
             check_same(ours, peer, 1e-3 if args.dtype == "float32" else 5e-2)
         rounds = turns.take_turns([ours, *peers], args.rounds)
-        report(config.batch_size, ours, peers, rounds)
+        print(turns.table([ours, *peers], config.batch_size, rounds))
+        print(speed(config.batch_size, ours, rounds))
         for contestant in (ours, *peers):
             contestant.close()
     return 0
 
 
-def report(batch: int, ours: turns.Contestant, peers: list[turns.Contestant], rounds: list[dict[str, float]]) -> None:
-    """Prints the table."""
-    print("| step | ms | images/s | torch's time / ours, median (range) | MB | compiled or first step in, s |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for each in (ours, *peers):
-        seconds = statistics.median(one[each.name] for one in rounds)
-        said = ""
-        if each is not ours:
-            median, low, high = turns.ratio(rounds, each.name, ours.name)
-            said = f"{median:.2f} ({low:.2f} to {high:.2f})"
-        print(
-            f"| {each.name} | {1e3 * seconds:.0f} | {batch / seconds:.1f} | {said} | {each.memory() / 1e6:.0f} "
-            f"| {each.facts['first_seconds']:.0f} |"
-        )
+def speed(batch: int, ours: turns.Contestant, rounds: list[dict[str, float]]) -> str:
+    """Returns what is needed for an image, and how fast we are at it."""
     needed, device = ours.facts["flops"], ours.facts["device"]
     rate = needed / statistics.median(one[ours.name] for one in rounds)
     share = f", {rate / PEAKS[device]:.1%} of its peak" if device in PEAKS else ""
-    print(f"\n{needed / batch / 1e12:.4f} TFLOP an image; {rate / 1e9:.0f} GFLOP/s on {device}{share}")
+    return f"\n{needed / batch / 1e9:.3g} GFLOP an image; {rate / 1e9:.0f} GFLOP/s on {device}{share}"
 
 
 if __name__ == "__main__":

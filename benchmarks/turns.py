@@ -82,6 +82,26 @@ def ratio(rounds: Sequence[Mapping[str, float]], of: str, to: str) -> tuple[floa
     return statistics.median(each), min(each), max(each)
 
 
+def table(contestants: Sequence[Contestant], batch: int, rounds: Sequence[Mapping[str, float]]) -> str:
+    """Returns what is told of contestants that each take a batch a run and say their `first_seconds`; the first one's
+    time is what the others' are compared with.
+    """
+    ours, *_ = contestants
+    lines = [
+        f"| | ms | images/s | time / {ours.name}'s, median (range) | MB | compiled, or first run, s |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for each in contestants:
+        seconds = statistics.median(one[each.name] for one in rounds)
+        median, low, high = ratio(rounds, each.name, ours.name)
+        said = "" if each is ours else f"{median:.2f} ({low:.2f} to {high:.2f})"
+        lines.append(
+            f"| {each.name} | {1e3 * seconds:.0f} | {batch / seconds:.1f} | {said} | {each.memory() / 1e6:.0f} "
+            f"| {each.facts['first_seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def _serve(pipe: Any, build: Callable[..., Any], args: tuple[Any, ...]) -> None:
     try:
         built = build(*args)
