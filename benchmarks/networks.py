@@ -47,13 +47,12 @@ def write(size: Size, out: pathlib.Path, seed: int = 0) -> pathlib.Path:
         "text_heads": max(1, size.context // 64),
         "groups": min(32, size.channels[0] // 2),
     }
-    plain = {"down": "DownBlock2D", "up": "UpBlock2D"}
     unet = {
         **blank.unet_config(preset),
         "layers_per_block": size.layers,
         "sample_size": size.latents,
-        "down_block_types": ["CrossAttnDownBlock2D"] * (levels - 1) + [plain["down"]],
-        "up_block_types": [plain["up"]] + ["CrossAttnUpBlock2D"] * (levels - 1),
+        "down_block_types": ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1),
     }
     with tempfile.TemporaryDirectory() as temporary:
         rest = pathlib.Path(temporary)

@@ -79,12 +79,8 @@ class TorchStep:
         self._wait()
 
     def memory(self) -> int:
-        """Bytes at the highest point: of the GPU, else of the process."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        import resource
-
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        """Bytes of the GPU at the highest point; 0: there is none."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

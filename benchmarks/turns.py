@@ -20,7 +20,7 @@ class Contestant:
         Args:
           name: for the table.
           build: a function of a module; build(*args) returns an object with `run()`, which returns when the work is
-            done, `facts` (a dict), and, where the process's memory is not what counts, `memory()` in bytes.
+            done, `facts` (a dict), and, where an accelerator's memory is what counts, `memory()` in bytes.
           env: environment variables of that process.
         """
         self.name = name
@@ -115,10 +115,9 @@ def _serve(pipe: Any, build: Callable[..., Any], args: tuple[Any, ...]) -> None:
                 start = time.perf_counter()
                 built.run()
                 pipe.send((True, time.perf_counter() - start))
-            elif hasattr(built, "memory"):
-                pipe.send((True, built.memory()))
             else:
-                pipe.send((True, _peak_memory()))
+                on_accelerator = built.memory() if hasattr(built, "memory") else 0
+                pipe.send((True, on_accelerator or _peak_memory()))
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         pipe.send((False, f"{type(error).__name__}: {error}"))

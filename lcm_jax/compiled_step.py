@@ -44,22 +44,24 @@ def save(path: str | os.PathLike[str], mesh: Mesh, lowered: jax.stages.Lowered, 
     files.write(path, json.dumps(made_for).encode() + b"\n" + content)
 
 
+def given(text: str) -> str:
+    """The type of --compiled; raises UserError where there is no such file."""
+    if not epath.Path(text).is_file():
+        raise UserError(f"--compiled={text}: there is no such file; plan --save={text} writes it")
+    return text
+
+
 class Ahead:
     """A run's step, which is read from its file, if there is one, from now on and in a thread of its own."""
 
-    def __init__(self, config: Config, mesh: Mesh, given: str | os.PathLike[str] = "") -> None:
+    def __init__(self, config: Config, mesh: Mesh, given: str | os.PathLike[str] | None = None) -> None:
         """Begins to read.
 
         Args:
           config, mesh: of the run.
           given: a file of `save`; else a run on one process and CPUs keeps its own in the folder of the compile cache.
-
-        Raises:
-          UserError: there is no such file as `given`.
         """
         self._mesh, self._given, self._own = mesh, given, ""
-        if given and not epath.Path(given).is_file():
-            raise UserError(f"--compiled={given}: there is no such file; plan --save={given} writes it")
         if not given and (folder := compile_cache.folder()) and _is_kept(mesh):
             options = {k: v for k, v in dataclasses.asdict(config).items() if k not in _BESIDE_THE_STEP}
             self._own = f"{folder}/step-{_hash(json.dumps([options, dict(mesh.shape)]))[:32]}"

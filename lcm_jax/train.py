@@ -18,7 +18,7 @@ import jax
 from etils import epath
 from rich.console import Console
 
-from lcm_jax import cli, compile_cache, files
+from lcm_jax import cli, compile_cache, compiled_step, files
 from lcm_jax import config as config_lib
 from lcm_jax.checkpoint import FOLDER, Checkpoints, good_steps
 from lcm_jax.compiled_step import Ahead
@@ -48,7 +48,7 @@ class Result:
     signal: int
 
 
-def train(config: Config, workdir: epath.PathLike, compiled: str = "") -> Result:
+def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) -> Result:
     """Trains until `config.steps`, or until SIGINT or SIGTERM, and leaves a checkpoint of the last step in `workdir`.
 
     Args:
@@ -64,8 +64,8 @@ def train(config: Config, workdir: epath.PathLike, compiled: str = "") -> Result
     check_batch(config.batch_size, config.accumulate, mesh)
     if config.profile.steps and config.profile.steps[1] > config.steps:
         raise UserError(f"config.profile.steps={config.profile.steps} goes beyond the last step, {config.steps}")
-    ahead = Ahead(config, mesh, compiled)
     _claim(workdir, config)
+    ahead = Ahead(config, mesh, compiled)
 
     # ---- models and state
     folder = read_folder(config.model.folder)
@@ -208,7 +208,12 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("train", __doc__)
     parser.add_argument("--config", required=True, help="a file of configs/, with its variant: configs/digits.py:smoke")
     parser.add_argument("--workdir", required=True, type=cli.workdir, help="of this run: a folder, or gs://BUCKET/PATH")
-    parser.add_argument("--compiled", metavar="FILE", default="", help="the compiled step that plan --save=FILE wrote")
+    parser.add_argument(
+        "--compiled",
+        metavar="FILE",
+        type=compiled_step.given,
+        help="the compiled step that plan --save=FILE wrote",
+    )
     processes.add_options(parser)
     args, overrides = parser.parse_with_config(argv)
     config = config_lib.load(args.config, overrides)

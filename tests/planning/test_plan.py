@@ -13,7 +13,7 @@ from lcm_jax import config as config_lib
 from lcm_jax.blank import write_blank
 from lcm_jax.parallel.mesh import make_mesh
 from lcm_jax.parallel.program import make_program
-from lcm_jax.planning.blueprint import blueprint
+from lcm_jax.planning.blueprint import blueprint, published
 from lcm_jax.planning.compiled import COLLECTIVES
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -82,6 +82,13 @@ def test_weights_divided_over_a_v5p(options, tmp_path, capsys):
     assert json.loads(made_for)["devices"] == "8 x TPU v5"
     payload, _, _ = pickle.loads(content)
     assert len(payload) > 10_000
+
+
+def test_the_empty_prompt_of_published_models():
+    """Start, end, and what fills the 77 tokens: the end's own in SD 1.x, "!" in SD 2.x. Other tokens, another step."""
+    for name, padding in {"runwayml/stable-diffusion-v1-5": 49407, "stabilityai/stable-diffusion-2-1": 0}.items():
+        _, tokens = published()[name]
+        assert tokens.tolist() == [[49406, 49407, *[padding] * 75]]
 
 
 def test_weights_whole_on_a_v4(autoencoder, tmp_path, capsys):
