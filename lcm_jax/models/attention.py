@@ -1,12 +1,14 @@
 """Attention over a flattened grid, and the transformer that the UNet puts after its residual blocks."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from lcm_jax.models.layers import GroupNorm, conv
+from lcm_jax.models.layers import conv
+from lcm_jax.models.norms import GroupNorm, LayerNorm
 from lcm_jax.models.policy import Policy
 from lcm_jax.models.scaled_dot_product import Implementation, attend
 
@@ -40,7 +42,7 @@ class Attention(nnx.Module):
             y.reshape(*y.shape[:2], self.heads, -1) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
         y = attend(q, k, v, self.implementation)
-        return self.to_out[0](checkpoint_name(y, "attention").reshape(*y.shape[:2], -1))
+        return self.to_out[0](y.reshape(*y.shape[:2], -1))
 
 
 class GEGLU(nnx.Module):
@@ -50,8 +52,24 @@ class GEGLU(nnx.Module):
         self.proj = nnx.Linear(dim, 2 * inner, dtype=policy.compute, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
-        x, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return x * jax.nn.gelu(gate, approximate=False)
+        return _gated(self.proj(x))
+
+
+@jax.custom_vjp
+def _gated(h: Array) -> Array:
+    """x * gelu(gate) of the two halves of h (B, N, 2E); for the gradient, h alone is kept."""
+    x, gate = jnp.split(h, 2, axis=-1)
+    return x * jax.nn.gelu(gate, approximate=False)
+
+
+def _gated_backward(h: Array, dy: Array) -> tuple[Array]:
+    x, gate, dy = (y.astype(jnp.float32) for y in (*jnp.split(h, 2, axis=-1), dy))
+    share = jax.scipy.special.ndtr(gate)  # gelu(g) = g share(g); the derivative of the share is the normal density
+    density = jnp.exp(-0.5 * gate**2) / math.sqrt(2 * math.pi)
+    return (jnp.concatenate([dy * gate * share, dy * x * (share + gate * density)], axis=-1).astype(h.dtype),)
+
+
+_gated.defvjp(lambda h: (_gated(h), h), _gated_backward)
 
 
 class FeedForward(nnx.Module):
@@ -80,12 +98,11 @@ class BasicTransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         options = {"bias": False, "implementation": implementation, "policy": policy, "rngs": rngs}
-        norm = {"epsilon": 1e-5, "dtype": policy.compute, "use_fast_variance": False, "rngs": rngs}
-        self.norm1 = nnx.LayerNorm(dim, **norm)
+        self.norm1 = LayerNorm(dim, 1e-5, policy=policy)
         self.attn1 = Attention(dim, dim, heads, head_dim, **options)
-        self.norm2 = nnx.LayerNorm(dim, **norm)
+        self.norm2 = LayerNorm(dim, 1e-5, policy=policy)
         self.attn2 = Attention(dim, context_dim, heads, head_dim, **options)
-        self.norm3 = nnx.LayerNorm(dim, **norm)
+        self.norm3 = LayerNorm(dim, 1e-5, policy=policy)
         self.ff = FeedForward(dim, policy=policy, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"], context: Float[Array, "b m e"]) -> Float[Array, "b n d"]:

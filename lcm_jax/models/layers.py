@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from lcm_jax.models.norms import GroupNorm
 from lcm_jax.models.policy import Policy
 
 
@@ -23,33 +24,6 @@ def sinusoid(
     angle = t.astype(jnp.float32)[:, None] * frequency
     parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
     return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, dim % 2)))
-
-
-class GroupNorm(nnx.Module):
-    """Group normalisation over (H, W, C/groups) with float32 statistics.
-
-    Pixels are reduced a channel at a time and only those few numbers are grouped: an array of (.., groups, C/groups)
-    would have a last axis of 10 in SD 1.5, slow to reduce on a CPU and padded to 128 on a TPU. The mean is taken off
-    before squaring, since E[x²] - E[x]² cancels where the mean is large.
-    """
-
-    def __init__(self, groups: int, channels: int, eps: float, *, policy: Policy) -> None:
-        self.groups, self.eps, self.policy = groups, eps, policy
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
-
-    def __call__(self, x: Float[Array, "b *hw c"]) -> Float[Array, "b *hw c"]:
-        pixels = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
-        centred = pixels - self._mean(pixels)
-        factor = jax.lax.rsqrt(self._mean(jnp.square(centred)) + self.eps) * self.scale[...].astype(jnp.float32)
-        y = centred * factor + self.bias[...].astype(jnp.float32)
-        return y.reshape(x.shape).astype(self.policy.compute)
-
-    def _mean(self, pixels: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
-        """The mean over the pixels and channels of a group, repeated for each of its channels."""
-        b, _, c = pixels.shape
-        groups = pixels.mean(1).reshape(b, self.groups, c // self.groups).mean(-1)
-        return jnp.repeat(groups, c // self.groups, axis=-1)[:, None]
 
 
 def conv(
@@ -96,10 +70,10 @@ class ResnetBlock2D(nnx.Module):
             self.conv_shortcut = conv(c_in, c_out, 1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"], time: Float[Array, "b e"] | None = None) -> Float[Array, "b h w d"]:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv1(self.norm1(x, silu=True))
         if time is not None:
             y = y + self.time_emb_proj(jax.nn.silu(time))[:, None, None]
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        y = self.conv2(self.norm2(y, silu=True))
         return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 

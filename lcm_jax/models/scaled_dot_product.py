@@ -3,6 +3,8 @@
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lcm_jax.models.flash import BLOCK, flash_attention
@@ -19,13 +21,57 @@ def attend(
 ) -> Float[Array, "b n h d"]:
     """Returns softmax(q k^T / sqrt(d)) v; scores and softmax are float32 inside.
 
-    "xla" writes the table of scores to memory. "cudnn" (GPU, 16-bit numbers) and "pallas" (TPU) do not, and take the
-    layers that they can or should: cuDNN heads of up to 128, a multiple of 8; the kernel for TPUs 4,096 tokens and more
-    that see each other, a multiple of its block. All other layers are XLA's.
+    "xla" (`plain_attention`) writes the table of scores to memory. "cudnn" (GPU, 16-bit numbers) and "pallas" (TPU) do
+    not, and take the layers that they can or should: cuDNN heads of up to 128, a multiple of 8; the kernel for TPUs
+    4,096 tokens and more that see each other, a multiple of its block. All other layers are XLA's. The output is named
+    "attention" for policies of `jax.checkpoint`.
     """
     n, m, d = q.shape[1], k.shape[1], q.shape[3]
     if implementation == "pallas" and min(n, m) >= LONG and n % BLOCK == m % BLOCK == 0:
         return flash_attention(q, k, v)
     if implementation == "cudnn" and d <= CUDNN_HEAD and d % 8 == 0:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        return checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), "attention")
+    return plain_attention(q, k, v)
+
+
+def plain_attention(
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
+) -> Float[Array, "b n h d"]:
+    """Returns softmax(q k^T / sqrt(d)) v as matrix products of whole tables, one for each head.
+
+    The table is large where there are many tokens, all else is small. So each product, here and in the gradient, takes
+    it as it lies in memory, which left to itself a CPU's compiler transposes; and what divides its rows divides the
+    output instead.
+    """
+    return _attention(*(x.transpose(0, 2, 1, 3) for x in (q, k, v))).transpose(0, 2, 1, 3)
+
+
+@jax.custom_vjp
+def _attention(q: Array, k: Array, v: Array) -> Array:
+    return _attention_forward(q, k, v)[0]
+
+
+def _attention_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
+    weights = jnp.exp(q.shape[-1] ** -0.5 * (scores - scores.max(-1, keepdims=True)))
+    share = 1 / weights.sum(-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    y = jnp.einsum("bhnm,bhmd->bhnd", weights, v, preferred_element_type=jnp.float32)
+    y = checkpoint_name((y * share).astype(v.dtype), "attention")
+    return y, (q, k, v, weights, share, y)
+
+
+def _attention_backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+    q, k, v, weights, share, y = kept
+    dy = dy * share  # float32; with it, `weights` stand for the softmax
+    along = (dy * y).sum(-1, keepdims=True)  # the part of the gradient that the sum of a row takes away
+    dy = dy.astype(v.dtype)
+    dweights = jnp.einsum("bhnd,bhmd->bhnm", dy, v, preferred_element_type=jnp.float32)
+    dscores = (q.shape[-1] ** -0.5 * weights * (dweights - along)).astype(q.dtype)
+    dq = jnp.einsum("bhnm,bhmd->bhnd", dscores, k)
+    dk = jnp.einsum("bhdn,bhnm->bhdm", q.swapaxes(2, 3), dscores).swapaxes(2, 3)
+    dv = jnp.einsum("bhdn,bhnm->bhdm", dy.swapaxes(2, 3), weights).swapaxes(2, 3)
+    return dq, dk, dv
+
+
+_attention.defvjp(_attention_forward, _attention_backward)

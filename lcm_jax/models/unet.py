@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Num
 from lcm_jax.errors import one_of
 from lcm_jax.models.attention import Transformer2DModel
 from lcm_jax.models.blocks import REMAT, run_block
-from lcm_jax.models.layers import GroupNorm, ResnetBlock2D, TimestepEmbedding, conv, enlarge, sinusoid
+from lcm_jax.models.layers import ResnetBlock2D, TimestepEmbedding, conv, enlarge, sinusoid
+from lcm_jax.models.norms import GroupNorm
 from lcm_jax.models.policy import FP32, Policy
 from lcm_jax.models.scaled_dot_product import IMPLEMENTATIONS, Implementation
 from lcm_jax.models.unet_config import CROSS, UNetConfig
@@ -249,7 +250,7 @@ class UNet2DConditionModel(nnx.Module):
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
             up = functools.partial(Block.up, size=size)
             x = _scoped(f"up_blocks.{i}", run_block, up, block, x, taken, time, context, remat=self.remat)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 def _scoped(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

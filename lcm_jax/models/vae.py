@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from lcm_jax.errors import UserError, one_of
 from lcm_jax.models.config_json import booleans, check, numbers, per_level, whole_numbers, whole_numbers_per_level
-from lcm_jax.models.layers import GroupNorm, ResnetBlock2D, conv, enlarge
+from lcm_jax.models.layers import ResnetBlock2D, conv, enlarge
+from lcm_jax.models.norms import GroupNorm
 from lcm_jax.models.policy import FP32, Policy
 
 EPS = 1e-6  # of every norm in this model
@@ -174,7 +175,7 @@ class _Encoder(nnx.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x), silu=True))
 
 
 class _Decoder(nnx.Module):
@@ -201,7 +202,7 @@ class _Decoder(nnx.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 class AutoencoderKL(nnx.Module):

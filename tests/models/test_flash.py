@@ -110,6 +110,7 @@ def test_each_layer_takes_the_program_that_can(monkeypatch, implementation, quer
         seen.append(name)
 
     monkeypatch.setattr(scaled_dot_product, "flash_attention", lambda *_: take("pallas"))
+    monkeypatch.setattr(scaled_dot_product, "plain_attention", lambda *_: take("xla"))
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *_, implementation: take(implementation))
     q, k = (jax.ShapeDtypeStruct((1, n, 8, head), jnp.bfloat16) for n in (queries, keys))
     attend(q, k, k, implementation)

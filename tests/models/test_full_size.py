@@ -9,7 +9,7 @@ from torch_weights import CLIP_PREFIX, network
 
 from lcm_jax.interop import names
 from lcm_jax.models.functional import unflatten
-from lcm_jax.models.layers import GroupNorm
+from lcm_jax.models.norms import GroupNorm, LayerNorm
 
 # The values of the published config.json files.
 SD15_UNET = {
@@ -142,11 +142,13 @@ def test_structure_is_the_peers(peer_class, config, millions):
 
     # 1e-5 or 1e-6: too small a difference for outputs to show
     modules = nnx.iter_modules(nnx.merge(net._graphdef, unflatten(net.shapes)))
-    ours = {".".join(map(str, path)): eps(m) for path, m in modules if isinstance(m, (GroupNorm, nnx.LayerNorm))}
+    ours = {
+        ".".join(map(str, path)): eps(m) for path, m in modules if isinstance(m, (GroupNorm, LayerNorm, nnx.LayerNorm))
+    }
     norms = (torch.nn.GroupNorm, torch.nn.LayerNorm)
     theirs = {key.removeprefix(CLIP_PREFIX): m.eps for key, m in peer.named_modules() if isinstance(m, norms)}
     assert ours == theirs
 
 
-def eps(norm: GroupNorm | nnx.LayerNorm) -> float:
-    return norm.eps if isinstance(norm, GroupNorm) else norm.epsilon
+def eps(norm: GroupNorm | LayerNorm | nnx.LayerNorm) -> float:
+    return norm.epsilon if isinstance(norm, nnx.LayerNorm) else norm.eps

@@ -15,7 +15,8 @@ from lcm_jax import models
 from lcm_jax.errors import UserError
 from lcm_jax.models import FP32, Network, Policy
 from lcm_jax.models.functional import flatten, unflatten
-from lcm_jax.models.layers import GroupNorm, enlarge
+from lcm_jax.models.layers import enlarge
+from lcm_jax.models.norms import GroupNorm
 
 
 class Chain(nnx.Module):
