@@ -46,7 +46,8 @@ def make_step(config: Config, parts: Parts, mesh: Mesh | None = None) -> Step:
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-        new_params = optax.apply_updates(params, updates)
+        # the barrier: else both weights and EMA would read the update, which would be written to memory for that
+        new_params = jax.lax.optimization_barrier(optax.apply_updates(params, updates))
         new_ema = state["ema"]
         if new_ema:
             decay = ema.decay_at(state["step"], config.ema.decay, warmup=config.ema.warmup)

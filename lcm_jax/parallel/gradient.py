@@ -50,7 +50,11 @@ def make_gradient(
 
     def with_shards(weights: Weights, target: Weights, others: Weights, batch: Any, draws: Any) -> Values:
         trained = (shards(w, axes, params) for w in (weights, target))
-        return loss(*trained, shards(others, frozen_axes, frozen), batch, draws)
+        return share(*trained, shards(others, frozen_axes, frozen), batch, draws)
+
+    def share(*args: Any) -> Values:
+        """What these samples add to the means over the global batch; to the gradient of the loss too."""
+        return jax.tree.map(lambda x: x / (mesh.size * accumulate), loss(*args))
 
     def reduced(gradient: jax.Array, axis: int | None) -> jax.Array:
         """The sum over all devices, as float32; of a divided weight that of this device's part."""
@@ -63,7 +67,7 @@ def make_gradient(
     def local(weights: Weights, target: Weights, others: Weights, batch: Any, draws: Any) -> tuple[Values, Weights]:
         function = with_shards
         if once:
-            function = loss
+            function = share
             weights, target = (_whole(shards(w, axes, params)) for w in (weights, target))
             others = _whole(shards(others, frozen_axes, frozen))
         value_and_grad = jax.value_and_grad(function, has_aux=True)
@@ -71,8 +75,7 @@ def make_gradient(
             lambda part: value_and_grad(weights, target, others, *part), (batch, draws), parts=accumulate
         )
         grads = _map(reduced, grads, axes)
-        values = jax.tree.map(lambda x: jax.lax.psum(x, AXES), values)
-        return jax.tree.map(lambda x: x / (mesh.size * accumulate), (values, grads))
+        return jax.tree.map(lambda x: jax.lax.psum(x, AXES), values), grads
 
     trained, others = partition.specs(axes), partition.specs(frozen_axes)
     return jax.shard_map(
