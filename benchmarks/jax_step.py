@@ -43,7 +43,7 @@ class JaxStep:
             "loss": float(values["loss"]),
             "grad_norm": float(values["grad_norm"]),
             "first_seconds": compile_seconds,
-            "flops": flops.of_function(program.step, program.state, program.frozen, program.batch, program.stop),
+            "flops": program.mesh.size * flops.count(program.trace().jaxpr),
             "device": jax.devices()[0].device_kind,
         }
 

@@ -59,8 +59,7 @@ class Form:
         parts = make_parts(config, folder, tokenizer)
         with merged(name == "merged"):
             program = make_program(config, parts, make_mesh(config.mesh))
-            given = program.state, program.frozen, program.batch, program.stop
-            self.flops = flops.of_function(program.step, *given)
+            self.flops = flops.count(program.trace().jaxpr)
             start = time.perf_counter()
             self._step = program.lower().compile()
             self.compile_seconds = time.perf_counter() - start

@@ -93,7 +93,7 @@ def model_flops(config: Config) -> int:
         model=dataclasses.replace(config.model, remat="none", attention="xla"),
     )
     step = make_program(plain, blueprint(plain), make_mesh(plain.mesh, jax.devices()[:1]))
-    return flops.of_function(step.step, step.state, step.frozen, step.batch, step.stop)
+    return flops.count(step.trace().jaxpr)
 
 
 def search(config: Config, where: Topology | None, batches: Sequence[int]) -> list[Report]:

@@ -17,6 +17,9 @@ from lcm_jax.parallel.mesh import BATCH, check_batch
 from lcm_jax.state import Parts, State, frozen_shapes, initial_state, trained_shapes
 from lcm_jax.step import make_step
 
+# else a CPU's compiler copies three quarters of the state in each step before it is changed in place
+_CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -39,9 +42,13 @@ class Program:
     step: jax.stages.Wrapped
     start: jax.stages.Wrapped
 
+    def trace(self) -> jax.stages.Traced:
+        """Traces the step from shapes alone."""
+        return self.step.trace(self.state, self.frozen, self.batch, self.stop)
+
     def lower(self) -> jax.stages.Lowered:
-        """Lowers the step from shapes alone; `.compile()` then needs no device, if the mesh is of described ones."""
-        return self.step.lower(self.state, self.frozen, self.batch, self.stop)
+        """Lowers it; `.compile()` then needs no device, if the mesh is of described ones."""
+        return self.trace().lower()
 
     @property
     def rows(self) -> np.ndarray:
@@ -105,6 +112,7 @@ def make_program(config: Config, parts: Parts, mesh: Mesh) -> Program:
         donate_argnums=0,
         in_shardings=tuple(places),
         out_shardings=(places[0], whole),
+        compiler_options=_CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
     )
     start = jax.jit(functools.partial(initial_state, config), out_shardings=places[0])
     return Program(mesh, state, frozen, batch, stop, jitted, start)
