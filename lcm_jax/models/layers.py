@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from lcm_jax.models.convolution import convolve
 from lcm_jax.models.norms import GroupNorm
 from lcm_jax.models.policy import Policy
 
@@ -31,7 +32,9 @@ def conv(
 ) -> nnx.Conv:
     """A square convolution; padding size // 2 keeps the size."""
     pad = size // 2 if padding is None else padding
-    return nnx.Conv(c_in, c_out, (size, size), strides=stride, padding=pad, dtype=dtype, rngs=rngs)
+    return nnx.Conv(
+        c_in, c_out, (size, size), strides=stride, padding=pad, conv_general_dilated=convolve, dtype=dtype, rngs=rngs
+    )
 
 
 class TimestepEmbedding(nnx.Module):

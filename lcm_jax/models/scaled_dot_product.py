@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from lcm_jax.models import row_attention
 from lcm_jax.models.flash import BLOCK, flash_attention
 
 Implementation = Literal["xla", "cudnn", "pallas"]
@@ -41,9 +42,15 @@ def plain_attention(
 
     The table is large where there are many tokens, all else is small. So each product, here and in the gradient, takes
     it as it lies in memory, which left to itself a CPU's compiler transposes; and what divides its rows divides the
-    output instead.
+    output instead. On a CPU, tables that no cache holds are taken a few rows at a time (`row_attention`).
     """
-    return _attention(*(x.transpose(0, 2, 1, 3) for x in (q, k, v))).transpose(0, 2, 1, 3)
+    heads = tuple(x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    if q.shape[1] * k.shape[1] < row_attention.TABLE:
+        y: Array = _attention(*heads)
+    else:
+        y = jax.lax.platform_dependent(*heads, cpu=row_attention.row_attention, default=_attention)
+        y = checkpoint_name(y, "attention")
+    return y.transpose(0, 2, 1, 3)
 
 
 @jax.custom_vjp

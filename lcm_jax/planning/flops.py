@@ -10,13 +10,15 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 def count(jaxpr: Jaxpr | ClosedJaxpr) -> int:
     """Returns the FLOPs of one call, a multiplication and an addition being two.
 
-    Inside of `shard_map` they are those of one device. Loops count as often as they run; of branches, the dearest.
+    Inside of `shard_map` they are those of one device. Loops count as often as they run; of branches, the dearest. Of
+    one thing written out for each platform it is the form that computes nothing twice.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return sum(_of(equation) for equation in jaxpr.eqns)
+    platforms = {equation.outvars[0] for equation in jaxpr.eqns if equation.primitive.name == "platform_index"}
+    return sum(_of(equation, platforms) for equation in jaxpr.eqns)
 
 
-def _of(equation: JaxprEqn) -> int:
+def _of(equation: JaxprEqn, platforms: set[Any]) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -32,7 +34,7 @@ def _of(equation: JaxprEqn) -> int:
         return params["cost_estimate"].flops
     inner = [count(jaxpr) for jaxpr in jaxprs_in_params(params)]
     if name == "cond":
-        return max(inner)
+        return min(inner) if equation.invars[0] in platforms else max(inner)
     return sum(inner) * (params["length"] if name == "scan" else 1)
 
 

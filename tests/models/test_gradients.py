@@ -1,5 +1,8 @@
 """Gradients that are written out by hand: against those that JAX derives from the plain formulas."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +10,14 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
 
-from lcm_jax.models import attention
+from lcm_jax.models import attention, row_attention
+from lcm_jax.models.convolution import convolve
 from lcm_jax.models.norms import GroupNorm, LayerNorm
 from lcm_jax.models.policy import FP32, Policy
 from lcm_jax.models.scaled_dot_product import plain_attention
 
 EPS = 1e-5
+NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -35,6 +40,10 @@ def layer_norm(x, scale, bias):
 def softmax_attention(q, k, v):
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
     return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, axis=-1), v)
+
+
+def by_rows(q, k, v):
+    return row_attention.row_attention(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
 
 
 def gated(h):
@@ -73,14 +82,27 @@ def cases(policy=FP32):
             softmax_attention,
             (3 * normal(0, 2, 9, 2, 5), normal(1, 2, 7, 2, 5), normal(2, 2, 7, 2, 5)),
         ),
+        "attention by rows": (
+            by_rows,
+            softmax_attention,
+            (3 * normal(0, 2, 12, 2, 5), normal(1, 2, 7, 2, 5), normal(2, 2, 7, 2, 5)),
+        ),
+        "convolution": (
+            lambda x, kernel: convolve(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=NUMBERS),
+            lambda x, kernel: jax.lax.conv(
+                x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1), (1, 1), "SAME"
+            ).transpose(0, 2, 3, 1),
+            (normal(0, 2, 2, 3, 13), normal(1, 3, 3, 13, 12)),  # of twelve pixels: by taps
+        ),
         "gated": (attention._gated, gated, (2 * normal(0, 2, 3, 10),)),
     }
 
 
 @pytest.mark.parametrize("name", cases())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_value_and_gradients_are_the_formulas(name, dtype):
+def test_value_and_gradients_are_the_formulas(name, dtype, monkeypatch):
     """In bfloat16 the formula is taken in float32 of the same numbers: what differs is rounding."""
+    monkeypatch.setattr(row_attention, "TABLE", 25)  # three rows of seven at a time
     found, formula, args = cases(Policy(jnp.dtype(dtype)))[name]
     args = (args[0].astype(dtype), *(a if "norm" in name else a.astype(dtype) for a in args[1:]))
     value, pull = jax.vjp(found, *args)
@@ -98,6 +120,29 @@ def test_large_scores_do_not_overflow():
     q, k, v = 300 * normal(0, 1, 4, 1, 8), 300 * normal(1, 1, 4, 1, 8), normal(2, 1, 4, 1, 8)
     np.testing.assert_allclose(plain_attention(q, k, v), softmax_attention(q, k, v), atol=1e-4)
     assert jnp.isfinite(jax.grad(lambda q: plain_attention(q, k, v).sum())(q)).all()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "side", "stride", "padding", "by_taps"),
+    [(4, 3, 1, 1, True), (5, 3, 1, 1, False), (4, 3, 2, 1, False), (4, 3, 1, 0, False), (4, 1, 1, 0, True)],
+)
+def test_which_convolutions_are_taken_by_taps(pixels, side, stride, padding, by_taps):
+    """Those that keep the map's size, if it has no more pixels (a side squared) than the kernel has channels."""
+    x, kernel = jnp.zeros((1, pixels, pixels, 16)), jnp.zeros((side, side, 16, 16))
+    jaxpr = jax.make_jaxpr(
+        lambda x: convolve(x, kernel, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=NUMBERS)
+    )(x)
+    assert ("custom_vjp" in str(jaxpr)) == by_taps
+
+
+def test_a_cpu_takes_large_tables_by_rows():
+    """The largest array of forward and gradient is TABLE numbers, not the whole table of 2 heads."""
+    n = 2 * int(row_attention.TABLE**0.5)
+    x = jax.ShapeDtypeStruct((1, n, 2, 4), jnp.float32)
+    step = jax.jit(jax.grad(lambda q, k, v: plain_attention(q, k, v).sum(), argnums=(0, 1, 2)))
+    text = step.lower(x, x, x).compile().as_text()
+    shapes = [re.findall(r"f32\[([\d,]+)\]", line) for line in text.splitlines()]
+    assert max(math.prod(map(int, s.split(","))) for found in shapes for s in found) == row_attention.TABLE
 
 
 def test_a_constant_map_is_normalised_to_the_bias():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from lcm_jax.models.scaled_dot_product import plain_attention
 from lcm_jax.parallel.mesh import MeshConfig, make_mesh
 from lcm_jax.planning.flops import of_function
 
@@ -58,3 +59,10 @@ def test_it_is_xlas_count():
     given = zeros(2, 8, 8, 4), zeros(3, 3, 4, 6), zeros(384, 10)
     analysis = jax.jit(network).lower(*given).compile().cost_analysis()
     assert of_function(network, *given) == pytest.approx(analysis["flops"], rel=0.15)  # XLA leaves the border out
+
+
+def test_what_a_cpu_computes_twice_is_not_counted():
+    """Attention by rows takes the scores again for its gradient; needed are two products forward, four back."""
+    x = zeros(1, 1024, 1, 8)
+    found = of_function(jax.grad(lambda q, k, v: plain_attention(q, k, v).sum(), argnums=(0, 1, 2)), x, x, x)
+    assert found == 6 * 2 * 1024 * 1024 * 8
