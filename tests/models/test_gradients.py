@@ -123,12 +123,12 @@ def test_large_scores_do_not_overflow():
 
 
 @pytest.mark.parametrize(
-    ("pixels", "side", "stride", "padding", "by_taps"),
-    [(4, 3, 1, 1, True), (5, 3, 1, 1, False), (4, 3, 2, 1, False), (4, 3, 1, 0, False), (4, 1, 1, 0, True)],
+    ("out", "side", "stride", "padding", "by_taps"),
+    [(16, 3, 1, 1, True), (15, 3, 1, 1, False), (16, 3, 2, 1, False), (16, 3, 1, 0, False), (16, 1, 1, 0, True)],
 )
-def test_which_convolutions_are_taken_by_taps(pixels, side, stride, padding, by_taps):
-    """Those that keep the map's size, if it has no more pixels (a side squared) than the kernel has channels."""
-    x, kernel = jnp.zeros((1, pixels, pixels, 16)), jnp.zeros((side, side, 16, 16))
+def test_which_convolutions_are_taken_by_taps(out, side, stride, padding, by_taps):
+    """Those that keep the map's size, if it has no more pixels (here 16) than the kernel has channels."""
+    x, kernel = jnp.zeros((1, 4, 4, 20)), jnp.zeros((side, side, 20, out))
     jaxpr = jax.make_jaxpr(
         lambda x: convolve(x, kernel, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=NUMBERS)
     )(x)
