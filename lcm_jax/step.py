@@ -1,6 +1,7 @@
 """One training step: a pure function from (state, frozen weights, batch) to (state, metrics), jitted as a whole."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,17 +46,20 @@ def make_step(config: Config, parts: Parts, mesh: Mesh | None = None) -> Step:
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
+        def kept(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
         # the barrier: else both weights and EMA would read the update, which would be written to memory for that
-        new_params = jax.lax.optimization_barrier(optax.apply_updates(params, updates))
+        new_params = jax.lax.optimization_barrier(kept(optax.apply_updates(params, updates), params))
         new_ema = state["ema"]
         if new_ema:
             decay = ema.decay_at(state["step"], config.ema.decay, warmup=config.ema.warmup)
-            new_ema = ema.update(new_ema, new_params, decay)
-        new = {"params": new_params, "ema": new_ema, "opt_state": opt_state}
-        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, {name: state[name] for name in new})
+            new_ema = kept(ema.update(new_ema, new_params, decay), new_ema)
         skipped = jnp.where(finite, 0, state["skipped"] + 1)
         metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": skipped, **summary(aux)}
-        return {"step": state["step"] + 1, **kept, "skipped": skipped}, metrics
+        opt_state = kept(opt_state, state["opt_state"])
+        new = {"params": new_params, "ema": new_ema, "opt_state": opt_state}
+        return {"step": state["step"] + 1, **new, "skipped": skipped}, metrics
 
     return step

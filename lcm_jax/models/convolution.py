@@ -5,16 +5,19 @@ whole kernel into another order for the gradient of the map, and the kernel's ow
 longer than all products. As one product for each of its taps, the kernel is read and written as it lies in memory.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 
-def convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "u v i o"], *args: Any, **options: Any) -> Array:
-    """`jax.lax.conv_general_dilated` as `flax.nnx.Conv` calls it, for maps (B, H, W, C)."""
-    strides, padding = args
+def convolve(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "u v i o"], strides: Any, padding: Any, **options: Any
+) -> Array:
+    """`jax.lax.conv_general_dilated` as `flax.nnx.Conv` calls it, without dilations and groups."""
     side = kernel.shape[0] // 2
     same = kernel.shape[0] == kernel.shape[1] == 2 * side + 1 and tuple(padding) == ((side, side),) * 2
     pixels = x.shape[0] * x.shape[1] * x.shape[2]
@@ -32,27 +35,52 @@ def _plain(x: Array, kernel: Array) -> Array:
 _same = jax.custom_vjp(_plain)
 
 
-def _gradients(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    def plain(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
-        return jax.vjp(_plain, x, kernel)[1](dy)
+def _gradients(kept: tuple[Array, Array, Any], dy: Any) -> tuple[Array, Array | None]:
+    """That of a frozen kernel is not computed."""
+    x, kernel, trained = kept
+    if isinstance(dy, SymbolicZero):
+        return jnp.zeros_like(x), None
+    dx = jax.lax.platform_dependent(x, kernel, dy, cpu=_map_by_taps, default=lambda *a: _of(0, *a))
+    if trained is None:
+        return dx, None
+    return dx, jax.lax.platform_dependent(x, kernel, dy, cpu=_kernel_by_taps, default=lambda *a: _of(1, *a))
 
-    return jax.lax.platform_dependent(*kept, dy, cpu=_gradients_by_taps, default=plain)
+
+def _of(which: int, x: Array, kernel: Array, dy: Array) -> Array:
+    """The gradient of the map (0) or of the kernel (1)."""
+    args = [x, kernel]
+
+    def convolved(part: Array) -> Array:
+        return _plain(*(part if i == which else a for i, a in enumerate(args)))
+
+    return jax.linear_transpose(convolved, args[which])(dy)[0]
 
 
-_same.defvjp(lambda x, kernel: (_plain(x, kernel), (x, kernel)), _gradients)
+def _forward(x: Any, kernel: Any) -> tuple[Array, tuple[Array, Array, tuple[()] | None]]:
+    return _plain(x.value, kernel.value), (x.value, kernel.value, () if kernel.perturbed else None)
 
 
-def _gradients_by_taps(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
-    """Of y(p) = sum over taps of x(p + tap - side) kernel(tap), x being zero outside of the map."""
-    taps = [(u, v) for u in range(kernel.shape[0]) for v in range(kernel.shape[1])]
+_same.defvjp(_forward, _gradients, symbolic_zeros=True)
+
+
+# y(p) = sum over taps of x(p + tap - side) kernel(tap), x being zero outside of the map
+
+
+def _map_by_taps(x: Array, kernel: Array, dy: Array) -> Array:
     last, (h, w) = len(kernel) - 1, x.shape[1:3]
-    border = [(last // 2, last // 2)] * 2 + [(0, 0)]
-
     products = jnp.einsum("bhwo,uvio->uvbhwi", dy, kernel, preferred_element_type=jnp.float32)
-    products = jnp.pad(products, [(0, 0)] * 3 + border)
-    dx = sum(products[u, v, :, last - u : last - u + h, last - v : last - v + w] for u, v in taps)
+    products = jnp.pad(products, [(0, 0)] * 3 + [(last // 2, last // 2)] * 2 + [(0, 0)])
+    shifted = (products[u, v, :, last - u : last - u + h, last - v : last - v + w] for u, v in _taps(kernel))
+    return functools.reduce(jnp.add, shifted).astype(x.dtype)
 
-    padded = jnp.pad(x, [(0, 0), *border])
-    seen = jnp.stack([padded[:, u : u + h, v : v + w] for u, v in taps])
+
+def _kernel_by_taps(x: Array, kernel: Array, dy: Array) -> Array:
+    side, (h, w) = len(kernel) // 2, x.shape[1:3]
+    padded = jnp.pad(x, [(0, 0), (side, side), (side, side), (0, 0)])
+    seen = jnp.stack([padded[:, u : u + h, v : v + w] for u, v in _taps(kernel)])
     dkernel = jnp.einsum("tbhwi,bhwo->tio", seen, dy, preferred_element_type=jnp.float32)
-    return jnp.asarray(dx, x.dtype), dkernel.reshape(kernel.shape).astype(kernel.dtype)
+    return dkernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _taps(kernel: Array) -> list[tuple[int, int]]:
+    return [(u, v) for u in range(kernel.shape[0]) for v in range(kernel.shape[1])]

@@ -1,8 +1,8 @@
-"""Attention on a CPU where there are many tokens: some rows of one head's table at a time, which stay in its cache.
+"""Attention of many tokens, of whose table of scores nothing is kept for the gradient.
 
-At 4,096 tokens the tables of eight heads are half a gigabyte; a CPU takes three times as long for the gradient if it
-writes them to memory. Nothing of the table is kept: the gradient computes it again from the logarithms of the softmax's
-normalizers, as FlashAttention does (arXiv 2205.14135).
+It is computed again from the logarithms of the softmax's normalizers, as FlashAttention does (arXiv 2205.14135). A CPU
+takes some rows of one head's table at a time, which stay in its cache: at 4,096 tokens the tables of eight heads are
+half a gigabyte, and a gradient by way of them takes three times as long.
 """
 
 import jax
@@ -16,7 +16,10 @@ TABLE = 2**20  # numbers in float32: four megabytes
 def row_attention(
     q: Float[Array, "b h n d"], k: Float[Array, "b h m d"], v: Float[Array, "b h m d"]
 ) -> Float[Array, "b h n d"]:
-    """Returns softmax(q k^T / sqrt(d)) v; scores, softmax and sums are float32."""
+    """Returns softmax(q k^T / sqrt(d)) v; scores, softmax and sums are float32.
+
+    Its output and the logarithms of its normalizers are named "attention" for policies of `jax.checkpoint`.
+    """
     y: Array = _attention(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)))
     return y.reshape(q.shape)
 
@@ -27,48 +30,74 @@ def _attention(q: Array, k: Array, v: Array) -> Array:
 
 
 def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-    def of_head(head: tuple[Array, ...]) -> tuple[Array, Array]:
-        q, k, v = head
-
-        def of_rows(q: Array) -> tuple[Array, Array]:
-            scores = _scores(q, k)
-            most = scores.max(-1, keepdims=True)
-            weights = jnp.exp(scores - most)
-            total = weights.sum(-1, keepdims=True)
-            y = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            return (y / total).astype(v.dtype), most + jnp.log(total)
-
-        y, normalizer = jax.lax.map(of_rows, _in_rows(q, k))
-        return y.reshape(q.shape), normalizer.reshape(-1, 1)
-
-    y, normalizer = (checkpoint_name(x, "attention") for x in jax.lax.map(of_head, (q, k, v)))
+    found = jax.lax.platform_dependent(q, k, v, cpu=_values_by_rows, default=_values)
+    y, normalizer = (checkpoint_name(x, "attention") for x in found)
     return y, (q, k, v, y, normalizer)
 
 
 def _backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
-    def of_head(head: tuple[Array, ...]) -> tuple[Array, Array, Array]:
-        q, k, v, y, normalizer, dy = head
+    _, k, v, *_ = kept
+    dq, dk, dv = jax.lax.platform_dependent(*kept, dy, cpu=_gradients_by_rows, default=_gradients)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
-        def of_rows(sums: tuple[Array, Array], rows: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
-            q, y, normalizer, dy = rows
-            weights = jnp.exp(_scores(q, k) - normalizer)
-            dweights = jnp.matmul(dy, v.T, preferred_element_type=jnp.float32)
-            along = (dy.astype(jnp.float32) * y).sum(-1, keepdims=True)
-            dscores = (q.shape[-1] ** -0.5 * weights * (dweights - along)).astype(q.dtype)
-            # transposed: the table is taken as it lies in memory
-            dk = jnp.matmul(q.T, dscores, preferred_element_type=jnp.float32)
-            dv = jnp.matmul(dy.T, weights.astype(dy.dtype), preferred_element_type=jnp.float32)
-            return (sums[0] + dk, sums[1] + dv), jnp.matmul(dscores, k)
 
-        zeros = jnp.zeros((k.shape[1], len(k)), jnp.float32)
-        (dk, dv), dq = jax.lax.scan(of_rows, (zeros, zeros), tuple(_in_rows(x, k) for x in (q, y, normalizer, dy)))
-        return dq.reshape(q.shape), dk.T.astype(k.dtype), dv.T.astype(v.dtype)
-
-    return jax.lax.map(of_head, (*kept, dy))
+_attention.defvjp(_forward, _backward)
 
 
 def _scores(q: Array, k: Array) -> Array:
-    return q.shape[-1] ** -0.5 * jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
+    return q.shape[-1] ** -0.5 * jnp.matmul(q, k.mT, preferred_element_type=jnp.float32)
+
+
+@jax.jit
+def recomputed_scores(q: Array, k: Array) -> Array:
+    """FLOPs that the model does not need: `planning.flops` knows them by this name."""
+    return _scores(q, k)
+
+
+def _values(q: Float[Array, "*b n d"], k: Float[Array, "*b m d"], v: Float[Array, "*b m d"]) -> tuple[Array, Array]:
+    """The output (n, d), and the logarithms of the normalizers (n, 1) in float32."""
+    scores = _scores(q, k)
+    most = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - most)
+    total = weights.sum(-1, keepdims=True)
+    y = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (y / total).astype(v.dtype), most + jnp.log(total)
+
+
+def _gradients(q: Array, k: Array, v: Array, y: Array, normalizer: Array, dy: Array) -> tuple[Array, Array, Array]:
+    """Those of q, and in float32 of k and v; each product takes the table as it lies in memory."""
+    weights = jnp.exp(recomputed_scores(q, k) - normalizer)
+    dweights = jnp.matmul(dy, v.mT, preferred_element_type=jnp.float32)
+    along = (dy.astype(jnp.float32) * y).sum(-1, keepdims=True)
+    dscores = (q.shape[-1] ** -0.5 * weights * (dweights - along)).astype(q.dtype)
+    dk = jnp.matmul(q.mT, dscores, preferred_element_type=jnp.float32).mT
+    dv = jnp.matmul(dy.mT, weights.astype(dy.dtype), preferred_element_type=jnp.float32).mT
+    return jnp.matmul(dscores, k), dk, dv
+
+
+def _values_by_rows(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    def of_head(head: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, v = head
+        y, normalizer = jax.lax.map(lambda rows: _values(rows, k, v), _in_rows(q, k))
+        return y.reshape(q.shape), normalizer.reshape(-1, 1)
+
+    return jax.lax.map(of_head, (q, k, v))
+
+
+def _gradients_by_rows(*args: Array) -> tuple[Array, Array, Array]:
+    def of_head(head: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        q, k, v, y, normalizer, dy = head
+
+        def add(sums: tuple[Array, Array], rows: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+            q, y, normalizer, dy = rows
+            dq, dk, dv = _gradients(q, k, v, y, normalizer, dy)
+            return (sums[0] + dk, sums[1] + dv), dq
+
+        zeros = jnp.zeros(k.shape, jnp.float32)
+        (dk, dv), dq = jax.lax.scan(add, (zeros, zeros), tuple(_in_rows(x, k) for x in (q, y, normalizer, dy)))
+        return dq.reshape(q.shape), dk, dv
+
+    return jax.lax.map(of_head, args)
 
 
 def _in_rows(x: Array, k: Array) -> Array:
@@ -77,6 +106,3 @@ def _in_rows(x: Array, k: Array) -> Array:
     while rows * len(k) > TABLE and rows % 2 == 0:
         rows //= 2
     return x.reshape(-1, rows, x.shape[-1])
-
-
-_attention.defvjp(_forward, _backward)

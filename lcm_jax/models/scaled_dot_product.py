@@ -22,10 +22,10 @@ def attend(
 ) -> Float[Array, "b n h d"]:
     """Returns softmax(q k^T / sqrt(d)) v; scores and softmax are float32 inside.
 
-    "xla" (`plain_attention`) writes the table of scores to memory. "cudnn" (GPU, 16-bit numbers) and "pallas" (TPU) do
-    not, and take the layers that they can or should: cuDNN heads of up to 128, a multiple of 8; the kernel for TPUs
-    4,096 tokens and more that see each other, a multiple of its block. All other layers are XLA's. The output is named
-    "attention" for policies of `jax.checkpoint`.
+    "xla" (`plain_attention`) writes the table of scores to memory, but for large ones on a CPU. "cudnn" (GPU, 16-bit
+    numbers) and "pallas" (TPU) do not, and take the layers that they can or should: cuDNN heads of up to 128, a
+    multiple of 8; the kernel for TPUs 4,096 tokens and more that see each other, a multiple of its block. All other
+    layers are XLA's. The output is named "attention" for policies of `jax.checkpoint`.
     """
     n, m, d = q.shape[1], k.shape[1], q.shape[3]
     if implementation == "pallas" and min(n, m) >= LONG and n % BLOCK == m % BLOCK == 0:
@@ -42,14 +42,13 @@ def plain_attention(
 
     The table is large where there are many tokens, all else is small. So each product, here and in the gradient, takes
     it as it lies in memory, which left to itself a CPU's compiler transposes; and what divides its rows divides the
-    output instead. On a CPU, tables that no cache holds are taken a few rows at a time (`row_attention`).
+    output instead. Tables that no cache holds are not kept for the gradient (`row_attention`).
     """
     heads = tuple(x.transpose(0, 2, 1, 3) for x in (q, k, v))
     if q.shape[1] * k.shape[1] < row_attention.TABLE:
         y: Array = _attention(*heads)
     else:
-        y = jax.lax.platform_dependent(*heads, cpu=row_attention.row_attention, default=_attention)
-        y = checkpoint_name(y, "attention")
+        y = row_attention.row_attention(*heads)
     return y.transpose(0, 2, 1, 3)
 
 

@@ -17,9 +17,6 @@ from lcm_jax.parallel.mesh import BATCH, check_batch
 from lcm_jax.state import Parts, State, frozen_shapes, initial_state, trained_shapes
 from lcm_jax.step import make_step
 
-# else a CPU's compiler copies three quarters of the state in each step before it is changed in place
-_CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
-
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -112,10 +109,21 @@ def make_program(config: Config, parts: Parts, mesh: Mesh) -> Program:
         donate_argnums=0,
         in_shardings=tuple(places),
         out_shardings=(places[0], whole),
-        compiler_options=_CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=_cpu_options() if mesh.devices.flat[0].platform == "cpu" else None,
     )
     start = jax.jit(functools.partial(initial_state, config), out_shardings=places[0])
     return Program(mesh, state, frozen, batch, stop, jitted, start)
+
+
+@functools.cache
+def _cpu_options() -> dict[str, bool] | None:
+    """Without this one, a CPU's compiler copies much of the state in each step before it is changed in place."""
+    options = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # a jaxlib that does not know it: slower, nothing else
+        return None
+    return options
 
 
 def _masters(shapes: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, dict[str, jax.Array]]:

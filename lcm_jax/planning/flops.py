@@ -10,15 +10,14 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 def count(jaxpr: Jaxpr | ClosedJaxpr) -> int:
     """Returns the FLOPs of one call, a multiplication and an addition being two.
 
-    Inside of `shard_map` they are those of one device. Loops count as often as they run; of branches, the dearest. Of
-    one thing written out for each platform it is the form that computes nothing twice.
+    Inside of `shard_map` they are those of one device. Loops count as often as they run; of branches, the dearest. What
+    a gradient computes again, in functions named "recomputed_…", does not count.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    platforms = {equation.outvars[0] for equation in jaxpr.eqns if equation.primitive.name == "platform_index"}
-    return sum(_of(equation, platforms) for equation in jaxpr.eqns)
+    return sum(_of(equation) for equation in jaxpr.eqns)
 
 
-def _of(equation: JaxprEqn, platforms: set[Any]) -> int:
+def _of(equation: JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -32,9 +31,11 @@ def _of(equation: JaxprEqn, platforms: set[Any]) -> int:
         return 2 * _size(equation.outvars[0]) * math.prod(kernel) // out_features // zeros
     if name == "pallas_call" and params.get("cost_estimate"):
         return params["cost_estimate"].flops
+    if str(params.get("name", "")).startswith("recomputed_"):
+        return 0
     inner = [count(jaxpr) for jaxpr in jaxprs_in_params(params)]
     if name == "cond":
-        return min(inner) if equation.invars[0] in platforms else max(inner)
+        return max(inner)
     return sum(inner) * (params["length"] if name == "scan" else 1)
 
 

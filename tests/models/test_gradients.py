@@ -42,6 +42,10 @@ def softmax_attention(q, k, v):
     return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, axis=-1), v)
 
 
+def save_attention(f):
+    return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names("attention"))
+
+
 def by_rows(q, k, v):
     return row_attention.row_attention(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
 
@@ -102,7 +106,8 @@ def cases(policy=FP32):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_value_and_gradients_are_the_formulas(name, dtype, monkeypatch):
     """In bfloat16 the formula is taken in float32 of the same numbers: what differs is rounding."""
-    monkeypatch.setattr(row_attention, "TABLE", 25)  # three rows of seven at a time
+    if name == "attention by rows":
+        monkeypatch.setattr(row_attention, "TABLE", 25)  # three rows of seven at a time
     found, formula, args = cases(Policy(jnp.dtype(dtype)))[name]
     args = (args[0].astype(dtype), *(a if "norm" in name else a.astype(dtype) for a in args[1:]))
     value, pull = jax.vjp(found, *args)
@@ -135,14 +140,15 @@ def test_which_convolutions_are_taken_by_taps(out, side, stride, padding, by_tap
     assert ("custom_vjp" in str(jaxpr)) == by_taps
 
 
-def test_a_cpu_takes_large_tables_by_rows():
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, save_attention], ids=["plain", "remat", "save"])
+def test_a_cpu_takes_large_tables_by_rows(wrap):
     """The largest array of forward and gradient is TABLE numbers, not the whole table of 2 heads."""
     n = 2 * int(row_attention.TABLE**0.5)
     x = jax.ShapeDtypeStruct((1, n, 2, 4), jnp.float32)
-    step = jax.jit(jax.grad(lambda q, k, v: plain_attention(q, k, v).sum(), argnums=(0, 1, 2)))
+    step = jax.jit(jax.grad(wrap(lambda q, k, v: jnp.sin(plain_attention(q, k, v)).sum()), argnums=(0, 1, 2)))
     text = step.lower(x, x, x).compile().as_text()
     shapes = [re.findall(r"f32\[([\d,]+)\]", line) for line in text.splitlines()]
-    assert max(math.prod(map(int, s.split(","))) for found in shapes for s in found) == row_attention.TABLE
+    assert max(math.prod(map(int, s.split(","))) for found in shapes for s in found) <= row_attention.TABLE
 
 
 def test_a_constant_map_is_normalised_to_the_bias():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from lcm_jax.models.convolution import convolve
 from lcm_jax.models.scaled_dot_product import plain_attention
 from lcm_jax.parallel.mesh import MeshConfig, make_mesh
 from lcm_jax.planning.flops import of_function
@@ -61,8 +62,21 @@ def test_it_is_xlas_count():
     assert of_function(network, *given) == pytest.approx(analysis["flops"], rel=0.15)  # XLA leaves the border out
 
 
-def test_what_a_cpu_computes_twice_is_not_counted():
+def test_what_a_gradient_computes_again_is_not_counted():
     """Attention by rows takes the scores again for its gradient; needed are two products forward, four back."""
     x = zeros(1, 1024, 1, 8)
     found = of_function(jax.grad(lambda q, k, v: plain_attention(q, k, v).sum(), argnums=(0, 1, 2)), x, x, x)
     assert found == 6 * 2 * 1024 * 1024 * 8
+
+
+def test_the_gradient_of_a_frozen_kernel_is_not_counted():
+    """Where kernels outweigh their maps, gradients are written by hand: of four pixels and eight channels, say."""
+    x, kernel = zeros(1, 2, 2, 8), zeros(3, 3, 8, 8)
+
+    def loss(x, kernel):
+        return convolve(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")).sum()
+
+    once = of_function(loss, x, kernel)
+    assert once > 0
+    assert of_function(jax.grad(loss), x, kernel) == 2 * once
+    assert of_function(jax.grad(loss, argnums=(0, 1)), x, kernel) == 3 * once
