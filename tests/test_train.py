@@ -16,6 +16,7 @@ import pytest
 
 from lcm_jax import checkpoint, cli, train
 from lcm_jax import config as config_lib
+from lcm_jax.objectives import autoencoder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -79,6 +80,14 @@ def test_a_run_leaves_what_it_says(uninterrupted):
     pictures = sorted(path.name for path in (uninterrupted / "samples").iterdir())
     assert pictures == ["step_000003.png", "step_000006.png"]
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir() if p.name.isdigit()) == ["4", "6"]
+
+
+def test_a_run_traces_its_step_once(quick, tmp_path, monkeypatch):
+    traced = []
+    loss = autoencoder.autoencoder_loss
+    monkeypatch.setattr(autoencoder, "autoencoder_loss", lambda **given: traced.append(1) or loss(**given))
+    assert cli.run(train.main, [*quick, f"--workdir={tmp_path}"]) == 0
+    assert len(traced) == 1
 
 
 def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, quick, capsys):

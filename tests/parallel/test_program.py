@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from compiling import QUICK
+from jax.extend.core import jaxprs_in_params
 from little import batch, collectives
 
 from lcm_jax.errors import UserError
@@ -161,3 +162,19 @@ def test_nothing_but_weights_and_sums_is_exchanged(configure):
     found = collectives(program.lower().compile(compiler_options=QUICK).as_text())
     assert found["all-gather"] > 0
     assert found["all-to-all"] == found["collective-permute"] == 0
+
+
+def primitives(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in jaxprs_in_params(equation.params):
+            yield from primitives(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("objective", ["lcd", "denoising", "autoencoder"])
+def test_the_step_calls_nothing_on_the_host(objective, configure):
+    lcd = {} if objective == "lcd" else {"lcd": LCDConfig()}
+    config, parts = configure(objective=objective, **lcd)
+    found = set(primitives(make_program(config, parts, make_mesh(MeshConfig(2, 4))).trace().jaxpr))
+    assert "conv_general_dilated" in found
+    assert not [name for name in found if "callback" in name or name in ("infeed", "outfeed", "debug_print")]
