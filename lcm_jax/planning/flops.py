@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
 
@@ -45,8 +44,3 @@ def _shape(variable: Any) -> tuple[int, ...]:
 
 def _size(variable: Any) -> int:
     return math.prod(_shape(variable))
-
-
-def of_function(function: Any, *args: Any) -> int:
-    """Returns the FLOPs of `function(*args)`, from shapes alone."""
-    return count(jax.make_jaxpr(function)(*args))

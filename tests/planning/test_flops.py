@@ -8,7 +8,11 @@ from jax.sharding import PartitionSpec as P
 from lcm_jax.models.convolution import convolve
 from lcm_jax.models.scaled_dot_product import plain_attention
 from lcm_jax.parallel.mesh import MeshConfig, make_mesh
-from lcm_jax.planning.flops import of_function
+from lcm_jax.planning.flops import count
+
+
+def of_function(function, *args):
+    return count(jax.make_jaxpr(function)(*args))
 
 
 def zeros(*shape):
