@@ -100,7 +100,12 @@ def main(argv: Sequence[str]) -> int:
     builder = latents.Encoded(
         track(done, "encoding", total=len(source), console=Console(stderr=True)),
         shape=(height, width, 2 * channels),
-        made={"vae": latents.fingerprint(vae.params), "image_size": size},
+        made={
+            "vae": latents.fingerprint(vae.params),
+            "image_size": size,
+            **{name: getattr(config.data, name) for name in ("resize", "crop", "flip")},
+            "seed": config.seed,  # of random crops and of which half is mirrored
+        },
         data_dir=str(args.out),
     )
     if builder.data_path.exists():

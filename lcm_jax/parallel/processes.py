@@ -16,8 +16,10 @@ from lcm_jax.parallel.roll_call import RollCall
 
 WAIT = 300.0  # seconds for processes that are missing
 # The roll call's port is so far below the coordinator's: of the ports that Google Cloud's own firewall rule opens among
-# the hosts of a TPU pod, 8474 is the neighbour of JAX's 8476; and JAX's highest port under SLURM has none above it.
+# the hosts of a TPU pod, 8474 is the neighbour of JAX's 8476.
 ROLL_CALL = 2
+# Under SLURM JAX takes its port from the job's number, among the 4,096 highest; so far below is no other job's.
+OF_JOBS = 2**12
 CLUSTERS = ("GkeTpuCluster", "GceTpuCluster", "SlurmCluster", "OmpiCluster")  # in which JAX finds its processes
 
 
@@ -34,7 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say where this process stands, for machines on which it can't be found out."""
     group = parser.add_argument_group("several processes (known by itself on TPU pods, under GKE, SLURM and mpirun)")
     group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help=f"of process 0; PORT - {ROLL_CALL} must be free there too"
+        "--coordinator",
+        metavar="HOST:PORT",
+        help=f"of process 0; PORT - {ROLL_CALL} must be free there too (PORT - {OF_JOBS} for the {OF_JOBS} highest)",
     )
     group.add_argument("--num-processes", type=int, metavar="N", help="of the whole run")
     group.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
@@ -66,6 +70,11 @@ def find(coordinator: str | None, count: int | None, process: int | None, wait: 
     return Place(coordinator, process, count) if count > 1 else None
 
 
+def roll_call_port(port: int) -> int:
+    """Returns the port of the roll call beside a coordinator's."""
+    return port - (OF_JOBS if port >= 2**16 - OF_JOBS else ROLL_CALL)
+
+
 def _of_cluster(wait: float) -> Place | None:
     kinds = [kind for kind in ClusterEnv._cluster_types if kind.__name__ in CLUSTERS and kind.is_env_present()]
     if not kinds or kinds[0].get_process_count() == 1:
@@ -91,7 +100,7 @@ class Processes:
         if place.local_devices is None:
             how += f", with its own number where it is given (--coordinator={place.coordinator} --process-id=…)"
         self._roll_call = RollCall(
-            f"{host}:{int(port) - ROLL_CALL}",
+            f"{host}:{roll_call_port(int(port))}",
             place.process,
             place.count,
             wait=wait,

@@ -112,7 +112,8 @@ class Program:
                 start, before = opened
                 what = next((other for other in self._inside(start) if other.kind in COLLECTIVES), start)
                 kind = what.kind.removesuffix("-start")
-                found.append(Collective(kind, times, size_of(line.type), _groups(what), total - before, _source(what)))
+                hidden = (total - before) // times  # both are of all runs of the loop that holds them
+                found.append(Collective(kind, times, size_of(line.type), _groups(what), hidden, _source(what)))
             elif kind in COLLECTIVES and line.kind == kind:
                 found.append(Collective(kind, times, size_of(line.type), _groups(line), 0, _source(line)))
             elif line.kind == "fusion":
@@ -122,7 +123,7 @@ class Program:
                     if kind == "all-reduce" and size_of(line.type) < of_result:
                         kind, of_result = "reduce-scatter", size_of(line.type)
                     found.append(Collective(kind, times, of_result, _groups(what), 0, _source(what)))
-            total += _cycles(line)
+            total += _cycles(line) * times
         return found
 
     def _opened(

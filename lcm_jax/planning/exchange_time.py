@@ -4,6 +4,7 @@ XLA's own estimate takes a ring of a thousand chips for one of eight; here the t
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -28,7 +29,8 @@ def seconds(collective: Collective, positions: Sequence[Position], topology: Top
 
     An all-gather of n parts brings (n - 1) / n of its result over the links of each chip; a reduce-scatter as much the
     other way; an all-reduce is one after the other. A group that fills a box of the torus uses all links of the
-    dimensions along which it extends. Between slices each chip sends its own part over the data center network.
+    dimensions along which it extends; of a grid of every k-th chip, a k-th of each link, since the k - 1 groups between
+    use them too. Between slices each chip sends its own part over the data center network.
     """
     members = [positions[i] for i in (collective.groups[0] if collective.groups else range(len(positions)))]
     slices = len({member.slice for member in members})
@@ -70,23 +72,21 @@ def _distance(a: Position, b: Position, topology: Topology) -> float:
     return float(total)
 
 
-def _extents(coords: Sequence[tuple[int, ...]]) -> list[int]:
-    return [len(set(values)) for values in zip(*coords, strict=True)]
-
-
 def _longest(coords: Sequence[tuple[int, ...]]) -> int:
-    return max(_extents(coords))
+    return max(len(set(values)) for values in zip(*coords, strict=True))
 
 
-def _links(coords: Sequence[tuple[int, ...]], topology: Topology) -> tuple[int, int]:
+def _links(coords: Sequence[tuple[int, ...]], topology: Topology) -> tuple[float, int]:
     """How many links a chip of the group can use one way at a time, and the hops of the longest way."""
-    extents = _extents(coords)
-    if math.prod(extents) != len(coords):
-        return 1, len(coords)  # no box: a ring that is laid through others
-    links = hops = 0
-    for dimension, extent in enumerate(extents):
+    places = [sorted(set(values)) for values in zip(*coords, strict=True)]
+    steps = [{b - a for a, b in itertools.pairwise(values)} or {1} for values in places]
+    if math.prod(map(len, places)) != len(coords) or any(len(step) > 1 for step in steps):
+        return 1, len(coords)  # no grid: a ring that is laid through others
+    links, hops = 0.0, 0
+    for dimension, (values, (step,)) in enumerate(zip(places, steps, strict=True)):
+        extent = len(values)
         if extent > 1:
-            ring = extent == topology.shape[dimension] and topology.is_ring(dimension)
-            links += 2 if ring else 1
-            hops += extent // 2 if ring else extent - 1
-    return max(links, 1), hops
+            ring = extent * step == topology.shape[dimension] and topology.is_ring(dimension)
+            links += (2 if ring else 1) / step
+            hops += step * (extent // 2 if ring else extent - 1)
+    return links or 1, hops

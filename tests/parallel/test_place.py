@@ -62,8 +62,16 @@ def test_what_is_missing_or_wrong_is_named(given, said):
         find(*given)
 
 
-@pytest.mark.parametrize(("coordinator", "roll_call"), [("pod-w-0:8476", "pod-w-0:8474"), ("host:65535", "host:65533")])
-def test_the_roll_call_has_the_other_open_port_of_a_pod(monkeypatch, coordinator, roll_call):
+@pytest.mark.parametrize(
+    ("coordinator", "roll_call"),
+    [
+        ("pod-w-0:8476", "pod-w-0:8474"),  # the other open port of a pod
+        ("host:61439", "host:61437"),
+        ("host:61440", "host:57344"),  # a port that JAX gives to jobs of SLURM: its neighbours are other jobs'
+        ("host:65535", "host:61439"),
+    ],
+)
+def test_the_roll_call_takes_no_other_run_s_port(monkeypatch, coordinator, roll_call):
     class Heard(Exception):
         pass
 

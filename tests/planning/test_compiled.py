@@ -37,6 +37,15 @@ def test_exchanges_in_each_form(program):
     ]
 
 
+def test_a_loop_hides_with_all_its_rounds():
+    before, after = (f"  %{name}" for name in ("while.11 =", "all-reduce-scatter ="))
+    start = "  %early-start = (f32[8]{0}, f32[64]{0}) all-gather-start(%g), replica_groups=[1,8]<=[8]\n"
+    done = "  %early-done = f32[64]{0} all-gather-done(%early-start)\n"
+    text = TEXT.replace(before, start + before).replace(after, done + after)
+    early = next(c for c in Program(text).collectives() if c.bytes == 256)
+    assert (early.times, early.hidden_cycles) == (1, 3 * 7000)
+
+
 def test_groups_are_read_in_both_notations(program):
     groups = [c.groups for c in program.collectives()]
     assert groups[0] == ((0, 1, 2, 3), (4, 5, 6, 7))  # [2,4]<=[8]

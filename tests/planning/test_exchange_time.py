@@ -41,6 +41,20 @@ def test_a_box_uses_all_its_dimensions():
     assert time("all-gather", "v5p:2x2x2") == pytest.approx(7 / 8 * 64 * MIB / 300e9 + 3 * HOP)
 
 
+def test_groups_between_each_other_share_their_links():
+    # every second chip of a ring of eight, and every second one of half of it, a line: two groups on each link
+    ring, line = ((0, 2, 4, 6), (1, 3, 5, 7)), ((0, 2),)
+    assert time("all-gather", "v5p:1x1x8", groups=ring) == pytest.approx(0.75 * 64 * MIB / 100e9 + 4 * HOP)
+    assert time("all-gather", "v5p:1x1x8", groups=line) == pytest.approx(0.5 * 64 * MIB / 50e9 + 2 * HOP)
+    # eight corners of 4x4x4, two along each ring, which their eight groups share
+    corners = (tuple(16 * x + 4 * y + z for x in (0, 2) for y in (0, 2) for z in (0, 2)),)
+    assert time("all-gather", "v5p:4x4x4", groups=corners) == pytest.approx(7 / 8 * 64 * MIB / 300e9 + 6 * HOP)
+
+
+def test_uneven_steps_are_no_grid():
+    assert time("all-gather", "v5p:1x1x8", groups=((0, 1, 4),)) == pytest.approx(2 / 3 * 64 * MIB / 100e9 + 3 * HOP)
+
+
 def test_an_all_reduce_is_a_scatter_and_a_gather():
     name = "v5p:4x4x4"
     assert time("all-reduce", name) == pytest.approx(time("reduce-scatter", name, MIB) + time("all-gather", name))
