@@ -1,8 +1,10 @@
 """Attention without its table of scores, as a Pallas kernel for TPUs (FlashAttention-2, arXiv 2307.08691, on a grid).
 
 At 4,096 tokens a table of scores has 16.8 million entries a head: writing and reading it takes longer than all else in
-the layer. Here a block of it lives in fast memory only. Heads of 40, 64, 80 or 160 are padded with zeros to the 128
-lanes of a TPU, which changes no score. On other platforms the kernel is interpreted: right, and slow.
+the layer. Here a block of it lives in fast memory only. Tokens lie along a TPU's 128 lanes and the head's 40 to 160
+channels along its rows: nothing is padded to lanes, a query's maximum and sum run down a column, and the projections
+before and after the kernel compute in that order without a transposition. On other platforms the kernel is
+interpreted: right, and slow.
 """
 
 import functools
@@ -16,10 +18,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+BLOCK = 256  # a number of tokens that it does not divide takes no kernel
+# Of a block, at most: queries, and keys of the forward and of the backward kernel. A kernel takes its keys BLOCK by
+# BLOCK, so that the compiler overlaps the softmax of one with the products of the next.
+QUERIES, KEYS, KEYS_BACKWARD = 2, 8, 4
 LANES = 128
-BLOCK = 512  # tokens of a block of queries, or of keys; a number of tokens that it does not divide takes no kernel
+FAST_MEMORY = 16 * 2**20  # bytes that a kernel may use unless it says more
 
-_OVER_ROWS, _OVER_LANES, _PLAIN = ((0,), (0,)), ((1,), (1,)), ((1,), (0,))  # contracted axes: a^T b, a b^T, a b
+_OVER_CHANNELS, _OVER_TOKENS, _PLAIN = ((0,), (0,)), ((1,), (1,)), ((1,), (0,))  # contracted axes: a^T b, a b^T, a b
 
 
 def flash_attention(
@@ -35,138 +41,134 @@ def flash_attention(
         if tokens % block:
             raise ValueError(f"{tokens} tokens are no multiple of the block of {block}")
     b, _, h, d = q.shape
-    padded = (_heads_first(x, -d % LANES) for x in (q, k, v))
-    y: Array = _attention(*padded, d**-0.5, block)
-    return y[..., :d].reshape(b, h, -1, d).transpose(0, 2, 1, 3)
+    y: Array = _attention(*(x.transpose(0, 2, 3, 1).reshape(b * h, d, -1) for x in (q, k, v)), block)
+    return y.reshape(b, h, d, -1).transpose(0, 3, 1, 2)
 
 
-def _heads_first(x: Float[Array, "b n h d"], padding: int) -> Float[Array, "bh n e"]:
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding))).transpose(0, 2, 1, 3)
-    return x.reshape(-1, *x.shape[2:])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attention(q: Array, k: Array, v: Array, block: int) -> Array:
+    return _forward(q, k, v, block)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention(q: Array, k: Array, v: Array, scale: float, block: int) -> Array:
-    return _forward(q, k, v, scale, block)[0]
-
-
-def _forward(q: Array, k: Array, v: Array, scale: float, block: int) -> tuple[Array, tuple[Array, ...]]:
-    (heads, n, d), m = q.shape, k.shape[1]
-    rows = pl.BlockSpec((None, block, d), lambda head, i, j: (head, i, 0))
-    columns = pl.BlockSpec((None, block, d), lambda head, i, j: (head, j, 0))
-    row_numbers = pl.BlockSpec((None, block, LANES), lambda head, i, j: (head, i, 0))
+def _forward(q: Array, k: Array, v: Array, block: int) -> tuple[Array, tuple[Array, ...]]:
+    (heads, d, n), m = q.shape, k.shape[2]
+    rows, columns = _largest(n, block, QUERIES), _largest(m, block, KEYS)
+    queries = pl.BlockSpec((None, d, rows), lambda head, i, j: (head, 0, i))
+    keys = pl.BlockSpec((None, d, columns), lambda head, i, j: (head, 0, j))
+    number = pl.BlockSpec((None, 1, rows), lambda head, i, j: (head, 0, i))  # one of each query
     y, normalizer = _call(
-        functools.partial(_forward_kernel, scale=scale),
+        functools.partial(_forward_kernel, scale=d**-0.5, block=block),
         (q, k, v),
-        grid=(heads, n // block, m // block),
-        in_specs=[rows, columns, columns],
-        out_specs=[rows, row_numbers],
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((heads, n, LANES), jnp.float32)],
-        scratch=[(block, LANES), (block, LANES), (block, d)],
-        products=2,
+        grid=(heads, n // rows, m // columns),
+        parallel=2,
+        in_specs=[queries, keys, keys],
+        out_specs=[queries, number],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((heads, 1, n), jnp.float32)],
+        scratch=[(1, rows), (1, rows), (d, rows)],
+        # the second product has fewer rows, but waits for the softmax
+        cost=_cost(heads * n * m, 2 * _lanes(d), 2 * _bytes(q) + n // rows * 2 * _bytes(k)),
     )
-    y = checkpoint_name(y, "attention")
-    normalizer = checkpoint_name(normalizer[..., 0], "attention")  # the same number in each lane
+    y, normalizer = checkpoint_name(y, "attention"), checkpoint_name(normalizer, "attention")
     return y, (q, k, v, y, normalizer)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, y_ref, normalizer_ref, most, total, sum_, *, scale) -> None:
-    """One block of queries against one of keys, after those before it: `most`, `total` and `sum_` are running."""
+def _forward_kernel(q_ref, k_ref, v_ref, y_ref, normalizer_ref, most_ref, total_ref, sum_ref, *, scale, block) -> None:
+    """A block of queries against one of keys, after those before it: `most`, `total` and `sum_` are running."""
     j = pl.program_id(2)
 
     @pl.when(j == 0)
     def _() -> None:
-        most[...] = jnp.full_like(most, -jnp.inf)
-        total[...] = jnp.zeros_like(total)
-        sum_[...] = jnp.zeros_like(sum_)
+        most_ref[...] = jnp.full_like(most_ref, -jnp.inf)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    scores = _dot(q_ref[...], k_ref[...], _OVER_LANES) * scale
-    before = most[:, :1]
-    now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-    p, shrink = jnp.exp(scores - now), jnp.exp(before - now)
-    most[...] = jnp.broadcast_to(now, most.shape)
-    total[...] = total[...] * shrink + p.sum(axis=1, keepdims=True)
-    sum_[...] = sum_[...] * shrink + _dot(p.astype(v_ref.dtype), v_ref[...], _PLAIN)
+    q, most, total, sum_ = q_ref[...], most_ref[...], total_ref[...], sum_ref[...]
+    for keys in _parts(k_ref, block):
+        scores = _dot(k_ref[:, keys], q, _OVER_CHANNELS) * scale  # keys x queries
+        now = jnp.maximum(most, scores.max(axis=0, keepdims=True))
+        p, shrink = jnp.exp(scores - now), jnp.exp(most - now)
+        total = total * shrink + p.sum(axis=0, keepdims=True)
+        sum_ = sum_ * shrink + _dot(v_ref[:, keys], p.astype(v_ref.dtype), _PLAIN)
+        most = now
+    most_ref[...], total_ref[...], sum_ref[...] = most, total, sum_
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _() -> None:
-        y_ref[...] = (sum_[...] / total[:, :1]).astype(y_ref.dtype)
-        normalizer_ref[...] = most[...] + jnp.log(total[...])
+        y_ref[...] = (sum_ref[...] / total_ref[...]).astype(y_ref.dtype)
+        normalizer_ref[...] = most_ref[...] + jnp.log(total_ref[...])
 
 
-def _backward(scale: float, block: int, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+def _backward(block: int, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
     q, k, v, y, normalizer = kept
-    (heads, n, d), m = q.shape, k.shape[1]
-    # sum over keys of p dp is y . dy; both numbers of a row go to all lanes, as the kernels read them
-    delta = jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32), axis=-1)
-    numbers = [jnp.broadcast_to(x[..., None], (heads, n, LANES)) for x in (normalizer, delta)]
-    operands = (q, k, v, dy, *numbers)
-
-    def specs(row: Callable[..., Any], column: Callable[..., Any]) -> list[pl.BlockSpec]:
-        rows, columns = pl.BlockSpec((None, block, d), row), pl.BlockSpec((None, block, d), column)
-        return [rows, columns, columns, rows, *[pl.BlockSpec((None, block, LANES), row)] * 2]
-
-    outer, inner = (lambda head, i, j: (head, i, 0)), (lambda head, i, j: (head, j, 0))
-    (dq,) = _call(
-        functools.partial(_dq_kernel, scale=scale),
-        operands,
-        grid=(heads, n // block, m // block),
-        in_specs=specs(row=outer, column=inner),
-        out_specs=[pl.BlockSpec((None, block, d), outer)],
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
-        scratch=[(block, d)],
-        products=3,
+    (heads, d, n), m = q.shape, k.shape[2]
+    rows, columns = _largest(n, block, QUERIES), _largest(m, block, KEYS_BACKWARD)
+    # sum over keys of p dp is y . dy
+    delta = jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32), axis=1, keepdims=True)
+    queries = pl.BlockSpec((None, d, rows), lambda head, j, i: (head, 0, i))
+    keys = pl.BlockSpec((None, d, columns), lambda head, j, i: (head, 0, j))
+    number = pl.BlockSpec((None, 1, rows), lambda head, j, i: (head, 0, i))
+    of_head = pl.BlockSpec((None, d, n), lambda head, j, i: (head, 0, 0))  # queries' gradients stay until the last keys
+    return _call(
+        functools.partial(_backward_kernel, scale=d**-0.5, block=block),
+        (q, k, v, dy, normalizer, delta),
+        grid=(heads, m // columns, n // rows),
+        parallel=1,
+        in_specs=[queries, keys, keys, queries, number, number],
+        out_specs=[of_head, keys, keys],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
+        scratch=[(d, n), (d, columns), (d, columns)],
+        cost=_cost(heads * n * m, 2 * _lanes(d) + 3 * d, (m // columns * 2 + 1) * _bytes(q) + 4 * _bytes(k)),
+        memory=FAST_MEMORY // 2 + d * n * (4 + 2 * q.dtype.itemsize),
     )
-    dk, dv = _call(
-        functools.partial(_dkv_kernel, scale=scale),
-        operands,
-        grid=(heads, m // block, n // block),
-        in_specs=specs(row=inner, column=outer),
-        out_specs=[pl.BlockSpec((None, block, d), outer)] * 2,
-        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        scratch=[(block, d), (block, d)],
-        products=4,
-    )
-    return dq, dk, dv
+
+
+def _backward_kernel(
+    q_ref, k_ref, v_ref, dy_ref, normalizer, delta, dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum, *, scale, block
+) -> None:
+    """A block of keys against one of queries: dk and dv are complete after the last queries, dq after the last keys."""
+    j, i = pl.program_id(1), pl.program_id(2)
+    rows = pl.ds(pl.multiple_of(i * q_ref.shape[1], q_ref.shape[1]), q_ref.shape[1])
+
+    @pl.when(i == 0)
+    def _() -> None:
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+    @pl.when(j == 0)
+    def _() -> None:
+        dq_sum[:, rows] = jnp.zeros(q_ref.shape, jnp.float32)
+
+    q, dy, dq = q_ref[...], dy_ref[...], dq_sum[:, rows]
+    for keys in _parts(k_ref, block):
+        k, v = k_ref[:, keys], v_ref[:, keys]
+        p = jnp.exp(_dot(k, q, _OVER_CHANNELS) * scale - normalizer[...])  # keys x queries
+        ds = p * (_dot(v, dy, _OVER_CHANNELS) - delta[...]) * scale
+        p, ds = p.astype(q.dtype), ds.astype(q.dtype)
+        dv_sum[:, keys] += _dot(dy, p, _OVER_TOKENS)
+        dk_sum[:, keys] += _dot(q, ds, _OVER_TOKENS)
+        dq += _dot(k, ds, _PLAIN)
+    dq_sum[:, rows] = dq
+
+    @pl.when(i == pl.num_programs(2) - 1)
+    def _() -> None:
+        dk_ref[...] = dk_sum[...].astype(dk_ref.dtype)
+        dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _() -> None:
+        dq_ref[:, rows] = dq_sum[:, rows].astype(dq_ref.dtype)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _weights(q_ref: Any, k_ref: Any, v_ref: Any, dy_ref: Any, normalizer: Any, delta: Any, scale: float) -> Any:
-    """The block of p = softmax(scores) and the gradient of its scores."""
-    p = jnp.exp(_dot(q_ref[...], k_ref[...], _OVER_LANES) * scale - normalizer[:, :1])
-    dp = _dot(dy_ref[...], v_ref[...], _OVER_LANES)
-    return p, p * (dp - delta[:, :1]) * scale
+def _largest(tokens: int, block: int, most: int) -> int:
+    """The largest number of tokens that divides all of them, of up to so many blocks."""
+    return max(n * block for n in range(1, most + 1) if tokens % (n * block) == 0)
 
 
-def _dq_kernel(q_ref, k_ref, v_ref, dy_ref, normalizer, delta, dq_ref, sum_, *, scale) -> None:
-    @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
-        sum_[...] = jnp.zeros_like(sum_)
-
-    _, ds = _weights(q_ref, k_ref, v_ref, dy_ref, normalizer, delta, scale)
-    sum_[...] += _dot(ds.astype(k_ref.dtype), k_ref[...], _PLAIN)
-
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-    def _() -> None:
-        dq_ref[...] = sum_[...].astype(dq_ref.dtype)
-
-
-def _dkv_kernel(q_ref, k_ref, v_ref, dy_ref, normalizer, delta, dk_ref, dv_ref, dk_sum, dv_sum, *, scale) -> None:
-    @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
-        dk_sum[...] = jnp.zeros_like(dk_sum)
-        dv_sum[...] = jnp.zeros_like(dv_sum)
-
-    p, ds = _weights(q_ref, k_ref, v_ref, dy_ref, normalizer, delta, scale)
-    dv_sum[...] += _dot(p.astype(dy_ref.dtype), dy_ref[...], _OVER_ROWS)
-    dk_sum[...] += _dot(ds.astype(q_ref.dtype), q_ref[...], _OVER_ROWS)
-
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-    def _() -> None:
-        dk_ref[...] = dk_sum[...].astype(dk_ref.dtype)
-        dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+def _parts(ref: Any, block: int) -> list[slice]:
+    return [slice(start, start + block) for start in range(0, ref.shape[1], block)]
 
 
 def _dot(a: Any, b: Any, contracted: tuple[tuple[int], tuple[int]]) -> Any:
@@ -174,29 +176,40 @@ def _dot(a: Any, b: Any, contracted: tuple[tuple[int], tuple[int]]) -> Any:
     return jax.lax.dot_general(a, b, (contracted, ((), ())), precision, preferred_element_type=jnp.float32)
 
 
+def _lanes(d: int) -> int:
+    """Channels that a product over channels takes as long as: the matrix unit takes 128 at a time."""
+    return -(-d // LANES) * LANES
+
+
+def _bytes(x: Array) -> int:
+    return x.size * x.dtype.itemsize
+
+
+def _cost(scores: int, channels: int, moved: int) -> pl.CostEstimate:
+    """What XLA can't see in a kernel, and without which its estimates take it for nothing.
+
+    Args:
+      scores: pairs of a query and a key.
+      channels: in the products of all kinds for each; what the schedule of the compiled kernel takes at the peak rate.
+      moved: bytes to and from memory, at most.
+    """
+    return pl.CostEstimate(flops=2 * scores * channels, transcendentals=scores, bytes_accessed=moved)
+
+
 def _call(
     kernel: Callable[..., None],
     operands: tuple[Array, ...],
     *,
     grid: tuple[int, int, int],
+    parallel: int,
     in_specs: list[pl.BlockSpec],
     out_specs: list[pl.BlockSpec],
     out_shape: list[jax.ShapeDtypeStruct],
     scratch: list[tuple[int, int]],
-    products: int,
+    cost: pl.CostEstimate,
+    memory: int = FAST_MEMORY,
 ) -> Any:
-    """Runs a kernel over (heads, outer blocks, inner blocks), the last one after the other.
-
-    `products` matrix products of (block, d) by (block, d) are what it computes for each pair of blocks.
-    """
-    (heads, outer, inner), d = grid, operands[0].shape[-1]
-    shape: Any = in_specs[0].block_shape  # all have the same length
-    length = shape[1]
-    scores = heads * outer * length * inner * length
-
-    def size(x: Array | jax.ShapeDtypeStruct) -> int:
-        return x.size * x.dtype.itemsize
-
+    """Runs a kernel over a grid of which the first `parallel` axes are independent."""
     call = functools.partial(
         pl.pallas_call,
         kernel,
@@ -205,12 +218,10 @@ def _call(
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-        # XLA sees nothing of a kernel: without these numbers its estimates take it for nothing
-        cost_estimate=pl.CostEstimate(
-            flops=2 * products * scores * d,
-            transcendentals=scores,
-            bytes_accessed=outer * sum(map(size, operands)) + sum(map(size, out_shape)),  # at most
+        cost_estimate=cost,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (3 - parallel),
+            vmem_limit_bytes=max(memory, FAST_MEMORY),
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     )
     return jax.lax.platform_dependent(*operands, tpu=call(), default=call(interpret=True))

@@ -13,7 +13,7 @@ from lcm_jax.models.flash import BLOCK, flash_attention
 Implementation = Literal["xla", "cudnn", "pallas"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "cudnn", "pallas")
 
-LONG = 4096  # tokens from which on the table of scores costs more than all else
+LONG = 1024  # tokens from which on a TPU's table of scores costs more than all else
 CUDNN_HEAD = 128  # the widest head that cuDNN takes on every GPU
 
 
@@ -24,7 +24,7 @@ def attend(
 
     "xla" (`plain_attention`) writes the table of scores to memory, but for large ones on a CPU. "cudnn" (GPU, 16-bit
     numbers) and "pallas" (TPU) do not, and take the layers that they can or should: cuDNN heads of up to 128, a
-    multiple of 8; the kernel for TPUs 4,096 tokens and more that see each other, a multiple of its block. All other
+    multiple of 8; the kernel for TPUs 1,024 tokens and more that see each other, a multiple of its block. All other
     layers are XLA's. The output is named "attention" for policies of `jax.checkpoint`.
     """
     n, m, d = q.shape[1], k.shape[1], q.shape[3]
