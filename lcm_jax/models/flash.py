@@ -4,7 +4,7 @@ At 4,096 tokens a table of scores has 16.8 million entries a head: writing and r
 the layer. Here a block of it lives in fast memory only. Tokens lie along a TPU's 128 lanes and the head's 40 to 160
 channels along its rows: nothing is padded to lanes, a query's maximum and sum run down a column, and the projections
 before and after the kernel compute in that order without a transposition. On other platforms the kernel is
-interpreted: right, and slow.
+interpreted: right, and slow. (Of a v4, whose cores have 16 MiB of fast memory, 16,384 tokens take heads of up to 80.)
 """
 
 import functools

@@ -1,0 +1,121 @@
+"""python benchmarks/kernel_schedule.py [--topology=v5p-8] [--tokens=4096] [--head=40] [--heads=64]
+
+How long the attention kernel takes on a TPU, without one: it is compiled, and the compiler's own schedule is read, in
+which each line (a bundle of instructions) is a cycle. Waiting for memory is not in it. Prints, forward and backward,
+the cycles of one pass through the innermost loop, the time of the whole kernel, that of the cost which it declares to
+XLA, and how much of each unit the loop uses. Needs the extra `plan`.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+
+from lcm_jax import cli
+from lcm_jax.errors import UserError
+from lcm_jax.models import flash
+from lcm_jax.planning import topology
+from lcm_jax.planning.chips import Chip
+from lcm_jax.planning.compiled import Operation, Program
+
+CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}  # of a chip; a kernel's heads are divided among them
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What a kernel's file says.
+
+    Attributes:
+      always: bundles of each pass through the loop over the grid.
+      ends: of those that run for the first or the last of the innermost axis only.
+      use: share of the slots of each unit that the loop's bundles fill.
+    """
+
+    always: int
+    ends: int
+    use: dict[str, float]
+
+
+def read(folder: pathlib.Path, name: str) -> Schedule:
+    """Reads the schedule of the operation of that name from a dump of the compiler."""
+    bundles = next(file for file in folder.glob(f"*-{name}-*-final_bundles.txt") if "analysis" not in file.name)
+    address, starts, jumps = 0, {}, []
+    for line in bundles.read_text().splitlines():
+        if here := re.match(r"\s*(0x[0-9a-f]+)\s", line):
+            address = int(here[1], 16)
+        for region in re.findall(r"Start(?:/End empty)? region (\d+)", line):
+            starts[region] = address
+        if jump := re.search(r"sbr\.rel .*target = \$region(\d+)", line):
+            jumps.append((address, jump[1]))
+    ways = [(at, starts[region]) for at, region in jumps if region in starts]
+    first, last = max(((to, at) for at, to in ways if to <= at), key=lambda loop: loop[1] - loop[0])
+    inside = [(at, to) for at, to in ways if first <= at < to <= last]
+    # what a jump leaves out; the longest leaves out the whole body, after the last pass
+    skipped = sorted(to - at for at, to in inside)[:-1]
+    table = next(folder.glob(f"*-{name}-*-final_hlo-static-per-bundle-utilization.txt")).read_text().splitlines()
+    units, slots = table[1].split(", "), [int(n) for n in table[2].split()]
+    rows = [[int(n) for n in row.split()] for row in table[4:] if row.strip()][first:last]
+    use = {unit: sum(row[i] for row in rows) / slots[i] / len(rows) for i, unit in enumerate(units)}
+    return Schedule(last - first - sum(skipped), sum(skipped), use)
+
+
+def compile_kernels(where: topology.Topology, folder: pathlib.Path, tokens: int, head: int, heads: int) -> Program:
+    """Compiles both kernels for one chip and leaves what the compiler writes in the folder."""
+    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    device = topology.devices(where)[0]
+    x = jax.ShapeDtypeStruct((1, tokens, heads, head), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
+    gradient = jax.value_and_grad(lambda *x: jnp.sum(flash.flash_attention(*x).astype(jnp.float32)), (0, 1, 2))
+    lowered = jax.jit(gradient).lower(x, x, x)
+    with topology.quiet():
+        return Program(lowered.compile().as_text() or "")
+
+
+def row(kernel: Operation, schedule: Schedule, chip: Chip, tokens: int, heads: int) -> str:
+    """Returns a line of the table."""
+    backward = "transpose(" in kernel.source
+    inner, outer = flash.QUERIES, flash.KEYS_BACKWARD
+    if not backward:
+        inner, outer = flash.KEYS, flash.QUERIES
+    inner, outer = (tokens // flash._largest(tokens, flash.BLOCK, most) for most in (inner, outer))
+    cycles = heads * outer * (inner * schedule.always + schedule.ends) / CORES[chip.kind]
+    declared = re.search(r'"flops":"(\d+)"', kernel.text)
+    floor = int(declared[1]) / chip.peak_flops if declared else float("nan")
+    used = ", ".join(f"{unit} {share:.0%}" for unit, share in schedule.use.items() if share >= 0.1)
+    name = "backward" if backward else "forward"
+    return f"{name:9} {schedule.always:6d} cycles  {cycles / chip.clock * 1e3:7.3f} ms  {floor * 1e3:7.3f} ms   {used}"
+
+
+def main(argv: list[str]) -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="v5p-8", help="of whose chip; as in lcm_jax.plan")
+    parser.add_argument("--tokens", type=int, default=4096, help="queries, and keys, of each head")
+    parser.add_argument("--head", type=int, default=40, help="channels of a head")
+    parser.add_argument("--heads", type=int, default=64, help="times the batch")
+    args = parser.parse_args(argv)
+    where = topology.parse(args.topology)
+    if args.tokens < 1 or args.tokens % flash.BLOCK:
+        raise UserError(f"--tokens={args.tokens} is no multiple of the kernel's block of {flash.BLOCK}")
+    for name in ("head", "heads"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)}; it must be at least 1")
+    jax.config.update("jax_platforms", "cpu")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        program = compile_kernels(where, folder, args.tokens, args.head, args.heads)
+        print(f"{where.chip.kind}, {args.heads} heads of {args.head} channels, {args.tokens} tokens")
+        print("          one pass       schedule     declared   slots used")
+        for kernel in program.operations():
+            if kernel.kind == "custom-call" and "cost_estimate" in kernel.text:
+                print(row(kernel, read(folder, kernel.name), where.chip, args.tokens, args.heads))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
