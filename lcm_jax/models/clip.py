@@ -62,7 +62,10 @@ class _Embeddings(nnx.Module):
         )
 
     def __call__(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[1]))
+        # rows first: nnx.Embed would turn the whole table into float32
+        tokens = jnp.take(self.token_embedding.embedding[...], input_ids, axis=0)
+        positions = self.position_embedding.embedding[: input_ids.shape[1]]
+        return tokens.astype(jnp.float32) + positions.astype(jnp.float32)
 
 
 class _SelfAttention(nnx.Module):
