@@ -4,7 +4,7 @@ At 4,096 tokens a table of scores has 16.8 million entries a head: writing and r
 the layer. Here a block of it lives in fast memory only. Tokens lie along a TPU's 128 lanes and the head's 40 to 160
 channels along its rows: nothing is padded to lanes, a query's maximum and sum run down a column, and the projections
 before and after the kernel compute in that order without a transposition. On other platforms the kernel is
-interpreted: right, and slow. (Of a v4, whose cores have 16 MiB of fast memory, 16,384 tokens take heads of up to 80.)
+interpreted: right, and slow.
 """
 
 import functools
@@ -19,11 +19,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 BLOCK = 256  # a number of tokens that it does not divide takes no kernel
-# Of a block, at most: queries, and keys of the forward and of the backward kernel. A kernel takes its keys BLOCK by
-# BLOCK, so that the compiler overlaps the softmax of one with the products of the next.
+# At most so many BLOCKs of queries, and of keys in the forward and in the backward kernel, at a time; of float32 half.
+# Keys are taken BLOCK by BLOCK, so that the compiler overlaps the softmax of one with the products of the next.
 QUERIES, KEYS, KEYS_BACKWARD = 2, 8, 4
 LANES = 128
-FAST_MEMORY = 16 * 2**20  # bytes that a kernel may use unless it says more
+HEAD = 8 * 2**20  # bytes, half of a kernel's fast memory: for the gradient of a head's queries, which stays there
 
 _OVER_CHANNELS, _OVER_TOKENS, _PLAIN = ((0,), (0,)), ((1,), (1,)), ((1,), (0,))  # contracted axes: a^T b, a b^T, a b
 
@@ -52,7 +52,7 @@ def _attention(q: Array, k: Array, v: Array, block: int) -> Array:
 
 def _forward(q: Array, k: Array, v: Array, block: int) -> tuple[Array, tuple[Array, ...]]:
     (heads, d, n), m = q.shape, k.shape[2]
-    rows, columns = _largest(n, block, QUERIES), _largest(m, block, KEYS)
+    rows, columns = _largest(n, block, QUERIES, q), _largest(m, block, KEYS, q)
     queries = pl.BlockSpec((None, d, rows), lambda head, i, j: (head, 0, i))
     keys = pl.BlockSpec((None, d, columns), lambda head, i, j: (head, 0, j))
     number = pl.BlockSpec((None, 1, rows), lambda head, i, j: (head, 0, i))  # one of each query
@@ -66,7 +66,7 @@ def _forward(q: Array, k: Array, v: Array, block: int) -> tuple[Array, tuple[Arr
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((heads, 1, n), jnp.float32)],
         scratch=[(1, rows), (1, rows), (d, rows)],
         # the second product has fewer rows, but waits for the softmax
-        cost=_cost(heads * n * m, 2 * _lanes(d), 2 * _bytes(q) + n // rows * 2 * _bytes(k)),
+        cost=_cost(q, m, 2 * _lanes(d), 2 * _bytes(q) + n // rows * 2 * _bytes(k)),
     )
     y, normalizer = checkpoint_name(y, "attention"), checkpoint_name(normalizer, "attention")
     return y, (q, k, v, y, normalizer)
@@ -100,10 +100,30 @@ def _forward_kernel(q_ref, k_ref, v_ref, y_ref, normalizer_ref, most_ref, total_
 
 def _backward(block: int, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
     q, k, v, y, normalizer = kept
-    (heads, d, n), m = q.shape, k.shape[2]
-    rows, columns = _largest(n, block, QUERIES), _largest(m, block, KEYS_BACKWARD)
+    d, n = q.shape[1:]
     # sum over keys of p dp is y . dy
     delta = jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32), axis=1, keepdims=True)
+    most = HEAD // (
+        d * (4 + 2 * q.dtype.itemsize)
+    )  # queries of a head whose gradient fits: as float32, and two to write
+    size = _largest(n, block, max(most // block, 1))
+    parts = [slice(start, start + size) for start in range(0, n, size)]
+    found = [_gradients(q[..., p], k, v, dy[..., p], normalizer[..., p], delta[..., p], block) for p in parts]
+    if len(found) == 1:
+        return found[0]
+    dq, dk, dv = zip(*found, strict=True)
+    return jnp.concatenate(dq, axis=2), _sum(dk), _sum(dv)
+
+
+def _sum(parts: tuple[Array, ...]) -> Array:
+    return jnp.sum(jnp.stack(parts).astype(jnp.float32), axis=0).astype(parts[0].dtype)
+
+
+def _gradients(
+    q: Array, k: Array, v: Array, dy: Array, normalizer: Array, delta: Array, block: int
+) -> tuple[Array, Array, Array]:
+    (heads, d, n), m = q.shape, k.shape[2]
+    rows, columns = _largest(n, block, QUERIES, q), _largest(m, block, KEYS_BACKWARD, q)
     queries = pl.BlockSpec((None, d, rows), lambda head, j, i: (head, 0, i))
     keys = pl.BlockSpec((None, d, columns), lambda head, j, i: (head, 0, j))
     number = pl.BlockSpec((None, 1, rows), lambda head, j, i: (head, 0, i))
@@ -117,8 +137,7 @@ def _backward(block: int, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Ar
         out_specs=[of_head, keys, keys],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
         scratch=[(d, n), (d, columns), (d, columns)],
-        cost=_cost(heads * n * m, 2 * _lanes(d) + 3 * d, (m // columns * 2 + 1) * _bytes(q) + 4 * _bytes(k)),
-        memory=FAST_MEMORY // 2 + d * n * (4 + 2 * q.dtype.itemsize),
+        cost=_cost(q, m, 2 * _lanes(d) + 3 * d, (m // columns * 2 + 1) * _bytes(q) + 4 * _bytes(k)),
     )
 
 
@@ -162,8 +181,10 @@ def _backward_kernel(
 _attention.defvjp(_forward, _backward)
 
 
-def _largest(tokens: int, block: int, most: int) -> int:
-    """The largest number of tokens that divides all of them, of up to so many blocks."""
+def _largest(tokens: int, block: int, most: int, x: Array | None = None) -> int:
+    """The largest multiple of `block` that divides `tokens`, at most `most` of them; half as many for a float32 x."""
+    if x is not None and x.dtype == jnp.float32:
+        most = max(most // 2, 1)
     return max(n * block for n in range(1, most + 1) if tokens % (n * block) == 0)
 
 
@@ -185,15 +206,17 @@ def _bytes(x: Array) -> int:
     return x.size * x.dtype.itemsize
 
 
-def _cost(scores: int, channels: int, moved: int) -> pl.CostEstimate:
+def _cost(q: Array, keys: int, channels: int, moved: int) -> pl.CostEstimate:
     """What XLA can't see in a kernel, and without which its estimates take it for nothing.
 
     Args:
-      scores: pairs of a query and a key.
-      channels: in the products of all kinds for each; what the schedule of the compiled kernel takes at the peak rate.
-      moved: bytes to and from memory, at most.
+      q, keys: the queries, and how many keys each of them meets.
+      channels: of all products for such a pair, as the matrix unit takes them.
+      moved: bytes of queries, keys and values to and from memory, at most.
     """
-    return pl.CostEstimate(flops=2 * scores * channels, transcendentals=scores, bytes_accessed=moved)
+    scores = q.shape[0] * q.shape[2] * keys
+    passes = 6 if q.dtype == jnp.float32 else 1  # of bfloat16 products, at the highest precision
+    return pl.CostEstimate(flops=2 * scores * channels * passes, transcendentals=scores, bytes_accessed=moved)
 
 
 def _call(
@@ -207,7 +230,6 @@ def _call(
     out_shape: list[jax.ShapeDtypeStruct],
     scratch: list[tuple[int, int]],
     cost: pl.CostEstimate,
-    memory: int = FAST_MEMORY,
 ) -> Any:
     """Runs a kernel over a grid of which the first `parallel` axes are independent."""
     call = functools.partial(
@@ -221,7 +243,6 @@ def _call(
         cost_estimate=cost,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (3 - parallel),
-            vmem_limit_bytes=max(memory, FAST_MEMORY),
         ),
     )
     return jax.lax.platform_dependent(*operands, tpu=call(), default=call(interpret=True))

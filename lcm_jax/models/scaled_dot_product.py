@@ -13,7 +13,7 @@ from lcm_jax.models.flash import BLOCK, flash_attention
 Implementation = Literal["xla", "cudnn", "pallas"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "cudnn", "pallas")
 
-LONG = 1024  # tokens from which on a TPU's table of scores costs more than all else
+LONG = 1024  # from this many tokens on the table of scores costs a TPU more than the kernel does
 CUDNN_HEAD = 128  # the widest head that cuDNN takes on every GPU
 
 

@@ -9,6 +9,7 @@ from jax.extend.core import jaxprs_in_params
 from lcm_jax.models import flash, scaled_dot_product
 from lcm_jax.models.flash import BLOCK, flash_attention
 from lcm_jax.models.scaled_dot_product import attend
+from lcm_jax.planning import topology
 
 
 def normal(seed, *shape, dtype=np.float32):
@@ -34,32 +35,60 @@ def kernels(function, *args):
     return [e for e in walk(jax.make_jaxpr(function)(*args).jaxpr) if e.primitive.name == "pallas_call"]
 
 
+def with_gradients(attention, g):
+    """(q, k, v) -> the output and the gradients of its product with g, as one list."""
+
+    def run(*x):
+        y, vjp = jax.vjp(attention, *x)
+        return [y, *vjp(g.astype(y.dtype))]
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("head", [40, 64, 80, 160])
-def test_values_and_gradients_are_plain_attentions(head):
-    """Three blocks of queries, three of keys of three parts each, so that each running sum goes on and ends."""
-    q, k, v, g = (
-        normal(0, 1, 48, 2, head),
-        normal(1, 1, 144, 2, head),
-        normal(2, 1, 144, 2, head),
-        normal(3, 1, 48, 2, head),
-    )
-    ours = jax.jit(lambda *x: jax.value_and_grad(lambda *x: jnp.sum(flash_attention(*x, block=16) * g), (0, 1, 2))(*x))
-    reference = jax.jit(
-        lambda *x: jax.value_and_grad(lambda *x: jnp.sum(jax.nn.dot_product_attention(*x) * g), (0, 1, 2))(*x)
-    )
-    (_, found), (_, expected) = ours(q, k, v), reference(q, k, v)
-    y = jax.jit(lambda *x: flash_attention(*x, block=16))(q, k, v)
-    for a, b in zip((y, *found), (plain(q, k, v), *expected), strict=True):
+def test_values_and_gradients_are_plain_attentions(head, parts, monkeypatch):
+    """Four blocks of queries, five of keys of two parts each, so that each running sum goes on and ends.
+
+    In two parts: as if the gradients of 32 queries were all that fast memory holds.
+    """
+    monkeypatch.setattr(flash, "HEAD", head * 12 * 64 // parts)
+    q, k, v, g = (normal(i, 1, tokens, 2, head) for i, tokens in enumerate((64, 160, 160, 64)))
+    ours = with_gradients(lambda *x: flash_attention(*x, block=16), g)
+    assert len(kernels(ours, q, k, v)) == 2 * (1 + parts)  # one branch is for TPUs, one is interpreted
+    expected = with_gradients(jax.nn.dot_product_attention, g)(q, k, v)
+    np.testing.assert_allclose(expected[0], plain(q, k, v), atol=1e-5 * float(jnp.abs(v).max()))
+    for a, b in zip(ours(q, k, v), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_bfloat16_is_as_exact_as_plain_attention_is():
-    q, k, v = (normal(i, 2, 32, 2, 40, dtype=jnp.bfloat16) for i in range(3))
-    found = jax.jit(lambda *x: flash_attention(*x, block=16))(q, k, v)
-    assert found.dtype == jnp.bfloat16
-    error = np.abs(np.asarray(found, np.float64) - plain(q, k, v)).max()
-    theirs = np.abs(np.asarray(jax.nn.dot_product_attention(q, k, v), np.float64) - plain(q, k, v)).max()
-    assert error < 2 * theirs
+    """Two blocks of queries of two parts each, forward and backward."""
+    q, k, v, g = (normal(i, 2, tokens, 2, 40, dtype=jnp.bfloat16) for i, tokens in enumerate((64, 160, 160, 64)))
+    exact = with_gradients(jax.nn.dot_product_attention, g)(*(x.astype(jnp.float32) for x in (q, k, v)))
+    found = with_gradients(lambda *x: flash_attention(*x, block=16), g)(q, k, v)
+    theirs = with_gradients(jax.nn.dot_product_attention, g)(q, k, v)
+    assert all(x.dtype == jnp.bfloat16 for x in found)
+    for a, b, c in zip(found, theirs, exact, strict=True):
+        assert np.abs(a.astype(jnp.float32) - c).max() < 2 * np.abs(b.astype(jnp.float32) - c).max()
+
+
+@pytest.mark.parametrize(
+    ("chip", "tokens", "head", "dtype"),
+    [
+        ("v4:1x1x1", 16384, 160, jnp.bfloat16),
+        ("v4:1x1x1", 16384, 160, jnp.float32),
+        ("v5e:1x1", 16384, 160, jnp.float32),
+        ("v5p:1x1x1", 4096, 40, jnp.bfloat16),
+        ("v5p:1x1x1", 2304, 64, jnp.float32),
+    ],
+)
+def test_the_compiler_for_tpus_takes_it(chip, tokens, head, dtype):
+    """Above all, its blocks fit into a chip's fast memory."""
+    where = jax.sharding.SingleDeviceSharding(topology.devices(topology.parse(chip))[0])
+    x = jax.ShapeDtypeStruct((1, tokens, 2, head), dtype, sharding=where)
+    text = jax.jit(jax.grad(lambda *x: jnp.sum(flash_attention(*x)), (0, 1, 2))).lower(x, x, x).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= 2
 
 
 def test_scores_of_any_size_do_not_overflow():
@@ -68,17 +97,20 @@ def test_scores_of_any_size_do_not_overflow():
     np.testing.assert_allclose(found, plain(q, q, normal(1, 1, 32, 1, 40)), atol=1e-3)
 
 
-def test_every_kernel_says_what_it_costs():
+@pytest.mark.parametrize(("dtype", "passes"), [(jnp.bfloat16, 1), (jnp.float32, 6)])
+def test_every_kernel_says_what_it_costs(dtype, passes):
     """Products over 40 channels take as long as over 128: two forward, two backward, where three more have 40 rows."""
-    x = jax.ShapeDtypeStruct((2, 4096, 8, 40), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, 4096, 8, 40), dtype)
     found = [
         e.params["cost_estimate"]
         for e in kernels(jax.grad(lambda *x: jnp.sum(flash_attention(*x).astype(jnp.float32)), (0, 1, 2)), x, x, x)
     ]
-    flops = {cost.flops / (2 * 2 * 8 * 4096**2) for cost in found}
-    assert flops == {2 * 128, 2 * 128 + 3 * 40}
-    operand = 2 * 8 * 4096 * 40 * 2
-    assert all(4 * operand < cost.bytes_accessed < 20 * operand for cost in found)
+    scores, operand = 2 * 8 * 4096**2, 2 * 8 * 4096 * 40 * jnp.dtype(dtype).itemsize
+    rows, columns = 512 // jnp.dtype(dtype).itemsize * 2, 1024 // jnp.dtype(dtype).itemsize * 2
+    assert {(cost.flops, cost.bytes_accessed) for cost in found} == {
+        (2 * scores * 2 * 128 * passes, (2 + 2 * 4096 // rows) * operand),
+        (2 * scores * (2 * 128 + 3 * 40) * passes, (1 + 2 * 4096 // columns + 4) * operand),
+    }
 
 
 @pytest.mark.parametrize(("tokens", "most", "size"), [(4096, 8, 2048), (1024, 8, 1024), (2304, 8, 768), (2304, 2, 256)])
