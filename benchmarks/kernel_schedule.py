@@ -8,6 +8,7 @@ XLA, and how much of each unit the loop uses. Needs the extra `plan`.
 
 import argparse
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -24,7 +25,7 @@ from lcm_jax.planning import topology
 from lcm_jax.planning.chips import Chip
 from lcm_jax.planning.compiled import Operation, Program
 
-CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}  # of a chip; a kernel's heads are divided among them
+CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}  # of a chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Schedule:
 
     Attributes:
       always: bundles of each pass through the loop over the grid.
-      ends: of those that run for the first or the last of the innermost axis only.
+      ends: of those that run at the beginning or the end of an axis only; counted once for each round of the innermost.
       use: share of the slots of each unit that the loop's bundles fill.
     """
 
@@ -56,8 +57,9 @@ def read(folder: pathlib.Path, name: str) -> Schedule:
     ways = [(at, starts[region]) for at, region in jumps if region in starts]
     first, last = max(((to, at) for at, to in ways if to <= at), key=lambda loop: loop[1] - loop[0])
     inside = [(at, to) for at, to in ways if first <= at < to <= last]
-    # what a jump leaves out; the longest leaves out the whole body, after the last pass
-    skipped = sorted(to - at for at, to in inside)[:-1]
+    # What a jump leaves out, but for jumps inside of another's; the longest leaves out the body, after the last pass.
+    inside.remove(max(inside, key=lambda way: way[1] - way[0]))
+    skipped = [to - at for at, to in inside if not any(a <= at and to <= b for a, b in inside if (a, b) != (at, to))]
     table = next(folder.glob(f"*-{name}-*-final_hlo-static-per-bundle-utilization.txt")).read_text().splitlines()
     units, slots = table[1].split(", "), [int(n) for n in table[2].split()]
     rows = [[int(n) for n in row.split()] for row in table[4:] if row.strip()][first:last]
@@ -67,7 +69,8 @@ def read(folder: pathlib.Path, name: str) -> Schedule:
 
 def compile_kernels(where: topology.Topology, folder: pathlib.Path, tokens: int, head: int, heads: int) -> Program:
     """Compiles both kernels for one chip and leaves what the compiler writes in the folder."""
-    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    os.environ["LIBTPU_INIT_ARGS"] = f"{given} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
     device = topology.devices(where)[0]
     x = jax.ShapeDtypeStruct((1, tokens, heads, head), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
     gradient = jax.value_and_grad(lambda *x: jnp.sum(flash.flash_attention(*x).astype(jnp.float32)), (0, 1, 2))
@@ -83,7 +86,9 @@ def row(kernel: Operation, schedule: Schedule, chip: Chip, tokens: int, heads: i
     if not backward:
         inner, outer = flash.KEYS, flash.QUERIES
     inner, outer = (tokens // flash._largest(tokens, flash.BLOCK, most) for most in (inner, outer))
-    cycles = heads * outer * (inner * schedule.always + schedule.ends) / CORES[chip.kind]
+    # cores share what is independent: all but the innermost loop forward, heads backward
+    rounds = math.ceil(heads / CORES[chip.kind]) * outer if backward else math.ceil(heads * outer / CORES[chip.kind])
+    cycles = rounds * (inner * schedule.always + schedule.ends)
     declared = re.search(r'"flops":"(\d+)"', kernel.text)
     floor = int(declared[1]) / chip.peak_flops if declared else float("nan")
     used = ", ".join(f"{unit} {share:.0%}" for unit, share in schedule.use.items() if share >= 0.1)

@@ -1,8 +1,8 @@
 """Pictures that were encoded once: an ArrayRecord data set of TFDS with the moments of q(z|x) and the captions.
 
 A run that reads it needs neither to decode pictures nor to run the VAE's encoder in each step. The data set says which
-VAE made it, of which size the pictures were and how they were resized, cropped and mirrored (metadata.json), so that it
-is not taken for another's.
+VAE made it and of which size the pictures were (metadata.json), so that it is not taken for another's; and, for its
+reader, how they were resized, cropped and mirrored.
 """
 
 import hashlib

@@ -18,8 +18,9 @@ WAIT = 300.0  # seconds for processes that are missing
 # The roll call's port is so far below the coordinator's: of the ports that Google Cloud's own firewall rule opens among
 # the hosts of a TPU pod, 8474 is the neighbour of JAX's 8476.
 ROLL_CALL = 2
-# Under SLURM JAX takes its port from the job's number, among the 4,096 highest; so far below is no other job's.
-OF_JOBS = 2**12
+# Under SLURM and mpirun JAX takes its port from the job's number, from this one on; so far below is no other job's, nor
+# one that Linux gives to connections (32768 and more).
+JOBS, BELOW_JOBS = 2**16 - 2**12, 2**15
 CLUSTERS = ("GkeTpuCluster", "GceTpuCluster", "SlurmCluster", "OmpiCluster")  # in which JAX finds its processes
 
 
@@ -38,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help=f"of process 0; PORT - {ROLL_CALL} must be free there too (PORT - {OF_JOBS} for the {OF_JOBS} highest)",
+        help=f"of process 0; PORT - {ROLL_CALL} must be free there too, from {JOBS} on PORT - {BELOW_JOBS}",
     )
     group.add_argument("--num-processes", type=int, metavar="N", help="of the whole run")
     group.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
@@ -72,7 +73,7 @@ def find(coordinator: str | None, count: int | None, process: int | None, wait: 
 
 def roll_call_port(port: int) -> int:
     """Returns the port of the roll call beside a coordinator's."""
-    return port - (OF_JOBS if port >= 2**16 - OF_JOBS else ROLL_CALL)
+    return port - (BELOW_JOBS if port >= JOBS else ROLL_CALL)
 
 
 def _of_cluster(wait: float) -> Place | None:

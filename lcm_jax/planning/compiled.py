@@ -8,7 +8,7 @@ Pallas carries what its author says of it, or nothing.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -98,11 +98,14 @@ class Program:
             if line.kind not in ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while")
         ]
 
-    def collectives(self) -> list[Collective]:
-        """Every exchange; those that the compiler has put into a fusion are taken out of it."""
+    def collectives(self, price: Callable[[str, str], float] | None = None) -> list[Collective]:
+        """Every exchange; those that the compiler has put into a fusion are taken out of it.
+
+        Args: (opcode, line) -> cycles of an operation; by default what the compiler has written into the line.
+        """
         found: list[Collective] = []
-        started: dict[tuple[int, str], tuple[_Line, int]] = {}
-        total = 0
+        started: dict[tuple[int, str], tuple[_Line, float]] = {}
+        total = 0.0
         for line, times, scope in self._run(self._entry, 1):
             kind = line.kind.removesuffix("-start").removesuffix("-done")
             inner = [other for other in self._inside(line) if other.kind.removesuffix("-start") in COLLECTIVES]
@@ -112,7 +115,7 @@ class Program:
                 start, before = opened
                 what = next((other for other in self._inside(start) if other.kind in COLLECTIVES), start)
                 kind = what.kind.removesuffix("-start")
-                hidden = (total - before) // times  # both are of all runs of the loop that holds them
+                hidden = int(total - before) // max(times, 1)  # both are of all runs of the loop that holds them
                 found.append(Collective(kind, times, size_of(line.type), _groups(what), hidden, _source(what)))
             elif kind in COLLECTIVES and line.kind == kind:
                 found.append(Collective(kind, times, size_of(line.type), _groups(line), 0, _source(line)))
@@ -123,12 +126,12 @@ class Program:
                     if kind == "all-reduce" and size_of(line.type) < of_result:
                         kind, of_result = "reduce-scatter", size_of(line.type)
                     found.append(Collective(kind, times, of_result, _groups(what), 0, _source(what)))
-            total += _cycles(line) * times
+            total += times * (price(line.kind, line.text) if price else _cycles(line))
         return found
 
     def _opened(
-        self, line: _Line, scope: int, started: dict[tuple[int, str], tuple[_Line, int]]
-    ) -> tuple[_Line, int] | None:
+        self, line: _Line, scope: int, started: dict[tuple[int, str], tuple[_Line, float]]
+    ) -> tuple[_Line, float] | None:
         for name in re.findall(r"%([\w.\-]+)", line.operands):
             if (scope, name) in started:
                 return started.pop((scope, name))

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 
 from lcm_jax.parallel.program import Program as Step
 from lcm_jax.planning import exchange_time
+from lcm_jax.planning.chips import Chip
 from lcm_jax.planning.compiled import COLLECTIVES, Operation, Program
 from lcm_jax.planning.exchange_time import Position
 from lcm_jax.planning.topology import Topology
@@ -84,7 +86,7 @@ def times(compiled: Compiled, program: Program, model_flops: int) -> Report:
     ]
     compute = sum(cycles * times for _, cycles, times in _priced(program, topology)) / chip.clock
     total = exposed = 0.0
-    for collective in program.collectives():
+    for collective in program.collectives(functools.partial(price, chip)):
         each = exchange_time.seconds(collective, positions, topology)
         total += collective.times * each
         exposed += collective.times * max(0.0, each - collective.hidden_cycles / chip.clock)
@@ -119,19 +121,24 @@ def profile(program: Program, topology: Topology) -> list[Report]:
 
 
 def _priced(program: Program, topology: Topology) -> list[tuple[Operation, float, int]]:
-    """(operation, cycles, times) of all that computes; kernels of Pallas by the cost that they declare."""
-    chip, found = topology.chip, []
-    for operation in program.operations():
-        if operation.kind.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
-            continue
-        cycles = float(operation.cycles)
-        declared = re.search(r'"cost_estimate":\{([^}]*)\}', operation.text)
-        if operation.kind == "custom-call" and not cycles and declared:
-            numbers = {name: float(value) for name, value in re.findall(r'"(\w+)":"?(\d+)', declared[1])}
-            flops, moved = numbers.get("flops", 0.0), numbers.get("bytes_accessed", 0.0)
-            cycles = max(flops / chip.peak_flops, moved / chip.bandwidth) * chip.clock
-        found.append((operation, cycles, operation.times))
-    return found
+    """(operation, cycles, times) of all that computes."""
+    return [
+        (operation, price(topology.chip, operation.kind, operation.text), operation.times)
+        for operation in program.operations()
+        if operation.kind.removesuffix("-start").removesuffix("-done") not in COLLECTIVES
+    ]
+
+
+def price(chip: Chip, kind: str, text: str) -> float:
+    """Returns the cycles of an operation: the compiler's estimate; of a Pallas kernel by the cost that it declares."""
+    if cycles := re.search(r'"estimated_cycles":"(\d+)"', text):
+        return float(cycles[1])
+    declared = kind == "custom-call" and re.search(r'"cost_estimate":\{([^}]*)\}', text)
+    if not declared:
+        return 0.0
+    numbers = {name: float(value) for name, value in re.findall(r'"(\w+)":"?(\d+)', declared[1])}
+    flops, moved = numbers.get("flops", 0.0), numbers.get("bytes_accessed", 0.0)
+    return max(flops / chip.peak_flops, moved / chip.bandwidth) * chip.clock
 
 
 # what JAX's transformations put into a path: around some of it, as in transpose(jvp(student)), or as a part of its own

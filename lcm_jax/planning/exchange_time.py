@@ -78,15 +78,33 @@ def _longest(coords: Sequence[tuple[int, ...]]) -> int:
 
 def _links(coords: Sequence[tuple[int, ...]], topology: Topology) -> tuple[float, int]:
     """How many links a chip of the group can use one way at a time, and the hops of the longest way."""
-    places = [sorted(set(values)) for values in zip(*coords, strict=True)]
+    rings = [_ring(topology, dimension) for dimension in range(len(coords[0]))]
+    places = [_from_first(set(values), *ring) for values, ring in zip(zip(*coords, strict=True), rings, strict=True)]
     steps = [{b - a for a, b in itertools.pairwise(values)} or {1} for values in places]
     if math.prod(map(len, places)) != len(coords) or any(len(step) > 1 for step in steps):
-        return 1, len(coords)  # no grid: a ring that is laid through others
+        # no grid: a ring that is laid through others, all of which share the links of the box around them
+        return len(coords) / math.prod(values[-1] + 1 for values in places), sum(values[-1] for values in places)
     links, hops = 0.0, 0
-    for dimension, (values, (step,)) in enumerate(zip(places, steps, strict=True)):
+    for values, (step,), (size, closed) in zip(places, steps, rings, strict=True):
         extent = len(values)
         if extent > 1:
-            ring = extent * step == topology.shape[dimension] and topology.is_ring(dimension)
+            ring = closed and extent * step == size
             links += (2 if ring else 1) / step
             hops += step * (extent // 2 if ring else extent - 1)
     return links or 1, hops
+
+
+def _ring(topology: Topology, dimension: int) -> tuple[int, bool]:
+    """How many chips lie along a dimension, and whether they close to a ring; one in those that only devices have."""
+    inside = dimension < len(topology.shape)
+    return (topology.shape[dimension], topology.is_ring(dimension)) if inside else (1, False)
+
+
+def _from_first(places: set[int], size: int, closed: bool) -> list[int]:
+    """Places along a dimension, counted from the first; of a ring from behind its largest gap."""
+    values = sorted(places)
+    if closed:
+        gaps = [(b - a) % size for a, b in zip(values, values[1:] + values[:1], strict=True)]
+        after = (gaps.index(max(gaps)) + 1) % len(values)
+        values = values[after:] + values[:after]
+    return [(value - values[0]) % size if closed else value - values[0] for value in values]

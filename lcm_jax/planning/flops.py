@@ -9,8 +9,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 def count(jaxpr: Jaxpr | ClosedJaxpr) -> int:
     """Returns the FLOPs of one call, a multiplication and an addition being two.
 
-    Inside of `shard_map` they are those of one device. Loops count as often as they run; of branches, the dearest. What
-    a gradient computes again, in functions named "recomputed_…", does not count.
+    Of a Pallas kernel they are those that it declares, inside of `shard_map` those of one device. Loops count as often
+    as they run; of branches, the dearest. What a gradient computes again, in functions named "recomputed_…", does not
+    count.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return sum(_of(equation) for equation in jaxpr.eqns)

@@ -113,13 +113,16 @@ def test_training_on_it_with_options_that_do_not_fit(encoded, teacher, option, s
     assert error.count("\n") == 1
 
 
+def test_it_says_how_the_pictures_were_prepared(encoded):
+    metadata = json.loads((encoded / "metadata.json").read_text())
+    prepared = {"image_size": 32, "resize": "lanczos", "crop": "center", "flip": False, "seed": 0}
+    assert {name: metadata[name] for name in prepared} == prepared
+
+
 def test_another_vae(encoded, teacher, tmp_path):
     other = tmp_path / "1.0.0"
     shutil.copytree(encoded, other)
     metadata = json.loads((other / "metadata.json").read_text())
-    assert {name: metadata[name] for name in ("image_size", "resize", "crop", "flip", "seed")} == {
-        "image_size": 32, "resize": "lanczos", "crop": "center", "flip": False, "seed": 0
-    }  # fmt: skip
     (other / "metadata.json").write_text(json.dumps({**metadata, "vae": "0" * 16}))
     given = {"tokenize": lambda texts: np.zeros((len(texts), 4), np.int32), "batch_size": 2, "seed": 0}
     vae = read_folder(teacher).components["vae"].params

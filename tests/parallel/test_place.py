@@ -67,8 +67,8 @@ def test_what_is_missing_or_wrong_is_named(given, said):
     [
         ("pod-w-0:8476", "pod-w-0:8474"),  # the other open port of a pod
         ("host:61439", "host:61437"),
-        ("host:61440", "host:57344"),  # a port that JAX gives to jobs of SLURM: its neighbours are other jobs'
-        ("host:65535", "host:61439"),
+        ("host:61440", "host:28672"),  # a port that JAX gives to jobs of SLURM: its neighbours are other jobs'
+        ("host:65535", "host:32767"),
     ],
 )
 def test_the_roll_call_takes_no_other_run_s_port(monkeypatch, coordinator, roll_call):

@@ -46,6 +46,15 @@ def test_a_loop_hides_with_all_its_rounds():
     assert (early.times, early.hidden_cycles) == (1, 3 * 7000)
 
 
+def test_a_kernel_hides_what_it_is_said_to_cost():
+    before, after = (f"  %{name}" for name in ("kernel =", "collective-permute.1 ="))
+    start = "  %early-start = (f32[8]{0}, f32[64]{0}) all-gather-start(%g), replica_groups=[1,8]<=[8]\n"
+    done = "  %early-done = f32[64]{0} all-gather-done(%early-start)\n"
+    text = TEXT.replace(before, start + before).replace(after, done + after)
+    found = Program(text).collectives(lambda kind, text: 30.0 if kind == "custom-call" else 0.0)
+    assert next(c.hidden_cycles for c in found if c.bytes == 256) == 30
+
+
 def test_groups_are_read_in_both_notations(program):
     groups = [c.groups for c in program.collectives()]
     assert groups[0] == ((0, 1, 2, 3), (4, 5, 6, 7))  # [2,4]<=[8]

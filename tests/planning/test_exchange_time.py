@@ -52,7 +52,14 @@ def test_groups_between_each_other_share_their_links():
 
 
 def test_uneven_steps_are_no_grid():
-    assert time("all-gather", "v5p:1x1x8", groups=((0, 1, 4),)) == pytest.approx(2 / 3 * 64 * MIB / 100e9 + 3 * HOP)
+    found = time("all-gather", "v5p:1x1x8", groups=((0, 1, 4),))
+    assert found == pytest.approx(2 / 3 * 64 * MIB / (3 / 5 * 100e9) + 4 * HOP)
+
+
+def test_a_ring_has_no_first_chip():
+    groups = (((0, 7),), ((7, 0, 1),))
+    assert time("all-gather", "v5p:1x1x8", groups=groups[0]) == time("all-gather", "v5p:1x1x8", groups=((3, 4),))
+    assert time("all-gather", "v5p:1x1x8", groups=groups[1]) == time("all-gather", "v5p:1x1x8", groups=((3, 4, 5),))
 
 
 def test_an_all_reduce_is_a_scatter_and_a_gather():
@@ -60,9 +67,9 @@ def test_an_all_reduce_is_a_scatter_and_a_gather():
     assert time("all-reduce", name) == pytest.approx(time("reduce-scatter", name, MIB) + time("all-gather", name))
 
 
-def test_a_group_that_is_no_box_has_one_link():
+def test_a_group_that_is_no_grid_shares_a_link_with_all_chips_of_the_box_around_it():
     scattered = ((0, 5, 10, 15),)
-    assert time("all-gather", "v5p:4x4x4", groups=scattered) == pytest.approx(0.75 * 64 * MIB / 100e9 + 4 * HOP)
+    assert time("all-gather", "v5p:4x4x4", groups=scattered) == pytest.approx(0.75 * 64 * MIB / 25e9 + 6 * HOP)
 
 
 def test_larger_groups_take_longer():
