@@ -58,9 +58,9 @@ def _values(q: Float[Array, "*b n d"], k: Float[Array, "*b m d"], v: Float[Array
     """The output (n, d), and the logarithms of the normalizers (n, 1) in float32."""
     scores = _scores(q, k)
     most = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - most)
-    total = weights.sum(-1, keepdims=True)
-    y = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    weights = jnp.exp(scores - most).astype(v.dtype)  # rounded before their sum: else a TPU writes them as float32 too
+    total = weights.astype(jnp.float32).sum(-1, keepdims=True)
+    y = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
     return (y / total).astype(v.dtype), most + jnp.log(total)
 
 

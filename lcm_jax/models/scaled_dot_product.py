@@ -59,9 +59,8 @@ def _attention(q: Array, k: Array, v: Array) -> Array:
 
 def _attention_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
     scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
-    weights = jnp.exp(q.shape[-1] ** -0.5 * (scores - scores.max(-1, keepdims=True)))
-    share = 1 / weights.sum(-1, keepdims=True)
-    weights = weights.astype(v.dtype)
+    weights = jnp.exp(q.shape[-1] ** -0.5 * (scores - scores.max(-1, keepdims=True))).astype(v.dtype)
+    share = 1 / weights.astype(jnp.float32).sum(-1, keepdims=True)
     y = jnp.einsum("bhnm,bhmd->bhnd", weights, v, preferred_element_type=jnp.float32)
     y = checkpoint_name((y * share).astype(v.dtype), "attention")
     return y, (q, k, v, weights, share, y)
