@@ -25,8 +25,6 @@ from lcm_jax.planning import topology
 from lcm_jax.planning.chips import Chip
 from lcm_jax.planning.compiled import Operation, Program
 
-CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}  # of a chip
-
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -87,7 +85,8 @@ def row(kernel: Operation, schedule: Schedule, chip: Chip, tokens: int, heads: i
         inner, outer = flash.KEYS, flash.QUERIES
     inner, outer = (tokens // flash._largest(tokens, flash.BLOCK, most) for most in (inner, outer))
     # cores share what is independent: all but the innermost loop forward, heads backward
-    rounds = math.ceil(heads / CORES[chip.kind]) * outer if backward else math.ceil(heads * outer / CORES[chip.kind])
+    cores = topology.CORES[chip.kind]
+    rounds = math.ceil(heads / cores) * outer if backward else math.ceil(heads * outer / cores)
     cycles = rounds * (inner * schedule.always + schedule.ends)
     declared = re.search(r'"flops":"(\d+)"', kernel.text)
     floor = int(declared[1]) / chip.peak_flops if declared else float("nan")

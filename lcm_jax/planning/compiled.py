@@ -101,7 +101,7 @@ class Program:
     def collectives(self, price: Callable[[str, str], float] | None = None) -> list[Collective]:
         """Every exchange; those that the compiler has put into a fusion are taken out of it.
 
-        Args: (opcode, line) -> cycles of an operation; by default what the compiler has written into the line.
+        Args: (opcode, line) -> cycles of an operation for which the compiler has written none; by default 0.
         """
         found: list[Collective] = []
         started: dict[tuple[int, str], tuple[_Line, float]] = {}
@@ -126,7 +126,7 @@ class Program:
                     if kind == "all-reduce" and size_of(line.type) < of_result:
                         kind, of_result = "reduce-scatter", size_of(line.type)
                     found.append(Collective(kind, times, of_result, _groups(what), 0, _source(what)))
-            total += times * (price(line.kind, line.text) if price else _cycles(line))
+            total += times * (_cycles(line) or (price(line.kind, line.text) if price else 0))
         return found
 
     def _opened(

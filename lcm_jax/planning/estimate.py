@@ -86,7 +86,7 @@ def times(compiled: Compiled, program: Program, model_flops: int) -> Report:
     ]
     compute = sum(cycles * times for _, cycles, times in _priced(program, topology)) / chip.clock
     total = exposed = 0.0
-    for collective in program.collectives(functools.partial(price, chip)):
+    for collective in program.collectives(functools.partial(declared, chip)):
         each = exchange_time.seconds(collective, positions, topology)
         total += collective.times * each
         exposed += collective.times * max(0.0, each - collective.hidden_cycles / chip.clock)
@@ -123,20 +123,18 @@ def profile(program: Program, topology: Topology) -> list[Report]:
 def _priced(program: Program, topology: Topology) -> list[tuple[Operation, float, int]]:
     """(operation, cycles, times) of all that computes."""
     return [
-        (operation, price(topology.chip, operation.kind, operation.text), operation.times)
+        (operation, operation.cycles or declared(topology.chip, operation.kind, operation.text), operation.times)
         for operation in program.operations()
         if operation.kind.removesuffix("-start").removesuffix("-done") not in COLLECTIVES
     ]
 
 
-def price(chip: Chip, kind: str, text: str) -> float:
-    """Returns the cycles of an operation: the compiler's estimate; of a Pallas kernel by the cost that it declares."""
-    if cycles := re.search(r'"estimated_cycles":"(\d+)"', text):
-        return float(cycles[1])
-    declared = kind == "custom-call" and re.search(r'"cost_estimate":\{([^}]*)\}', text)
-    if not declared:
+def declared(chip: Chip, kind: str, text: str) -> float:
+    """Returns the cycles of a Pallas kernel, by the cost that it declares; 0 for all else."""
+    cost = kind == "custom-call" and re.search(r'"cost_estimate":\{([^}]*)\}', text)
+    if not cost:
         return 0.0
-    numbers = {name: float(value) for name, value in re.findall(r'"(\w+)":"?(\d+)', declared[1])}
+    numbers = {name: float(value) for name, value in re.findall(r'"(\w+)":"?(\d+)', cost[1])}
     flops, moved = numbers.get("flops", 0.0), numbers.get("bytes_accessed", 0.0)
     return max(flops / chip.peak_flops, moved / chip.bandwidth) * chip.clock
 

@@ -18,7 +18,7 @@ _CUBES = {
     512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16), 6144: (16, 16, 24),
 }  # fmt: skip
 _SQUARES = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
-_CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
+CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}  # of a chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Topology:
         """The name under which the slice is rented; empty for a shape that has none."""
         size = math.prod(self.shape)
         table = _CUBES if self.chip.dimensions == 3 else _SQUARES
-        return f"{self.chip.kind}-{size * _CORES[self.chip.kind]}" if table.get(size) == self.shape else ""
+        return f"{self.chip.kind}-{size * CORES[self.chip.kind]}" if table.get(size) == self.shape else ""
 
     def is_ring(self, dimension: int) -> bool:
         """Whether the links along this dimension of a slice close to a ring."""
@@ -67,7 +67,7 @@ def parse(name: str, slices: int = 1) -> Topology:
         raise UserError(f"--topology={name} is not known; {_known()}")
     table = _CUBES if chip.dimensions == 3 else _SQUARES
     if match[2]:
-        size, cores = int(match[2]), _CORES[chip.kind]
+        size, cores = int(match[2]), CORES[chip.kind]
         shape = table.get(size // cores)
         if size % cores or not shape or math.prod(shape) > chip.largest:
             sizes = ", ".join(f"{chip.kind}-{n * cores}" for n in table if n <= chip.largest)

@@ -1,8 +1,13 @@
-"""From paths in a compiled program to modules of the model."""
+"""From a compiled program to modules of the model, and the time they take."""
+
+import pathlib
 
 import pytest
 
+from lcm_jax.planning import estimate
+from lcm_jax.planning.compiled import Program
 from lcm_jax.planning.estimate import place
+from lcm_jax.planning.topology import parse
 
 
 @pytest.mark.parametrize(
@@ -26,3 +31,9 @@ from lcm_jax.planning.estimate import place
 )
 def test_module_and_operation(source, module, operation):
     assert place(source) == (module, operation)
+
+
+def test_a_pallas_kernel_takes_what_it_declares():
+    program = Program((pathlib.Path(__file__).parent / "program.hlo").read_text())
+    found = {(row["module"], row["operation"]): row["seconds"] for row in estimate.profile(program, parse("v5p-8"))}
+    assert found["attn (forward)", "pallas_call"] == pytest.approx(70 / 2765e9)  # more than 900 FLOPs take
