@@ -12,7 +12,6 @@ what it draws with what we draw.
 import contextlib
 import pathlib
 import sys
-import warnings
 from collections.abc import Sequence
 
 import jax
@@ -80,13 +79,6 @@ def export(
                 )
             adapters[name] = lora.Adapter(params[name], lora.alphas(chosen))
         header = recipe_of(config, source, which, step).to_header() if config.objective == "lcd" else {}
-        if dialect == "kohya" and len({a / r for _, a, r in _scales(adapters)}) > 1:
-            warnings.warn(
-                f"{out}: alpha / rank differs from module to module, and diffusers takes the most frequent alpha for "
-                "all attention layers of a kohya file; --dialect=diffusers has no such limit",
-                UserWarning,
-                stacklevel=2,
-            )
         write_lora(out, adapters, dialect=dialect or DIALECTS[0], dtype=dtype, header=header)
     elif config.objective == "lcd":
         write_lcm_folder(source, params["unet"], out, recipe=recipe_of(config, source, which, step), dtype=dtype)
@@ -96,11 +88,6 @@ def export(
         )
         write_trained_folder(source, params, out, config_updates=updates, dtype=dtype)
     return step, which
-
-
-def _scales(adapters: dict[str, lora.Adapter]) -> list[tuple[str, float, int]]:
-    """Module, alpha and rank of each."""
-    return [(m, alpha, adapter.ranks[m]) for adapter in adapters.values() for m, alpha in adapter.alphas.items()]
 
 
 def export_merged(model: str, loras: Loras, out: pathlib.Path, *, lcm: bool = False) -> None:

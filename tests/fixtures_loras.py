@@ -11,12 +11,6 @@ UNET_TARGETS = (
     lora.Target(r"down_blocks\..*to_out\.0", rank=3, alpha=3.0),
     lora.Target(lora.MODULES, rank=4, alpha=6.0),
 )
-# diffusers gives each attention layer of a kohya file the alpha that is most frequent in it
-KOHYA_TARGETS = (
-    lora.Target(r"mid_block\..*(conv1|proj_in)", rank=2, alpha=1.0),
-    lora.Target(r"down_blocks\..*to_out\.0", rank=3, alpha=6.0),
-    lora.Target(lora.MODULES, rank=4, alpha=6.0),
-)
 TEXT_TARGETS = (lora.Target("q_proj|k_proj|v_proj|out_proj|fc1|fc2", rank=4, alpha=2.0),)
 
 

@@ -179,8 +179,7 @@ def test_patterns_that_fit_nothing(pattern, said, folder):
 # ---- the commands
 
 
-# of a kohya file, diffusers takes the alpha of each convolution, and of no other layer
-CONVOLUTIONS = r"mid_block\..*conv1"
+OTHERS = r"mid_block\..*(conv1|to_q)"
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +197,7 @@ def run(folder, digits_data_dir, tmp_path_factory, one_device):
         "    config.optimizer.learning_rate = 1e-2\n"
         "    config.lora.rank = 4\n"
         "    config.lora.alpha = 2.0\n"
-        f"    config.lora.patterns = ({CONVOLUTIONS + '=3/0.75'!r},)\n"
+        f"    config.lora.patterns = ({OTHERS + '=3/0.75'!r},)\n"
         "    config.lcd.w_embedding_dim = 0\n"
         "    config.lcd.skip = 40\n"
         "    config.lcd.timestep_scaling = 7.0\n"
@@ -262,10 +261,13 @@ def test_file_in_each_dialect(run, files, folder):
         kernels = {"unet": lora.kernels(folder.components["unet"].network().shapes)}
         adapter = read_lora(file, kernels)["unet"]
         for module, alpha in adapter.alphas.items():
-            own = re.fullmatch(CONVOLUTIONS, module)
-            assert (alpha, adapter.ranks[module]) == ((0.75, 3) if own else (2.0, 4)), (dialect, module)
+            own = re.fullmatch(OTHERS, module)
+            assert adapter.ranks[module] == (3 if own else 4), (dialect, module)
+            assert alpha == (0.75 if own and dialect == "diffusers" else 2.0), (dialect, module)
         for path, array in params["unet"].items():
-            np.testing.assert_array_equal(adapter.params[path], array, err_msg=f"{dialect} {path}")
+            scaled = dialect == "kohya" and path.endswith(lora.B) and re.fullmatch(OTHERS, lora.module_of(path))
+            expected = array * np.float32(0.375) if scaled else array
+            np.testing.assert_array_equal(adapter.params[path], expected, err_msg=f"{dialect} {path}")
 
 
 def test_diffusers_draws_the_same(files, folder):

@@ -76,8 +76,9 @@ def write_lora(
       path: the file, *.safetensors.
       adapters: component → adapter, in our names and layout.
       dialect: "diffusers": keys as `save_lora_weights` writes them, alpha in the header's `lora_adapter_metadata`,
-        which diffusers reads from 0.34 on (elsewhere alpha = rank is taken). "kohya": alpha is a tensor, which all
-        take (diffusers 0.42 gives every attention layer the alpha that is most frequent in the file).
+        which diffusers reads from 0.34 on (elsewhere alpha = rank is taken). "kohya": alpha is a tensor, one for all
+        modules of a network, since diffusers 0.42 gives every attention layer the most frequent one; where alphas
+        differ, B is scaled so that dW stays what it is.
       dtype: "float32", "float16" or "bfloat16".
       header: more texts for the file's header.
 
@@ -91,6 +92,8 @@ def write_lora(
         raise UserError(f"{path} should end in .safetensors")
     tensors, config = {}, {}
     for component, adapter in adapters.items():
+        if dialect == "kohya":
+            adapter = _with_one_alpha(adapter)
         for module, alpha in adapter.alphas.items():
             for part, suffix in (("A", lora.A), ("B", lora.B)):
                 array = names.to_file(suffix, np.asarray(adapter.params[module + suffix]).astype(jnp.dtype(dtype)))
@@ -110,6 +113,17 @@ def write_lora(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}") from None
     return path
+
+
+def _with_one_alpha(adapter: Adapter) -> Adapter:
+    """The same dW, all modules with the most frequent alpha."""
+    alpha = collections.Counter(adapter.alphas.values()).most_common(1)[0][0]
+    scaled = {
+        module + lora.B: np.asarray(adapter.params[module + lora.B]).astype(np.float32) * np.float32(own / alpha)
+        for module, own in adapter.alphas.items()
+        if own != alpha
+    }
+    return Adapter({**adapter.params, **scaled}, dict.fromkeys(adapter.alphas, alpha))
 
 
 def _key(name: Name, dialect: str, adapters: Mapping[str, Adapter]) -> str:

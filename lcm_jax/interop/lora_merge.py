@@ -28,11 +28,7 @@ def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
       UserError: a weight that isn't finite, or makes weights that are not; a file that is given twice; as `read_lora`.
     """
     check(loras)
-    shapes = {
-        name: lora.kernels(component.network().shapes)
-        for name, component in folder.components.items()
-        if name in _ADAPTED
-    }
+    shapes = adaptable(folder)
     merged: dict[str, Flat] = {}
     for path, weight in loras.items():
         for name, adapter in read_lora(path, shapes).items():
@@ -54,6 +50,15 @@ def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
                     f"are not finite in {dtype}: {path}"
                 )
     return merged
+
+
+def adaptable(folder: Folder) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Returns component → module → the shape of its kernel, for the networks that a LoRA file may be for."""
+    return {
+        name: lora.kernels(component.network().shapes)
+        for name, component in folder.components.items()
+        if name in _ADAPTED
+    }
 
 
 def check(loras: Loras) -> None:

@@ -1,5 +1,7 @@
 """LoRA files to and from diffusers with peft: the same weight differences, and the same pictures."""
 
+import dataclasses
+
 import diffusers
 import numpy as np
 import peft
@@ -8,8 +10,6 @@ import torch
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from fixtures_folders import latents
 from fixtures_loras import (
-    KOHYA_TARGETS,
-    UNET_TARGETS,
     assert_same_differences,
     differences,
     kernels,
@@ -20,13 +20,13 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import lcm_jax
+from lcm_jax.errors import UserError
 from lcm_jax.interop import names
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.lora_file import read_lora, write_lora
-from lcm_jax.interop.verify import injected_noise
+from lcm_jax.interop.verify import injected_noise, verify
 
 SHAPE = (1, 8, 8, 4)
-TARGETS = {"diffusers": UNET_TARGETS, "kohya": KOHYA_TARGETS}
 MODULES = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "ff.net.2", "conv1", "time_emb_proj"]
 TEXT_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1"]
 
@@ -84,7 +84,7 @@ def assert_same_picture(pipe, peer, guidance_scale=2.0):
 
 @pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
 def test_written_by_us(folder, pipe, peer, dialect, tmp_path, caplog):
-    adapters = random_lora(folder, targets=TARGETS[dialect])
+    adapters = random_lora(folder)
     file = write_lora(tmp_path / "x.safetensors", adapters, dialect=dialect)
     peer.load_lora_weights(str(file), adapter_name="x")
     assert not caplog.records  # keys that it doesn't know only give a warning there
@@ -98,13 +98,49 @@ def test_written_by_us(folder, pipe, peer, dialect, tmp_path, caplog):
     assert not np.allclose(with_lora, without)
 
 
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_kohya_file_of_one_network(folder, peer, component, tmp_path):
+    adapters = {component: random_lora(folder)[component]}
+    file = write_lora(tmp_path / "x.safetensors", adapters, dialect="kohya")
+    peer.load_lora_weights(str(file), adapter_name="x")
+    assert_same_differences(differences(adapters), their_differences(peer, "x"))
+    assert verify(folder.path, lora=file) <= 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match:RuntimeWarning")  # peft's own words
+def test_verify_names_the_module_with_another_alpha(folder, tmp_path):
+    """In other people's kohya files alphas differ: diffusers 0.42 gives all attention layers the most frequent one."""
+    adapters = random_lora(folder)
+    weak = {
+        name: dataclasses.replace(a, params={path: 1e-3 * array for path, array in a.params.items()})
+        for name, a in adapters.items()
+    }  # nothing is seen in what it draws
+    file = write_lora(tmp_path / "x.safetensors", weak, dialect="kohya")
+    assert verify(folder.path, lora=file) <= 1e-4
+    tensors = load_file(file)
+    tensors["lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.alpha"] *= 2
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"weight difference of unet\.mid_block\..*attn1\.to_q.* another alpha"):
+        verify(folder.path, lora=file)
+
+
+def test_verify_names_a_module_that_diffusers_leaves_out(folder, monkeypatch, tmp_path):
+    file = write_lora(tmp_path / "x.safetensors", random_lora(folder))
+    loading = diffusers.StableDiffusionPipeline.load_lora_weights
+
+    def without_one(self, path, **options):
+        loading(self, {k: v for k, v in load_file(path).items() if "mid_block.resnets.0.conv1" not in k}, **options)
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "load_lora_weights", without_one)
+    with pytest.raises(UserError, match=r"1 are not adapted in both, as unet\.mid_block\.resnets\.0\.conv1"):
+        verify(folder.path, lora=file)
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # two are meant so
 def test_two_with_weights(folder, pipe, peer, tmp_path):
     files = {}
     for name, seed, dialect, weight in (("a", 3, "diffusers", 0.5), ("b", 5, "kohya", -0.8)):
-        file = write_lora(
-            tmp_path / f"{name}.safetensors", random_lora(folder, seed, TARGETS[dialect]), dialect=dialect
-        )
+        file = write_lora(tmp_path / f"{name}.safetensors", random_lora(folder, seed), dialect=dialect)
         peer.load_lora_weights(str(file), adapter_name=name)
         files[file] = weight
     peer.set_adapters(["a", "b"], [0.5, -0.8])
