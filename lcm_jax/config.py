@@ -50,14 +50,21 @@ class ModelConfig:
     # what the backward pass of the UNet recomputes: none | block: each block from its input | block_save_attention: the
     # same, but for the outputs of attention
     remat: str = "none"
-    attention: str = "xla"  # of the UNet's large layers: xla | cudnn (GPU, bfloat16) | pallas (TPU)
+    # of the UNet's large layers: auto (pallas on a TPU, else xla) | xla | cudnn (GPU, bfloat16) | pallas (TPU)
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.folder:
             raise UserError("folder is empty; give a diffusers folder or a hub id")
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
         one_of("remat", self.remat, ("none", "block", "block_save_attention"))
-        one_of("attention", self.attention, ("xla", "cudnn", "pallas"))
+        one_of("attention", self.attention, ("auto", "xla", "cudnn", "pallas"))
+
+    def attention_on(self, platform: str) -> str:
+        """Returns what computes attention on this platform of JAX: "xla", "cudnn" or "pallas"."""
+        if self.attention == "auto":
+            return "pallas" if platform == "tpu" else "xla"
+        return self.attention
 
 
 @dataclasses.dataclass(frozen=True)

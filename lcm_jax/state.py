@@ -83,14 +83,13 @@ def frozen_components(config: Config) -> dict[str, str]:
 
 
 def make_parts(config: Config, folder: Folder, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> Parts:
-    """Builds the networks of a run from the folder's own configurations."""
+    """Builds the networks of a run from the folder's own configurations, for the devices that JAX finds here."""
     policy = Policy.named(config.model.dtype)
+    of_unet = {"remat": config.model.remat, "attention": config.model.attention_on(jax.default_backend())}
     networks = {}
     for name in ("unet", "vae", "text_encoder"):
         component, where = folder.components[name], str(folder.path / name)
-        options = {}
-        if name == "unet":
-            options = {"remat": config.model.remat, "attention": config.model.attention}
+        options = of_unet if name == "unet" else {}
         networks[name] = make_network(component.library_class, component.config, where=where, policy=policy, **options)
     if config.objective == "lcd":
         teacher = networks["unet"]
@@ -102,9 +101,7 @@ def make_parts(config: Config, folder: Folder, tokenizer: Callable[[Sequence[str
         dim = config.lcd.w_embedding_dim or None
         student = dataclasses.replace(teacher.config, time_cond_proj_dim=dim)
         networks["teacher"] = teacher
-        networks["unet"] = Network(
-            teacher.model_class, student, policy=policy, remat=config.model.remat, attention=config.model.attention
-        )
+        networks["unet"] = Network(teacher.model_class, student, policy=policy, **of_unet)
     parts = Parts(networks, folder.schedule, tokenizer([""]), adapted(config, networks))
     parts.latent_shape(config.data.image_size)  # an error now, not in the middle of the first step
     return parts

@@ -142,10 +142,14 @@ def test_an_option_changes_the_start(option, folder):
     assert any(not np.array_equal(a["unet"][name], b["unet"][name]) for name in a["unet"])
 
 
-def test_the_attention_option_reaches_the_networks(folder):
-    config = configure(folder, {"model.attention": "cudnn"})
-    networks = make_parts(config, folder, load_tokenizer(folder)).networks
-    assert networks["unet"].options["attention"] == networks["teacher"].options["attention"] == "cudnn"
+@pytest.mark.parametrize(
+    ("option", "platform", "taken"),
+    [("cudnn", "gpu", "cudnn"), ("auto", "tpu", "pallas"), ("auto", "gpu", "xla"), ("xla", "tpu", "xla")],
+)
+def test_the_attention_option_reaches_the_networks(folder, option, platform, taken, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: platform)
+    networks = make_parts(configure(folder, {"model.attention": option}), folder, load_tokenizer(folder)).networks
+    assert networks["unet"].options["attention"] == networks["teacher"].options["attention"] == taken
 
 
 def preview(folder, changes):

@@ -68,6 +68,7 @@ def test_weights_divided_over_a_v5p(options, tmp_path, capsys):
     assert 0 < summed <= 4 * parameters + 4096  # float32, and the loss
     assert figures["fits"] is True
     assert figures["mesh"] == {"data": 1, "fsdp": 8}
+    assert figures["attention"] == "pallas"  # what train takes on a TPU; not this machine's
     assert (figures["batch_size"], figures["product"], figures["topology"]) == (16, "v5p-16", "v5p:2x2x2")
     memory = figures["memory_bytes"]
     assert memory["total"] == sum(size for part, size in memory.items() if part != "total")
