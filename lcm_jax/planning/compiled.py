@@ -17,6 +17,7 @@ _BYTES = {
     "u64": 8, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 0.5, "u4": 0.5,
 }  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_CHAIN_START, _CHAIN_DONE, _CHAINED = "async-collective-start", "async-collective-done", "chain_id="
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Collective:
       times: how often it runs in a step.
       bytes: of one run's result on a device.
       groups: device numbers that exchange with each other, group by group; of a permutation the pairs.
-      hidden_cycles: cycles of what runs between its start and its end.
+      start, end: cycles of all that runs before it starts, and before its result is needed; equal where nothing runs
+        meanwhile.
       source: the function of the model that it comes from.
     """
 
@@ -58,8 +60,14 @@ class Collective:
     times: int
     bytes: int
     groups: tuple[tuple[int, ...], ...]
-    hidden_cycles: int
+    start: float
+    end: float
     source: str
+
+    @property
+    def hidden_cycles(self) -> float:
+        """Cycles of what runs between its start and its end, each time; both are of all rounds of the loop it is in."""
+        return (self.end - self.start) / max(self.times, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +107,10 @@ class Program:
         ]
 
     def collectives(self, price: Callable[[str, str], float] | None = None) -> list[Collective]:
-        """Every exchange; those that the compiler has put into a fusion are taken out of it.
+        """Every exchange in the order of its end; those that the compiler has put into a fusion are taken out of it.
+
+        For chips of one core XLA writes an exchange as a chain of fusions: `async-collective-start`, one of the same
+        number called `async-collective-done`, and between them others, which compute and have a piece of it in them.
 
         Args: (opcode, line) -> cycles of an operation for which the compiler has written none; by default 0.
         """
@@ -109,33 +120,34 @@ class Program:
         for line, times, scope in self._run(self._entry, 1):
             kind = line.kind.removesuffix("-start").removesuffix("-done")
             inner = [other for other in self._inside(line) if other.kind.removesuffix("-start") in COLLECTIVES]
-            if line.kind.endswith("-start") and (kind in COLLECTIVES or inner):
+            ended: list[tuple[_Line, str, int, float]] = []  # what, kind, bytes, cycles before its start
+            if line.name.startswith(_CHAIN_START) or (line.kind.endswith("-start") and (kind in COLLECTIVES or inner)):
                 started[scope, line.name] = (line, total)
-            elif line.kind.endswith("-done") and (opened := self._opened(line, scope, started)):
+            elif opened := self._opened(line, scope, started):
                 start, before = opened
                 what = next((other for other in self._inside(start) if other.kind in COLLECTIVES), start)
-                kind = what.kind.removesuffix("-start")
-                hidden = int(total - before) // max(times, 1)  # both are of all runs of the loop that holds them
-                found.append(Collective(kind, times, size_of(line.type), _groups(what), hidden, _source(what)))
+                ended.append((what, what.kind.removesuffix("-start"), size_of(line.type), before))
             elif kind in COLLECTIVES and line.kind == kind:
-                found.append(Collective(kind, times, size_of(line.type), _groups(line), 0, _source(line)))
+                ended.append((line, kind, size_of(line.type), total))
             elif line.kind == "fusion":
-                for what in inner:
-                    of_result = size_of(what.type)
-                    kind = what.kind.removesuffix("-start")
+                for what in (other for other in inner if _CHAINED not in other.text):
+                    of_result, kind = size_of(what.type), what.kind.removesuffix("-start")
                     if kind == "all-reduce" and size_of(line.type) < of_result:
                         kind, of_result = "reduce-scatter", size_of(line.type)
-                    found.append(Collective(kind, times, of_result, _groups(what), 0, _source(what)))
+                    ended.append((what, kind, of_result, total))
+            for what, kind, size, before in ended:
+                found.append(Collective(kind, times, size, _groups(what), before, total, _source(what)))
             total += times * (_cycles(line) or (price(line.kind, line.text) if price else 0))
         return found
 
     def _opened(
         self, line: _Line, scope: int, started: dict[tuple[int, str], tuple[_Line, float]]
     ) -> tuple[_Line, float] | None:
-        for name in re.findall(r"%([\w.\-]+)", line.operands):
-            if (scope, name) in started:
-                return started.pop((scope, name))
-        return None
+        """The line and the cycles at which the exchange began of which this is the end; None if it ends none."""
+        names = re.findall(r"%([\w.\-]+)", line.operands) if line.kind.endswith("-done") else []
+        if line.name.startswith(_CHAIN_DONE):
+            names = [_CHAIN_START + line.name.removeprefix(_CHAIN_DONE)]
+        return next((started.pop((scope, name)) for name in names if (scope, name) in started), None)
 
     def _inside(self, line: _Line) -> Iterator[_Line]:
         for name in re.findall(r"(?:calls|called_computations)=\{?%?([\w.\-]+)", line.text):

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax
 from lcm_jax.parallel.program import Program as Step
 from lcm_jax.planning import exchange_time
 from lcm_jax.planning.chips import Chip
-from lcm_jax.planning.compiled import COLLECTIVES, Operation, Program
+from lcm_jax.planning.compiled import COLLECTIVES, Collective, Operation, Program
 from lcm_jax.planning.exchange_time import Position
 from lcm_jax.planning.topology import Topology
 
@@ -73,8 +74,8 @@ def times(compiled: Compiled, program: Program, model_flops: int) -> Report:
     """Returns seconds of a step, by several ways of reckoning, and what they imply.
 
     `compute`: the compiler's cycles. `exchange`: all collectives by our own model; `exposed`: what of it is not hidden
-    behind computation that the schedule has put between start and end. `step` = compute + exposed. `roofline`: the
-    larger of FLOPs over the peak and bytes over the bandwidth. `xla`: XLA's own, where it has one.
+    behind computation that the schedule has put between start and end (`waiting`). `step` = compute + exposed.
+    `roofline`: the larger of FLOPs over the peak and bytes over the bandwidth. `xla`: XLA's own, where it has one.
     """
     topology = compiled.topology
     if topology is None:
@@ -85,23 +86,41 @@ def times(compiled: Compiled, program: Program, model_flops: int) -> Report:
         for device in compiled.step.mesh.devices.flat
     ]
     compute = sum(cycles * times for _, cycles, times in _priced(program, topology)) / chip.clock
-    total = exposed = 0.0
-    for collective in program.collectives(functools.partial(declared, chip)):
-        each = exchange_time.seconds(collective, positions, topology)
-        total += collective.times * each
-        exposed += collective.times * max(0.0, each - collective.hidden_cycles / chip.clock)
+    collectives = program.collectives(functools.partial(declared, chip))
+    seconds = [each.times * exchange_time.seconds(each, positions, topology) for each in collectives]
+    exposed = waiting(collectives, seconds, chip.clock)
     step = compute + exposed
     xla = analysis.get("optimal_seconds", 0.0)
     return {
         "step": step,
         "compute": compute,
-        "exchange": total,
+        "exchange": sum(seconds),
         "exposed": exposed,
         "roofline": max(analysis["flops"] / chip.peak_flops, analysis["bytes accessed"] / chip.bandwidth),
         "xla": xla if xla > 0 else None,
         "floor": model_flops / chip.peak_flops,
         "fraction_of_peak": model_flops / chip.peak_flops / step,
     }
+
+
+def waiting(collectives: Sequence[Collective], seconds: Sequence[float], clock: float) -> float:
+    """Returns how long a chip waits for these exchanges, one after the other on the network, in the order they start.
+
+    Args:
+      seconds: of each, all its runs together.
+      clock: cycles a second, in which their starts and ends are given.
+    """
+    events = [(each.start, False, i) for i, each in enumerate(collectives)]
+    events += [(each.end, True, i) for i, each in enumerate(collectives)]
+    waited = free = 0.0  # so far; when the network is free
+    finished = {}
+    for cycles, is_end, i in sorted(events):
+        now = cycles / clock + waited
+        if is_end:
+            waited += max(0.0, finished[i] - now)
+        else:
+            finished[i] = free = max(now, free) + seconds[i]
+    return waited
 
 
 def cost(compiled: Compiled) -> dict[str, float]:

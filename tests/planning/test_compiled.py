@@ -55,6 +55,23 @@ def test_a_kernel_hides_what_it_is_said_to_cost():
     assert next(c.hidden_cycles for c in found if c.bytes == 256) == 30
 
 
+def test_a_chain_of_fusions_is_one_exchange():
+    """As it is written for one core a chip: pieces of a gather in what computes meanwhile."""
+    piece = (
+        '%all-gather.{} = f32[64]{{0}} all-gather(%p), replica_groups=[1,8]<=[8], frontend_attributes={{chain_id="4"}}'
+    )
+    pieces = "".join(f"%piece.{i} (p: f32[8]) -> f32[64] {{\n  ROOT {piece.format(i)}\n}}\n\n" for i in range(3))
+    chain = (
+        "  %async-collective-start.7 = (f32[8]{0}, f32[64]{0}) fusion(%g), kind=kCustom, calls=%piece.0\n"
+        '  %busy = (f32[8]{0}, f32[64]{0}) fusion(%x), calls=%piece.1, backend_config={"estimated_cycles":"900"}\n'
+        "  %part = f32[64]{0} get-tuple-element(%busy), index=1\n"
+        "  %async-collective-done.7 = f32[64]{0} fusion(%part), kind=kCustom, calls=%piece.2\n"
+    )
+    text = TEXT.replace("ENTRY", pieces + "ENTRY").replace("  %kernel =", chain + "  %kernel =")
+    found = [c for c in Program(text).collectives() if c.kind == "all-gather" and c.bytes == 256]
+    assert [(c.times, c.hidden_cycles, c.groups) for c in found] == [(1, 900, (tuple(range(8)),))]
+
+
 def test_groups_are_read_in_both_notations(program):
     groups = [c.groups for c in program.collectives()]
     assert groups[0] == ((0, 1, 2, 3), (4, 5, 6, 7))  # [2,4]<=[8]

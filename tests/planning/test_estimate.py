@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from lcm_jax.planning import estimate
-from lcm_jax.planning.compiled import Program
+from lcm_jax.planning.compiled import Collective, Program
 from lcm_jax.planning.estimate import place
 from lcm_jax.planning.topology import parse
 
@@ -37,3 +37,19 @@ def test_a_pallas_kernel_takes_what_it_declares():
     program = Program((pathlib.Path(__file__).parent / "program.hlo").read_text())
     found = {(row["module"], row["operation"]): row["seconds"] for row in estimate.profile(program, parse("v5p-8"))}
     assert found["attn (forward)", "pallas_call"] == pytest.approx(70 / 2765e9)  # more than 900 FLOPs take
+
+
+@pytest.mark.parametrize(
+    ("spans", "seconds", "waited"),
+    [
+        ([(10, 10), (10, 10), (40, 40)], [3, 4, 5], 12),  # each is waited for
+        ([(0, 20)], [15], 0),
+        ([(0, 20)], [25], 5),
+        ([(0, 20), (0, 20)], [15, 15], 10),  # one after the other behind the same work
+        ([(0, 20), (5, 40)], [25, 15], 5),  # the first is late by 5, and so all that follows: the second ends at 40
+        ([(0, 10), (10, 20)], [15, 10], 5),
+    ],
+)
+def test_exchanges_share_the_network(spans, seconds, waited):
+    exchanges = [Collective("all-gather", 1, 1, (), start, end, "") for start, end in spans]
+    assert estimate.waiting(exchanges, seconds, 1.0) == waited

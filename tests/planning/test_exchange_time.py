@@ -24,7 +24,7 @@ def time(kind, name, size=64 * MIB, groups=None, slices=1):
     topology = parse(name, slices)
     where = positions(topology)
     groups = groups or (tuple(range(len(where))),)
-    return seconds(Collective(kind, 1, size, groups, 0, ""), where, topology)
+    return seconds(Collective(kind, 1, size, groups, 0, 0, ""), where, topology)
 
 
 def test_a_ring_uses_both_of_its_links():
