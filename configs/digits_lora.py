@@ -13,7 +13,7 @@ def get_config(variant=""):
     config.lora.rank = 32
     config.optimizer.learning_rate = 1e-3
     config.lcd.w_embedding_dim = 0  # a LoRA file has no place for it
-    config.lcd.guidance_min = 5.0  # one guidance, which goes into the weights; four steps want more than the teacher's 3
+    config.lcd.guidance_min = 5.0  # it goes into the weights; four steps want more of it than the teacher's 3
     config.lcd.guidance_max = 5.0
     config.log.guidance_scale = 1.0
     return config
