@@ -192,7 +192,8 @@ def main(argv: Sequence[str]) -> int:
         from lcm_jax.interop.verify import verify
 
         difference = verify(model, lora=lora_file)
-        print(f"diffusers loads it; its latents and pictures differ from ours by {difference:.1e} of their maximum.")
+        compared = "weight differences, latents and pictures" if lora_file else "latents and pictures"
+        print(f"diffusers loads it; its {compared} differ from ours by {difference:.1e} of their maximum.")
     print(f"{args.out} holds {what}. Next:")
     print(f'  python -m lcm_jax.sample --model={model}{how} --prompt="…" --seed=0 --out=picture.png')
     return 0

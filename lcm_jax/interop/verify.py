@@ -60,7 +60,7 @@ def verify(
         raise UserError(f"verifying needs {error.name}: pip install lcm_jax[diffusers]") from None
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipe, worst = load_pipeline(folder, loras={lora: 1.0} if lora else None), 0.0
+    pipe = load_pipeline(folder, loras={lora: 1.0} if lora else None)
     path = pipe.folder.path
     prompts = list(prompts)
     sampler = "lcm" if pipe.is_lcm or pipe.lora_recipe else "ddim"
@@ -74,7 +74,7 @@ def verify(
     if lora:
         logging.getLogger("diffusers").setLevel(logging.ERROR)  # a text encoder without adapters is no news
         peer.load_lora_weights(str(lora), adapter_name="verified")
-        worst = _lora_difference(lora, pipe, peer)
+    of_weights = _lora_difference(lora, pipe, peer) if lora else 0.0
     if pipe.lora_recipe:
         peer.scheduler = LCMScheduler.from_config(with_lcm_scheduler(pipe.folder, pipe.lora_recipe).scheduler)
     elif not pipe.is_lcm:
@@ -98,7 +98,7 @@ def verify(
                 f"{lora or path}: diffusers' {what} differ from ours by {difference:.1e} of their maximum; "
                 f"rounding explains {TOLERANCE:g}"
             )
-    return max(worst, *differences.values())
+    return max(of_weights, *differences.values())
 
 
 def _lora_difference(file: str | os.PathLike[str], pipe: Pipeline, peer: Any) -> float:

@@ -51,8 +51,8 @@ class Collective:
       times: how often it runs in a step.
       bytes: of one run's result on a device.
       groups: device numbers that exchange with each other, group by group; of a permutation the pairs.
-      start, end: cycles of all that runs before it starts, and before its result is needed; equal where nothing runs
-        meanwhile.
+      start, end: cycles of all that runs before it starts, and before its result is needed; those of all rounds of the
+        loop it is in. Equal where nothing runs meanwhile.
       source: the function of the model that it comes from.
     """
 
@@ -63,11 +63,6 @@ class Collective:
     start: float
     end: float
     source: str
-
-    @property
-    def hidden_cycles(self) -> float:
-        """Cycles of what runs between its start and its end, each time; both are of all rounds of the loop it is in."""
-        return (self.end - self.start) / max(self.times, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from fixtures_loras import assert_same_differences, differences, kernels, random
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from lcm_jax import lora
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.lora_file import read_lora, write_lora
@@ -54,13 +55,15 @@ def test_there_and_back(adapters, shapes, tmp_path, dialect):
     found = read_lora(write_lora(tmp_path / "new/x.safetensors", adapters, dialect=dialect), shapes)
     assert found.keys() == adapters.keys()
     for component, adapter in adapters.items():
+        assert found[component].params.keys() == adapter.params.keys()
         assert found[component].ranks == adapter.ranks
         if dialect == "diffusers":
             assert found[component].alphas == adapter.alphas
-            for path, array in adapter.params.items():
-                np.testing.assert_array_equal(found[component].params[path], array)
-        else:
+        else:  # one alpha, B in its scale
             assert len(set(found[component].alphas.values())) == 1
+        for path, array in adapter.params.items():
+            if dialect == "diffusers" or path.endswith(lora.A):
+                np.testing.assert_array_equal(found[component].params[path], array)
     assert_same_differences(differences(found), differences(adapters))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.safetensors"]
 
@@ -123,6 +126,14 @@ def test_kohya_of_a_text_encoder(adapters, shapes, tmp_path, prefix):
     tensors = load_file(write_lora(tmp_path / "a.safetensors", adapters, dialect="kohya"))
     found = read_lora(save(tmp_path, edited(tensors, lambda key: key.replace("lora_te_", prefix))), shapes)
     assert_same_differences(differences(found), differences(adapters))
+
+
+def test_kohya_alphas_that_differ(adapters, shapes, tmp_path):
+    tensors = load_file(write_lora(tmp_path / "a.safetensors", adapters, dialect="kohya"))
+    tensors["lora_unet_mid_block_resnets_0_conv1.alpha"] = np.float32(1.5)
+    alphas = read_lora(save(tmp_path, tensors), shapes)["unet"].alphas
+    assert {module for module, alpha in alphas.items() if alpha == 1.5} == {"mid_block.resnets.0.conv1"}
+    assert set(alphas.values()) == {1.5, 6.0}
 
 
 def test_kohya_alpha_left_out_is_the_rank(adapters, shapes, tmp_path):
