@@ -10,6 +10,7 @@ import pathlib
 import sys
 import tempfile
 
+import jax
 import networks
 import numpy as np
 import turns
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if min(args.rounds, args.batch, args.steps) < 1:
         raise UserError("--rounds, --batch and --steps must be at least 1")
+    jax.config.update("jax_platforms", "cpu")  # of this process: an accelerator is the contestants'
     with tempfile.TemporaryDirectory() as temporary:
         teacher = networks.write(networks.SIZES[args.size], pathlib.Path(temporary) / "teacher")
         folder = write_student(teacher, pathlib.Path(temporary) / "student")

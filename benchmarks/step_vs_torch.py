@@ -69,10 +69,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla")
     parser.add_argument("--remat", choices=("none", "block", "block_save_attention"), default="none")
     parser.add_argument("--cpu-devices", type=int, default=2, help="as config.mesh.cpu_devices")
+    parser.add_argument("--together", action="store_true", help="build all at once; compile times are then of no use")
     parser.add_argument("--torch", default="plain;channels_last", help=f"with ; between: {'; '.join(VARIANTS)}")
     args = parser.parse_args(argv)
     if args.rounds < 1 or (args.batch is not None and args.batch < 1):
         raise UserError("--rounds and --batch must be at least 1")
+    jax.config.update("jax_platforms", "cpu")  # of this process: an accelerator is the contestants'
     size = networks.SIZES[args.size]
     with tempfile.TemporaryDirectory() as temporary:
         folder = networks.write(size, pathlib.Path(temporary) / "folder")
@@ -94,18 +96,21 @@ def main(argv: list[str]) -> int:
             inputs,
             args.cpu_devices,
             env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            wait=not args.together,
         )
-        peers = []
+        contestants = [ours]
         for variant in args.torch.split(";"):
             chosen = variant.strip().split(",")
             settings = Settings(args.dtype, "channels_last" in chosen, "compiled" in chosen)
-            peers.append(turns.Contestant(settings.name, TorchStep, folder, inputs, settings))
-        for peer in peers:
+            contestants.append(
+                turns.Contestant(settings.name, TorchStep, folder, inputs, settings, wait=not args.together)
+            )
+        for peer in contestants[1:]:
             check_same(ours, peer, 1e-3 if args.dtype == "float32" else 5e-2)
-        rounds = turns.take_turns([ours, *peers], args.rounds)
-        print(turns.table([ours, *peers], config.batch_size, rounds))
+        rounds = turns.take_turns(contestants, args.rounds)
+        print(turns.table(contestants, config.batch_size, rounds))
         print(speed(config.batch_size, ours, rounds))
-        for contestant in (ours, *peers):
+        for contestant in contestants:
             contestant.close()
     return 0
 

@@ -1,5 +1,6 @@
 """Contestants in processes of their own, which take turns: one runs while the others wait without using a core."""
 
+import functools
 import multiprocessing
 import os
 import resource
@@ -16,14 +17,22 @@ RUNS = 3  # in one turn
 class Contestant:
     """A process that builds something to run, and runs it when it is told to."""
 
-    def __init__(self, name: str, build: Callable[..., Any], *args: Any, env: Mapping[str, str] | None = None) -> None:
-        """Starts to build and waits for it.
+    def __init__(
+        self,
+        name: str,
+        build: Callable[..., Any],
+        *args: Any,
+        env: Mapping[str, str] | None = None,
+        wait: bool = True,
+    ) -> None:
+        """Starts to build.
 
         Args:
           name: for the table.
           build: a function of a module; build(*args) returns an object with `run()`, which returns when the work is
             done, `facts` (a dict), and, where an accelerator's memory is what counts, `memory()` in bytes.
           env: environment variables of that process.
+          wait: for it to be built; `facts` does so in any case.
         """
         self.name = name
         context = multiprocessing.get_context("spawn")
@@ -37,7 +46,13 @@ class Contestant:
             os.environ.clear()
             os.environ.update(before)
         theirs.close()
-        self.facts: dict[str, Any] = self._answer()
+        if wait:
+            _ = self.facts
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """Those of what was built, when it is."""
+        return self._answer()
 
     def seconds(self) -> float:
         """Of one run among several, from its start to its end: the mean of RUNS of them.

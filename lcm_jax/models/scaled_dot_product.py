@@ -1,6 +1,6 @@
 """Softmax attention by one of several programs, where each of them is the better one."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,24 @@ def attend(
     if implementation == "pallas" and min(n, m) >= LONG and n % BLOCK == m % BLOCK == 0:
         return flash_attention(q, k, v)
     if implementation == "cudnn" and d <= CUDNN_HEAD and d % 8 == 0:
-        return checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), "attention")
+        return cudnn_attention(q, k, v)
     return plain_attention(q, k, v)
+
+
+def cudnn_attention(
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
+) -> Float[Array, "b n h d"]:
+    """Returns softmax(q k^T / sqrt(d)) v by cuDNN's flash attention.
+
+    JAX refuses its gradient for an odd number of tokens, as the 77 of a prompt: one more is put there, and masked.
+    """
+    (b, n), m = q.shape[:2], k.shape[1]
+    lengths: dict[str, Any] = {}
+    if n % 2 or m % 2:
+        q, k, v = (jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (q, k, v))
+        lengths = {"query_seq_lengths": jnp.full(b, n), "key_value_seq_lengths": jnp.full(b, m)}
+    y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
+    return checkpoint_name(y[:, :n], "attention")
 
 
 def plain_attention(

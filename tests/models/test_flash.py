@@ -153,10 +153,28 @@ def test_each_layer_takes_the_program_that_can(monkeypatch, implementation, quer
 
     monkeypatch.setattr(scaled_dot_product, "flash_attention", lambda *_: take("pallas"))
     monkeypatch.setattr(scaled_dot_product, "plain_attention", lambda *_: take("xla"))
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *_, implementation: take(implementation))
+    monkeypatch.setattr(scaled_dot_product, "cudnn_attention", lambda *_: take("cudnn"))
     q, k = (jax.ShapeDtypeStruct((1, n, 8, head), jnp.bfloat16) for n in (queries, keys))
     attend(q, k, k, implementation)
     assert seen == [taken]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(16, 16), (16, 7), (9, 7), (9, 9)])
+def test_cudnn_is_given_even_numbers_of_tokens(monkeypatch, queries, keys):
+    """By XLA's attention in its place: what was added for it is in no output and in no gradient."""
+    xla, seen = jax.nn.dot_product_attention, []
+
+    def stand_in(q, k, v, *, implementation, **lengths):
+        seen.append((implementation, q.shape[1] % 2, k.shape[1] % 2))
+        return xla(q, k, v, implementation="xla", **lengths)
+
+    q, k, v, g = (normal(i, 2, tokens, 2, 8) for i, tokens in enumerate((queries, keys, keys, queries)))
+    expected = with_gradients(xla, g)(q, k, v)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    found = with_gradients(scaled_dot_product.cudnn_attention, g)(q, k, v)
+    assert seen == [("cudnn", 0, 0)]
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_saving_the_outputs_of_attention_saves_the_kernel():
