@@ -163,19 +163,28 @@ _TRANSFORMED = re.compile(r"\b(?:jvp|transpose|vmap|remat\d*|checkpoint)\(([^()]
 _FUNCTION = re.compile(r"\bjit\([^()]*\)")
 _INNER = re.compile(
     r"(pjit|shard_map|checkpoint|remat\d*|rematted_computation|while|body|cond|scan|closed_call|"
-    r"custom_\w+|branch_\d+\w*)?"
+    r"custom_\w+|branch_\d+\w*|[a-z]+,[a-z]+->[a-z]*)?"  # the last: an einsum
 )
 
 
 def place(source: str) -> tuple[str, str]:
-    """Returns (module, operation) of a path like 'jit(step)/transpose(jvp(student))/conv_in/dot_general'."""
+    """Returns (module, operation) of a path like 'jit(step)/transpose(jvp(student))/conv_in/dot_general'.
+
+    The module ends in "(forward)", "(backward)", or "(again)" for what `jax.checkpoint` computes anew.
+    """
     plain, count = _TRANSFORMED.subn(r"\1", _FUNCTION.sub("", source))
     while count:
         plain, count = _TRANSFORMED.subn(r"\1", plain)
     parts = [part for part in plain.split("/") if not _INNER.fullmatch(part)]
     *modules, operation = parts or ["other"]
-    backward = "backward" if "transpose(" in source else "forward"
-    return f"{'/'.join(modules) or 'step'} ({backward})", operation
+    for size in range(len(modules) // 2, 0, -1):  # a block that is computed again is entered twice
+        if modules[:size] == modules[size : 2 * size]:
+            modules = modules[size:]
+    if "rematted_computation" in source:
+        when = "again"
+    else:
+        when = "backward" if "transpose(" in source else "forward"
+    return f"{'/'.join(modules) or 'step'} ({when})", operation
 
 
 def images_a_second(batch_size: int, report_times: Report) -> float | None:

@@ -23,6 +23,17 @@ from lcm_jax.planning.topology import parse
             "student/up_blocks.2/attentions.0 (forward)",
             "dot_general",
         ),
+        (
+            "jit(step)/transpose(jvp(student))/up_blocks.3/jvp(student)/up_blocks.3/checkpoint/resnets.1/add_any",
+            "student/up_blocks.3/resnets.1 (backward)",
+            "add_any",
+        ),
+        (
+            "jit(step)/transpose(jvp(student))/up_blocks.3/jvp(student)/up_blocks.3/checkpoint/rematted_computation/"
+            "attentions.0/bhnm,bhmd->bhnd/dot_general",
+            "student/up_blocks.3/attentions.0 (again)",
+            "dot_general",
+        ),
         ("jit(step)/while/body/closed_call/teacher/conv_in/add", "teacher/conv_in (forward)", "add"),
         ("jit(step)/jvp(jit(_where))/select_n", "step (forward)", "select_n"),
         ("jit(step)/transpose(jvp())/mul", "step (backward)", "mul"),

@@ -1,0 +1,57 @@
+"""python benchmarks/batch_a_chip.py [--chips=v5p,v5e] [--batches=1,2,4,8,16]
+
+What an image costs a TPU by how many of them there are on a chip: a convolution of 3 × 3 of each level of Stable
+Diffusion 1.5 at 512 px in bfloat16, forward, compiled for one chip (extra `plan`), by the compiler's own cycles.
+"""
+
+import argparse
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from lcm_jax import cli
+from lcm_jax.errors import UserError
+from lcm_jax.planning import estimate, topology
+from lcm_jax.planning.compiled import Program
+
+LEVELS = ((64, 320), (32, 640), (16, 1280), (8, 1280))  # pixels a side, channels
+
+
+@jax.jit
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Of the same size, stride 1."""
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def milliseconds(chip: str, batch: int, side: int, channels: int) -> float:
+    """Of one convolution."""
+    where = topology.parse(f"{chip}-1" if chip in ("v5e", "v6e") else f"{chip}:1x1x1")
+    with topology.quiet():
+        on = SingleDeviceSharding(topology.devices(where)[0])
+        shapes = ((batch, side, side, channels), (3, 3, channels, channels))
+        args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=on) for shape in shapes]
+        program = Program(convolve.lower(*args).compile().as_text())
+    return 1e3 * sum(row["seconds"] for row in estimate.profile(program, where))
+
+
+def main(argv: list[str]) -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", default="v5p,v5e")
+    parser.add_argument("--batches", default="1,2,4,8,16")
+    args = parser.parse_args(argv)
+    if not all(word.isdigit() and int(word) for word in args.batches.split(",")):
+        raise UserError(f"--batches={args.batches} must be numbers with commas between, as in --batches=4,8")
+    print("| chip | images | " + " | ".join(f"{side} × {side} × {channels}" for side, channels in LEVELS) + " |")
+    print("|---|--:|" + "--:|" * len(LEVELS))
+    for chip in args.chips.split(","):
+        for batch in map(int, args.batches.split(",")):
+            found = [milliseconds(chip, batch, *level) / batch for level in LEVELS]
+            print(f"| {chip} | {batch} | " + " | ".join(f"{each:.3f}" for each in found) + " |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, command="batch_a_chip"))
