@@ -5,6 +5,8 @@ from typing import Any
 
 Figures = dict[str, Any]
 
+ABREAST = 8  # images that a TPU convolves at once (benchmarks/batch_a_chip.py)
+
 
 def table(figures: Figures) -> str:
     """Returns what `lcm_jax.plan` prints of one compiled step."""
@@ -17,6 +19,7 @@ def table(figures: Figures) -> str:
         f"batch {figures['batch_size']}, {figures['batch_a_chip']} a chip, in {figures['accumulate']} micro-batches; "
         f"remat {figures['remat']}, attention {figures['attention']}, weights gathered a {figures['gather']}, "
         f"frozen ones {figures['frozen']}",
+        *_few(figures),
         "",
         *_memory(figures),
         "",
@@ -30,6 +33,15 @@ def table(figures: Figures) -> str:
         f"compiled in       {figures['compile_seconds']:10.1f} s",
     ]
     return "\n".join(lines)
+
+
+def _few(figures: Figures) -> list[str]:
+    at_once = figures["batch_a_chip"] // figures["accumulate"]
+    if figures["chip_memory_bytes"] is None or at_once >= ABREAST:
+        return []
+    return [
+        f"{at_once} at once on a chip; with {ABREAST} or more, most convolutions take less than half the time an image"
+    ]
 
 
 def _memory(figures: Figures) -> list[str]:

@@ -15,6 +15,7 @@ from lcm_jax.parallel.mesh import make_mesh
 from lcm_jax.parallel.program import make_program
 from lcm_jax.planning.blueprint import blueprint, published
 from lcm_jax.planning.compiled import COLLECTIVES
+from lcm_jax.planning.report import table
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -78,6 +79,9 @@ def test_weights_divided_over_a_v5p(options, tmp_path, capsys):
     assert any(row["module"].startswith("student/down_blocks.0/attentions") for row in figures["profile"])
     for said in ("it fits", "all-gather", "fraction of peak", "where the time goes", "compiled in"):
         assert said in output.out
+    assert "2 at once on a chip" in output.out
+    assert "at once on a chip" in table({**figures, "batch_a_chip": 8, "accumulate": 2})
+    assert "at once on a chip" not in table({**figures, "batch_a_chip": 8})
     assert output.err == ""  # libtpu keeps quiet
     made_for, _, content = (tmp_path / "x").read_bytes().partition(b"\n")
     assert json.loads(made_for)["devices"] == "8 x TPU v5"
@@ -108,6 +112,7 @@ def test_this_machines_own_devices(autoencoder, tmp_path, capsys):
     assert figures["fits"] is None
     assert figures["flops_a_chip"]["model"] > 0
     assert "it fits" not in output.out
+    assert "at once on a chip" not in output.out
 
 
 def test_a_lora_is_planned(options):
