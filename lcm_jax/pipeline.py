@@ -4,7 +4,8 @@
     images = pipe(["a red seven on a blue background"], steps=4, guidance_scale=8.0, seed=0)
 
 What kind of sampler runs is in the folder: with `LCMScheduler` multistep consistency sampling, otherwise the
-diffusion model's own ODE by DDIM or DPM-Solver++. An LCM-LoRA makes a diffusion model one for `sampler="lcm"`:
+diffusion model's own ODE by DDIM or DPM-Solver++. An LCM-LoRA makes a diffusion model one for `sampler="lcm"`, which is
+the default beside one that this project trained; other files don't say what they are:
 
     pipe = load_pipeline("folder", loras={"lcm.safetensors": 1.0, "style.safetensors": 0.8})
     images = pipe(["a red seven on a blue background"], sampler="lcm")
@@ -26,7 +27,7 @@ from lcm_jax.diffusion import sampling
 from lcm_jax.errors import UserError, one_of
 from lcm_jax.generate import Sampler, generate, to_unit
 from lcm_jax.interop.folder import Component, Folder, read_folder, write_folder
-from lcm_jax.interop.lora_merge import Loras, lcm_recipe, merged_kernels, with_kernels
+from lcm_jax.interop.lora_merge import Loras, check, lcm_recipe, merged_kernels, with_kernels
 from lcm_jax.interop.recipe import Recipe
 from lcm_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from lcm_jax.models import Flat, Network, Policy
@@ -102,7 +103,7 @@ class Pipeline:
           latents: the first noise, NHWC, in place of one drawn from the seed.
           noise: (n-1, …) what a consistency model adds between its n steps, likewise.
           output: "uint8" (B, H, W, 3), "float" (the same in [0, 1]) or "latents" (B, h, w, C), scaled.
-          sampler: "ddim" (default) or "dpmpp" for a diffusion model, "lcm" with an LCM-LoRA.
+          sampler: "ddim" (default) or "dpmpp" for a diffusion model, "lcm" with an LCM-LoRA (default, if it says so).
 
         Raises:
           UserError: a value out of range, or one that this kind of model doesn't take.
@@ -198,7 +199,7 @@ class Pipeline:
             folder's own, bit for bit. So are those that a LoRA of weight 0 is for.
 
         Raises:
-          UserError: a weight that isn't finite; a file that can't be read or was made for another base.
+          UserError: a weight that isn't a finite number; a file that can't be read or was made for another base.
         """
         merged = merged_kernels(self.folder, loras)
         self.lora_recipe = lcm_recipe(loras)
@@ -231,8 +232,9 @@ class Pipeline:
             if sampler not in (None, "lcm"):
                 raise UserError(f"sampler is {sampler!r}, but the folder holds a consistency model; leave it out")
             return "lcm"
-        one_of("sampler", sampler or SAMPLERS[0], SAMPLERS)
-        return sampler or SAMPLERS[0]
+        sampler = sampler or ("lcm" if self.lora_recipe else SAMPLERS[0])
+        one_of("sampler", sampler, SAMPLERS)
+        return sampler
 
     @property
     def _lcm_grid(self) -> tuple[int, float]:
@@ -301,6 +303,7 @@ def load_pipeline(
         tensors missing, unexpected or of the wrong shape; a LoRA that can't be read or was made for another base.
     """
     policy = Policy.named(dtype)
+    check(loras or {})
     folder = read_folder(path_or_hub_id)
     pipe = Pipeline(folder, load_tokenizer(folder), policy)
     pipe.set_loras(loras or {})

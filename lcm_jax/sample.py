@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--width", type=int)
     parser.add_argument("--timesteps", type=_timesteps, help="in place of --steps: falling, e.g. 999,759,499,259")
     parser.add_argument(
-        "--sampler", choices=SAMPLERS, help="of a diffusion model (default: ddim; lcm: with an LCM-LoRA)"
+        "--sampler", choices=SAMPLERS, help="of a diffusion model (default: ddim; with an LCM-LoRA trained here: lcm)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
     args = parser.parse_args(argv)

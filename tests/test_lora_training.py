@@ -287,6 +287,8 @@ def test_its_own_timesteps_are_taken(files, folder, tmp_path):
         return pipe("a red seven", latents=noise[0], noise=noise[1:], output="latents", **options)
 
     found = draw(pipe, sampler="lcm", steps=2)
+    np.testing.assert_array_equal(draw(pipe, steps=2), found)  # the file says that it is an LCM-LoRA
+    assert not np.array_equal(pipe("x", 2, sampler="ddim", output="latents"), pipe("x", 2, output="latents"))
     assert (
         cli.run(
             export.main,

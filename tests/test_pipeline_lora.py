@@ -79,7 +79,11 @@ def test_failed_attachment_changes_nothing(pipe, files, tmp_path):
     for loras, message in (
         ({files[0]: 1.0, tmp_path / "no.safetensors": 1.0}, "there is no LoRA file"),
         ({files[0]: float("nan")}, "is nan; it must be a finite number"),
-        ({files[0]: 1e39}, r"lcm.safetensors:1e\+39 the weights of .* are not finite in float32"),
+        ({files[0]: 1e39}, r"lcm.safetensors:1e\+39 the weights of .* are not finite"),
+        ({files[0]: "1.0"}, "is '1.0'; it must be a finite number"),
+        ({files[0]: 10**400}, "it must be a finite number"),
+        ({3: 1.0}, "3 in loras must be the path of a file"),
+        ([files[0]], "it must be a dict of file → weight"),
         ({files[0]: 1.0, str(files[0]): 0.5}, "are the same LoRA; give one weight"),
     ):
         with pytest.raises(UserError, match=message):
@@ -87,16 +91,37 @@ def test_failed_attachment_changes_nothing(pipe, files, tmp_path):
         assert not changed(own, weights(pipe))
 
 
-def test_base_of_half_precision_keeps_its_dtype(teacher_folder, files, tmp_path):
+def test_base_of_half_precision(teacher_folder, files, tmp_path):
+    """What is attached is not rounded to the base's dtype; what is saved is, once."""
     from safetensors.numpy import save_file
 
     copy = shutil.copytree(teacher_folder, tmp_path / "half")
     tensors = {key: array.astype(np.float16) for key, array in load_file(copy / UNET_FILE).items()}
     save_file(tensors, copy / UNET_FILE, {"format": "pt"})
-    pipe = load_pipeline(copy, loras={files[0]: 1.0, files[1]: 0.5})
-    assert {array.dtype.name for array in pipe.unet.params.values()} == {"float16"}
+    save_file({key: array.astype(np.float32) for key, array in tensors.items()}, tmp_path / "wide.safetensors")
+    wide = shutil.copytree(copy, tmp_path / "wide")
+    shutil.move(tmp_path / "wide.safetensors", wide / UNET_FILE)
+    loras = {files[0]: 1.0, files[1]: 0.5}
+    pipe, exact = load_pipeline(copy, loras=loras), load_pipeline(wide, loras=loras)
+    for path, array in exact.unet.params.items():
+        np.testing.assert_array_equal(pipe.unet.params[path], array)
     pipe.save(tmp_path / "out")
-    assert not changed(weights(pipe), weights(load_pipeline(tmp_path / "out")))
+    saved = load_pipeline(tmp_path / "out").unet.params
+    assert {array.dtype.name for array in saved.values()} == {"float16"}
+    for path, array in exact.unet.params.items():
+        np.testing.assert_array_equal(saved[path], array.astype(np.float16))
+
+
+def test_too_much_for_half_precision_is_not_saved(teacher_folder, files, tmp_path):
+    from safetensors.numpy import save_file
+
+    copy = shutil.copytree(teacher_folder, tmp_path / "half")
+    tensors = {key: array.astype(np.float16) for key, array in load_file(copy / UNET_FILE).items()}
+    save_file(tensors, copy / UNET_FILE, {"format": "pt"})
+    pipe = load_pipeline(copy, loras={files[0]: 1e9})
+    with pytest.raises(UserError, match="weights of unet are not finite in float16"):
+        pipe.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_consistency_sampling_of_a_diffusion_model(pipe, files):

@@ -83,11 +83,11 @@ class Names:
             raise UserError(f"{key} is no tensor of a LoRA (….lora_A.weight, ….lora_down.weight, ….alpha)")
         part = "alpha" if found["alpha"] else _DOWN[found["peft"] or found["old"]]
         spelled, component = found["module"], None
-        for prefix, named in KOHYA_COMPONENTS.items():
-            if spelled.startswith(prefix):
-                return Name(named, self._look_up(self._flat, named, spelled.removeprefix(prefix), key), part)
         while prefix := _PREFIXES.match(spelled):
             component, spelled = prefix[1] or component, spelled[prefix.end() :]
+        for start, named in KOHYA_COMPONENTS.items():
+            if spelled.startswith(start):
+                return Name(named, self._look_up(self._flat, named, spelled.removeprefix(start), key), part)
         spelled = spelled.replace(".processor.", ".")
         if component is None:
             component = next((name for name, known in self._dotted.items() if spelled in known), "unet")

@@ -1,8 +1,10 @@
 """LoRA files merged into the networks of a folder, each with its weight."""
 
 import dataclasses
-import math
+import numbers
+import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +21,9 @@ _ADAPTED = ("unet", "text_encoder", "text_encoder_2")
 
 
 def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
-    """Returns component → path → W + Σ weight · dW for the kernels that change, in the base's dtype.
+    """Returns component → path → W + Σ weight · dW for the kernels that change, in float32, whatever the base's dtype.
 
-    The sum is float32 and is rounded to the base's dtype once. A LoRA of weight 0 is read and checked, and changes
-    nothing. The folder's own arrays stay as they are.
+    A LoRA of weight 0 is read and checked, and changes nothing. The folder's own arrays stay as they are.
 
     Raises:
       UserError: a weight that isn't finite, or makes weights that are not; a file that is given twice; as `read_lora`.
@@ -41,13 +42,11 @@ def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
                 changed.update(lora.merge(so_far, adapter.params, adapter.alphas, weight))
     for name, changed in merged.items():
         for path, kernel in changed.items():
-            dtype = folder.components[name].params[path].dtype
-            with np.errstate(over="ignore", invalid="ignore"):
-                changed[path] = np.asarray(kernel).astype(dtype)
+            changed[path] = np.asarray(kernel)
             if not np.isfinite(changed[path]).all():
                 raise UserError(
                     f"with {', '.join(f'{file}:{weight:g}' for file, weight in loras.items())} the weights of {name} "
-                    f"are not finite in {dtype}: {path}"
+                    f"are not finite: {path}"
                 )
     return merged
 
@@ -62,11 +61,15 @@ def adaptable(folder: Folder) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def check(loras: Loras) -> None:
-    """Raises UserError for a weight that isn't finite, and for a file that is given twice."""
+    """Raises UserError for what is no such mapping, a weight that is not finite, a file that is missing or comes twice."""
+    if not isinstance(loras, Mapping):
+        raise UserError(f"loras is {loras!r}; it must be a dict of file → weight")
     seen: dict[pathlib.Path, Any] = {}
     for path, weight in loras.items():
-        if not math.isfinite(weight):
-            raise UserError(f"the weight of {path} is {weight}; it must be a finite number")
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"{path!r} in loras must be the path of a file")
+        if not isinstance(weight, numbers.Real) or not abs(weight) <= sys.float_info.max:
+            raise UserError(f"the weight of {path} is {weight!r}; it must be a finite number")
         file = find(path).resolve()
         if file in seen:
             raise UserError(f"{seen[file]} and {path} are the same LoRA; give one weight")
@@ -90,9 +93,17 @@ def lcm_recipe(loras: Loras) -> Recipe | None:
 
 
 def with_kernels(folder: Folder, kernels: Mapping[str, Flat]) -> Folder:
-    """Returns the folder with these kernels in place of its own: component → path → array."""
-    changed = {
-        name: dataclasses.replace(folder.components[name], params={**folder.components[name].params, **of})
-        for name, of in kernels.items()
-    }
+    """Returns the folder with these kernels in place of its own, rounded to its dtypes: component → path → array.
+
+    Raises:
+      UserError: a kernel that isn't finite in the dtype of the folder's own.
+    """
+    changed = {}
+    for name, of in kernels.items():
+        own = folder.components[name].params
+        with np.errstate(over="ignore"):
+            rounded = {path: kernel.astype(own[path].dtype) for path, kernel in of.items()}
+        if bad := [path for path, kernel in rounded.items() if not np.isfinite(kernel).all()]:
+            raise UserError(f"with the LoRAs the weights of {name} are not finite in {own[bad[0]].dtype}: {bad[0]}")
+        changed[name] = dataclasses.replace(folder.components[name], params={**own, **rounded})
     return dataclasses.replace(folder, components={**folder.components, **changed})

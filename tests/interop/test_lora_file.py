@@ -121,7 +121,7 @@ def test_spellings(tensors, shapes, adapters, tmp_path, change):
         assert found[component].alphas == found[component].ranks == adapter.ranks
 
 
-@pytest.mark.parametrize("prefix", ["lora_te_", "lora_te1_"])
+@pytest.mark.parametrize("prefix", ["lora_te_", "lora_te1_", "text_encoder.lora_te_"])
 def test_kohya_of_a_text_encoder(adapters, shapes, tmp_path, prefix):
     tensors = load_file(write_lora(tmp_path / "a.safetensors", adapters, dialect="kohya"))
     found = read_lora(save(tmp_path, edited(tensors, lambda key: key.replace("lora_te_", prefix))), shapes)
