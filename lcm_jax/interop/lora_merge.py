@@ -61,7 +61,7 @@ def adaptable(folder: Folder) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def check(loras: Loras) -> None:
-    """Raises UserError for what is no such mapping, a weight that is not finite, a file that is missing or comes twice."""
+    """Raises UserError for what is no mapping, a weight that is not finite, a file that is missing or comes twice."""
     if not isinstance(loras, Mapping):
         raise UserError(f"loras is {loras!r}; it must be a dict of file → weight")
     seen: dict[pathlib.Path, Any] = {}
