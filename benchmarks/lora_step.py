@@ -60,10 +60,9 @@ class Form:
         with merged(name == "merged"):
             program = make_program(config, parts, make_mesh(config.mesh))
             self.flops = flops.count(program.trace().jaxpr)
-            lowered = program.lower()
-        start = time.perf_counter()
-        self._step = lowered.compile()
-        self.compile_seconds = time.perf_counter() - start
+            start = time.perf_counter()
+            self._step = program.lower().compile()
+            self.compile_seconds = time.perf_counter() - start
         analysis = self._step.memory_analysis()
         self.memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
         self._state = program.start(place(initial_params(config, parts, folder), program.state["params"]))

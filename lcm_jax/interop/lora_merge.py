@@ -46,7 +46,7 @@ def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
             if not np.isfinite(changed[path]).all():
                 raise UserError(
                     f"with {', '.join(f'{file}:{weight:g}' for file, weight in loras.items())} the weights of {name} "
-                    f"are not finite: {path}"
+                    f"are not finite in float32: {path}"
                 )
     return merged
 
