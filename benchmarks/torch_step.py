@@ -33,6 +33,7 @@ class TorchStep:
     def __init__(self, folder: pathlib.Path, inputs: pathlib.Path, settings: Settings) -> None:
         """Args: a diffusers folder; the file of `step_vs_torch.draw_inputs`."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.backends.cudnn.benchmark = True  # the fastest convolution, not the first one
         self.dtype = getattr(torch, settings.dtype)
         load: dict[str, Any] = {"use_safetensors": True}
         self.teacher = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", **load)

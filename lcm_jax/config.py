@@ -8,6 +8,7 @@ the result into a `Config`; nothing below this file sees a ConfigDict. A run sto
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -50,7 +51,8 @@ class ModelConfig:
     # what the backward pass of the UNet recomputes: none | block: each block from its input | block_save_attention: the
     # same, but for the outputs of attention
     remat: str = "none"
-    # of the UNet's large layers: auto (pallas on a TPU, else xla) | xla | cudnn (GPU, bfloat16) | pallas (TPU)
+    # of the UNet's large layers: auto (what is made for the device, else xla) | xla | cudnn (bfloat16, NVIDIA's GPUs from
+    # Ampere on) | pallas (TPU)
     attention: str = "auto"
 
     def __post_init__(self) -> None:
@@ -60,11 +62,15 @@ class ModelConfig:
         one_of("remat", self.remat, ("none", "block", "block_save_attention"))
         one_of("attention", self.attention, ("auto", "xla", "cudnn", "pallas"))
 
-    def attention_on(self, platform: str) -> str:
-        """Returns what computes attention on this platform of JAX: "xla", "cudnn" or "pallas"."""
-        if self.attention == "auto":
-            return "pallas" if platform == "tpu" else "xla"
-        return self.attention
+    def attention_on(self, device: Any) -> str:
+        """Returns what computes attention on this jax.Device: "xla", "cudnn" or "pallas"."""
+        if self.attention != "auto":
+            return self.attention
+        if device.platform == "tpu":
+            return "pallas"
+        # "9.0" on NVIDIA's H100; AMD's say "gfx90a" and the like
+        capability = re.match(r"(\d+)\.", getattr(device, "compute_capability", ""))
+        return "cudnn" if capability and int(capability[1]) >= 8 and self.dtype == "bfloat16" else "xla"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"  # with libtpu installed JAX would look for a TPU on this machine
         jax.config.update("jax_platforms", "cpu")
     compile_cache.enable()
-    attention = config.model.attention_on("tpu" if where else jax.default_backend())
+    attention = config.model.attention_on((topology.devices(where) if where else jax.devices())[0])
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
     chips = where.chips if where else jax.device_count()
     if args.search:

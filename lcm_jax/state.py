@@ -85,7 +85,7 @@ def frozen_components(config: Config) -> dict[str, str]:
 def make_parts(config: Config, folder: Folder, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> Parts:
     """Builds the networks of a run from the folder's own configurations, for the devices that JAX finds here."""
     policy = Policy.named(config.model.dtype)
-    of_unet = {"remat": config.model.remat, "attention": config.model.attention_on(jax.default_backend())}
+    of_unet = {"remat": config.model.remat, "attention": config.model.attention_on(jax.devices()[0])}
     networks = {}
     for name in ("unet", "vae", "text_encoder"):
         component, where = folder.components[name], str(folder.path / name)

@@ -1,6 +1,7 @@
 """Every option changes the program: its step, its start, its data or what it leaves behind."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,11 @@ from lcm_jax.parallel.mesh import MeshConfig
 from lcm_jax.previews import make_preview
 from lcm_jax.state import frozen_params, initial_params, initial_state, make_parts
 from lcm_jax.step import make_step
+
+CPU, TPU = types.SimpleNamespace(platform="cpu"), types.SimpleNamespace(platform="tpu")
+HOPPER, VOLTA, MI250 = (
+    types.SimpleNamespace(platform="gpu", compute_capability=name) for name in ("9.0", "7.0", "gfx90a")
+)
 
 # option -> (another value, the objective under which it counts)
 STEP = {
@@ -143,12 +149,22 @@ def test_an_option_changes_the_start(option, folder):
 
 
 @pytest.mark.parametrize(
-    ("option", "platform", "taken"),
-    [("cudnn", "gpu", "cudnn"), ("auto", "tpu", "pallas"), ("auto", "gpu", "xla"), ("xla", "tpu", "xla")],
+    ("option", "dtype", "device", "taken"),
+    [
+        ("xla", "bfloat16", TPU, "xla"),
+        ("cudnn", "bfloat16", CPU, "cudnn"),
+        ("auto", "bfloat16", TPU, "pallas"),
+        ("auto", "bfloat16", CPU, "xla"),
+        ("auto", "bfloat16", HOPPER, "cudnn"),
+        ("auto", "float32", HOPPER, "xla"),
+        ("auto", "bfloat16", VOLTA, "xla"),
+        ("auto", "bfloat16", MI250, "xla"),
+    ],
 )
-def test_the_attention_option_reaches_the_networks(folder, option, platform, taken, monkeypatch):
-    monkeypatch.setattr("jax.default_backend", lambda: platform)
-    networks = make_parts(configure(folder, {"model.attention": option}), folder, load_tokenizer(folder)).networks
+def test_the_attention_option_reaches_the_networks(folder, option, dtype, device, taken, monkeypatch):
+    monkeypatch.setattr("jax.devices", lambda: [device])
+    config = configure(folder, {"model.attention": option, "model.dtype": dtype})
+    networks = make_parts(config, folder, load_tokenizer(folder)).networks
     assert networks["unet"].options["attention"] == networks["teacher"].options["attention"] == taken
 
 
