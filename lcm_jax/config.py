@@ -51,8 +51,8 @@ class ModelConfig:
     # what the backward pass of the UNet recomputes: none | block: each block from its input | block_save_attention: the
     # same, but for the outputs of attention
     remat: str = "none"
-    # of the UNet's large layers: xla | cudnn (bfloat16 on an NVIDIA GPU from Ampere on) | pallas (TPU) | auto: that of the
-    # device, else xla
+    # of the UNet's large layers: xla | cudnn (bfloat16 on an NVIDIA GPU from Ampere on) | pallas (TPU) | auto: that of
+    # the device, else xla
     attention: str = "auto"
 
     def __post_init__(self) -> None:
