@@ -57,6 +57,7 @@ def quick(digits_data_dir, tmp_path_factory):
         f"--config.model.folder={write_blank('micro', tmp_path_factory.mktemp('micro') / 'teacher')}",
         f"--config.data.data_dir={digits_data_dir}",
         "--config.mesh.cpu_devices=0",
+        "--config.data.image_size=16",  # a tenth of the attention
         "--config.batch_size=8",
         "--config.steps=6",
         "--config.optimizer.decay=constant",

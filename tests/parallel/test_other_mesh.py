@@ -16,6 +16,7 @@ def test_a_run_goes_on_over_another_mesh(little, digits_data_dir, tmp_path):
         f"--config.model.folder={little.path}",
         f"--config.data.data_dir={digits_data_dir}",
         "--config.mesh.cpu_devices=0",
+        "--config.data.image_size=16",
         "--config.batch_size=16",
         "--config.optimizer.decay=constant",
         "--config.optimizer.warmup_steps=0",
