@@ -92,6 +92,8 @@ def folder(text: str) -> pathlib.Path:
 
 def workdir(text: str) -> epath.Path:
     """The type of --workdir: a folder, or a place in a bucket of Google Cloud Storage, `gs://BUCKET/PATH`."""
+    if not text:
+        raise UserError("--workdir= is empty; give a folder, or gs://BUCKET/PATH")
     if not files.in_bucket(text):
         if "://" in text:
             raise UserError(f"--workdir={text}: a run is written to a folder, or to gs://BUCKET/PATH")

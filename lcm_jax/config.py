@@ -63,7 +63,14 @@ class ModelConfig:
         one_of("attention", self.attention, ("auto", "xla", "cudnn", "pallas"))
 
     def attention_on(self, device: Any) -> str:
-        """Returns what computes attention on this jax.Device: "xla", "cudnn" or "pallas"."""
+        """Returns what computes attention on this jax.Device: "xla", "cudnn" or "pallas".
+
+        Raises: UserError for "cudnn" on another device than a GPU, or in float32.
+        """
+        if self.attention == "cudnn" and device.platform != "gpu":
+            raise UserError(f"config.model.attention=cudnn is for GPUs; here it runs on a {device.platform.upper()}")
+        if self.attention == "cudnn" and self.dtype == "float32":
+            raise UserError("config.model.attention=cudnn computes in 16 bits; it needs config.model.dtype=bfloat16")
         if self.attention != "auto":
             return self.attention
         if device.platform == "tpu":

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -23,17 +24,21 @@ from lcm_jax import config as config_lib
 from lcm_jax.config import Config
 from lcm_jax.errors import UserError
 from lcm_jax.parallel.mesh import make_mesh, split_cpu
+from lcm_jax.parallel.program import Program as Step
 from lcm_jax.parallel.program import make_program
 from lcm_jax.planning import estimate, flops, topology
 from lcm_jax.planning.blueprint import blueprint
 from lcm_jax.planning.compiled import Program
 from lcm_jax.planning.estimate import Compiled, Report
-from lcm_jax.planning.report import search_table, table
+from lcm_jax.planning.report import no_fit_table, search_table, table
 from lcm_jax.planning.topology import Topology
 
 
 def compile_step(config: Config, where: Topology | None) -> Compiled:
-    """Compiles the training step of this config; raises UserError for what the mesh, the batch or the folder forbid."""
+    """Compiles the training step of this config.
+
+    Raises: UserError for what the mesh, the batch or the folder forbid; NoFit where chips have too little memory.
+    """
     devices = topology.devices(where) if where else jax.devices()
     step = make_program(config, blueprint(config), make_mesh(config.mesh, devices))
     lowered = step.lower()
@@ -42,12 +47,38 @@ def compile_step(config: Config, where: Topology | None) -> Compiled:
         try:
             executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            raise _NoFit(str(error)) from None
+            why = str(error).strip().splitlines()[0]
+            if "RESOURCE_EXHAUSTED" not in why:
+                raise UserError(f"the compiler gives up: {why}") from None
+            raise NoFit(why, step) from None
     return Compiled(step, lowered, executable, where, time.perf_counter() - start)
 
 
-class _NoFit(Exception):
-    """What the compiler says of a program that it can't fit into a chip."""
+class NoFit(Exception):
+    """What the compiler says of a step that it can't fit into a chip, and that step."""
+
+    def __init__(self, why: str, step: Step) -> None:
+        super().__init__(why)
+        self.step = step
+
+
+def described(config: Config, step: Step, where: Topology | None) -> Report:
+    """Returns what was asked for, and whether and where it may fit: the head of each report."""
+    return {
+        "topology": where.name if where else "local",
+        "product": where.product if where else "",
+        "slices": where.slices if where else 1,
+        "chips": step.mesh.size,
+        "mesh": dict(step.mesh.shape),
+        "batch_size": config.batch_size,
+        "batch_a_chip": config.batch_size // step.mesh.size,
+        "accumulate": config.accumulate,
+        "remat": config.model.remat,
+        "attention": config.model.attention,
+        "gather": config.mesh.gather,
+        "frozen": config.mesh.frozen,
+        "chip_memory_bytes": where.chip.memory if where else None,
+    }
 
 
 def report(config: Config, compiled: Compiled) -> Report:
@@ -58,21 +89,9 @@ def report(config: Config, compiled: Compiled) -> Report:
     memory, times = estimate.memory(compiled), estimate.times(compiled, program, needed // chips)
     analysis = estimate.cost(compiled)
     return {
-        "topology": where.name if where else "local",
-        "product": where.product if where else "",
-        "slices": where.slices if where else 1,
-        "chips": chips,
-        "mesh": dict(compiled.step.mesh.shape),
-        "batch_size": config.batch_size,
-        "batch_a_chip": config.batch_size // chips,
-        "accumulate": config.accumulate,
-        "remat": config.model.remat,
-        "attention": config.model.attention,
-        "gather": config.mesh.gather,
-        "frozen": config.mesh.frozen,
+        **described(config, compiled.step, where),
         "fits": memory["total"] <= where.chip.memory if where else None,
         "memory_bytes": memory,
-        "chip_memory_bytes": where.chip.memory if where else None,
         "flops_a_chip": {"model": needed // chips, "xla": analysis["flops"]},
         "bytes_a_chip": analysis["bytes accessed"],
         "collectives": estimate.exchange(program),
@@ -118,9 +137,9 @@ def search(config: Config, where: Topology | None, batches: Sequence[int]) -> li
                 result = report(tried, compile_step(tried, where))
                 why = "" if result["fits"] is not False else estimate.too_much(result)
                 too_large = bool(why)
-            except (_NoFit, UserError) as error:
-                result, why = {}, str(error).strip().splitlines()[0]
-                too_large = isinstance(error, _NoFit)
+            except (NoFit, UserError) as error:
+                result, why = {}, str(error)
+                too_large = isinstance(error, NoFit)
             found.append({**result, **what, "why_not": why})
             if too_large:
                 break
@@ -186,14 +205,19 @@ def main(argv: Sequence[str]) -> int:
     try:
         with compile_cache.off() if args.save else contextlib.nullcontext():
             compiled = compile_step(config, where)
-    except _NoFit as error:
-        raise UserError(f"the compiler gives up: {str(error).strip().splitlines()[0]}") from None
+    except NoFit as error:
+        parts = estimate.state_memory(error.step)
+        figures = {**described(config, error.step, where), "fits": False, "memory_bytes": parts, "why_not": str(error)}
+        print(no_fit_table(figures))
+        _write_json(args.json, figures)
+        return 1
     figures = report(config, compiled)
     print(table(figures))
     _write_json(args.json, figures)
     if args.save:
         compiled_step.save(args.save, compiled.step.mesh, compiled.lowered, compiled.executable)
-        print(f"The compiled step is in {args.save}; train takes it with --compiled={args.save}")
+        option = shlex.quote(f"--compiled={args.save}")
+        print(f"The compiled step is in {args.save}; train takes it with {option}")
     return int(figures["fits"] is False)
 
 

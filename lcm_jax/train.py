@@ -7,9 +7,11 @@ from its last checkpoint and ends with the same bits as a run that was never sto
 
 import dataclasses
 import math
+import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
@@ -35,7 +37,7 @@ from lcm_jax.parallel.partition import place
 from lcm_jax.parallel.processes import is_first, meet
 from lcm_jax.parallel.program import make_program
 from lcm_jax.previews import make_preview
-from lcm_jax.profile import Profiler
+from lcm_jax.profile import ProfileConfig, Profiler
 from lcm_jax.progress import Progress
 from lcm_jax.state import frozen_params, initial_params, make_parts
 
@@ -82,6 +84,11 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
     if start >= config.steps:
         checkpoints.close()
         return Result(start, 0)
+    profiled = config.profile
+    if profiled.steps and profiled.steps[1] <= start:
+        if is_first():
+            warnings.warn(f"config.profile.steps={profiled.steps} are over: step {start} is done", stacklevel=2)
+        profiled = ProfileConfig()
     frozen = place(frozen_params(config, folder), program.frozen)
 
     data = batches(
@@ -121,7 +128,7 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
         closing(data),
         progress,
         _stop_signals() as stop,
-        Profiler(config.profile, workdir) as profiler,
+        Profiler(profiled, workdir) as profiler,
         closing(metrics) if metrics else nullcontext(),
     ):
         step = ahead.step(program.lower())
@@ -159,6 +166,9 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
 
 def _claim(workdir: epath.Path, config: Config) -> None:
     """Makes the workdir this run's own, or checks that it is; one without a checkpoint has nothing to lose."""
+    for name in () if files.in_bucket(workdir) else (FOLDER, "samples", "tensorboard"):
+        if (workdir / name).exists() and not (workdir / name).is_dir():
+            raise UserError(f"--workdir={workdir}: {workdir / name} is a file; move it away, or choose another folder")
     if good_steps(workdir / FOLDER):
         config_lib.check_same_run(config, config_lib.load_resolved(workdir), workdir)
     meet("config.json read")
@@ -231,7 +241,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"Done: {result.step} steps, checkpoints in {args.workdir}/checkpoints. Next:")
     beside = f"runs/{args.workdir.name}" if files.in_bucket(args.workdir) else args.workdir  # an export is local
     out = "lora.safetensors" if config.lora.rank else _OUT[config.objective]
-    print(f"  python -m lcm_jax.export --workdir={args.workdir} --out={beside}/{out}")
+    words = ("python", "-m", "lcm_jax.export", f"--workdir={args.workdir}", f"--out={beside}/{out}")
+    print(f"  {shlex.join(words)}")
     return 0
 
 

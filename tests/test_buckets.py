@@ -133,6 +133,7 @@ def test_curves_grow_in_parts(bucket, monkeypatch):
     [
         ("gs://no-such-bucket/run", "gs://no-such-bucket/run/config.json can't be written: "),
         ("gs://bucket", "--workdir=gs://bucket must name a bucket and a place in it: gs://BUCKET/PATH"),
+        ("", "--workdir= is empty; give a folder, or gs://BUCKET/PATH"),
         ("gs:///run", "--workdir=gs:///run must name a bucket and a place in it: gs://BUCKET/PATH"),
         ("/gs/bucket/run", "--workdir=/gs/bucket/run would be taken for a bucket's place; choose a folder outside"),
         ("s3://bucket/run", "--workdir=s3://bucket/run: a run is written to a folder, or to gs://BUCKET/PATH"),

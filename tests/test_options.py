@@ -12,6 +12,7 @@ from lcm_jax import train
 from lcm_jax.blank import write_blank
 from lcm_jax.config import CheckpointConfig, Config, LogConfig, ModelConfig, default_config, from_dict
 from lcm_jax.data.pipeline import DataConfig
+from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.parallel.mesh import MeshConfig
@@ -152,7 +153,7 @@ def test_an_option_changes_the_start(option, folder):
     ("option", "dtype", "device", "taken"),
     [
         ("xla", "bfloat16", TPU, "xla"),
-        ("cudnn", "bfloat16", CPU, "cudnn"),
+        ("cudnn", "bfloat16", VOLTA, "cudnn"),
         ("auto", "bfloat16", TPU, "pallas"),
         ("auto", "bfloat16", CPU, "xla"),
         ("auto", "bfloat16", HOPPER, "cudnn"),
@@ -166,6 +167,15 @@ def test_the_attention_option_reaches_the_networks(folder, option, dtype, device
     config = configure(folder, {"model.attention": option, "model.dtype": dtype})
     networks = make_parts(config, folder, load_tokenizer(folder)).networks
     assert networks["unet"].options["attention"] == networks["teacher"].options["attention"] == taken
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "said"),
+    [("bfloat16", TPU, "is for GPUs; here it runs on a TPU"), ("float32", HOPPER, "needs config.model.dtype=bfloat16")],
+)
+def test_attention_that_a_device_has_not_is_one_line(dtype, device, said):
+    with pytest.raises(UserError, match=said):
+        ModelConfig(folder="x", dtype=dtype, attention="cudnn").attention_on(device)
 
 
 def preview(folder, changes):

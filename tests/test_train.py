@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,12 +84,20 @@ def test_a_run_leaves_what_it_says(uninterrupted):
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir() if p.name.isdigit()) == ["4", "6"]
 
 
-def test_a_run_traces_its_step_once(quick, tmp_path, monkeypatch):
+def test_a_run_traces_its_step_once(quick, tmp_path, monkeypatch, capsys):
     traced = []
     loss = autoencoder.autoencoder_loss
     monkeypatch.setattr(autoencoder, "autoencoder_loss", lambda **given: traced.append(1) or loss(**given))
-    assert cli.run(train.main, [*quick, f"--workdir={tmp_path}"]) == 0
+    workdir = tmp_path / "it's a run"
+    workdir.mkdir()
+    (workdir / "samples").touch()
+    assert cli.run(train.main, [*quick, f"--workdir={workdir}"]) == 2
+    assert f"{workdir}/samples is a file; move it away" in capsys.readouterr().err
+    (workdir / "samples").unlink()
+    assert cli.run(train.main, [*quick, f"--workdir={workdir}"]) == 0
     assert len(traced) == 1
+    next_command = shlex.split(capsys.readouterr().out.splitlines()[-1])  # as a shell reads it back
+    assert next_command[3:] == [f"--workdir={workdir}", f"--out={workdir}/model"]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, quick, capsys):
@@ -201,6 +211,11 @@ def test_some_steps_are_profiled(quick, tmp_path, capsys):
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
     events = [event for plane in planes for line in plane.lines for event in line.events if event.name == "train"]
     assert sorted(dict(event.stats)["step_num"] for event in events) == [2, 3]
+    shutil.rmtree(workdir / "profile")
+    more = ["--config.profile.steps=(2, 3)", "--config.steps=7"]
+    assert cli.run(train.main, [*quick, *more, f"--workdir={workdir}"]) == 0
+    assert "warning: config.profile.steps=(2, 3) are over: step 6 is done" in capsys.readouterr().err
+    assert not (workdir / "profile").exists()
     assert cli.run(train.main, [*quick, "--config.profile.steps=(2, 7)", f"--workdir={tmp_path / 'other'}"]) == 2
     assert "config.profile.steps=(2, 7) goes beyond the last step, 6" in capsys.readouterr().err
     for steps in ("(3, 2)", "(0, 1)", "(1,)"):

@@ -15,7 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from lcm_jax.errors import UserError, one_of
+from lcm_jax.errors import Unavailable, UserError, one_of
 
 AXES = ("data", "fsdp")
 BATCH = P(AXES)  # of every array whose first axis is the batch
@@ -63,6 +63,24 @@ def split_cpu(devices: int) -> None:
             ) from None
 
 
+def found_devices() -> list[Any]:
+    """Returns all devices of the run.
+
+    Raises: Unavailable where JAX finds none of the platform that JAX_PLATFORMS names first.
+    """
+    wanted = (jax.config.jax_platforms or "").split(",")[0]  # pyright: ignore[reportAttributeAccessIssue]
+    extra = {"cuda": "cuda", "tpu": "tpu"}.get(wanted, "")
+    hint = f"does its driver run, and is lcm_jax installed with the extra {extra!r}?" if extra else "is it there?"
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise Unavailable(f"JAX finds no {wanted or 'device'}: {str(error).splitlines()[0]}; {hint}") from None
+    if extra and devices[0].platform != {"cuda": "gpu"}.get(wanted, wanted):
+        found = devices[0].platform.upper()
+        raise Unavailable(f"JAX_PLATFORMS asks for {wanted}, and JAX finds a {found} only; {hint}")
+    return devices
+
+
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int]:
     """Returns the sizes of the axes for this many devices; raises UserError where they do not multiply to it."""
     sizes = {name: getattr(config, name) for name in AXES}
@@ -81,9 +99,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Devices of several slices (those whose `slice_index` differs) are put together along "data" only.
 
     Raises:
-      UserError: sizes that do not multiply to the devices; a "data" axis that slices do not divide.
+      UserError: sizes that do not multiply to the devices; a "data" axis that slices do not divide; no device of the
+        kind that JAX_PLATFORMS asks for.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = found_devices() if devices is None else list(devices)
     data, fsdp = mesh_shape(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if data % slices:

@@ -3,7 +3,9 @@
 import argparse
 import atexit
 import os
+import socket
 import sys
+import time
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -15,6 +17,7 @@ from lcm_jax.errors import Unavailable, UserError
 from lcm_jax.parallel.roll_call import RollCall
 
 WAIT = 300.0  # seconds for processes that are missing
+LATER = 30  # JAX's own wait, which ends in a stack dump, is so many seconds longer than that for its port
 # The roll call's port is so far below the coordinator's: of the ports that Google Cloud's own firewall rule opens among
 # the hosts of a TPU pod, 8474 is the neighbour of JAX's 8476.
 ROLL_CALL = 2
@@ -61,14 +64,18 @@ def find(coordinator: str | None, count: int | None, process: int | None, wait: 
     if coordinator is None or count is None or process is None:
         missing = ", ".join(name for name, value in given.items() if value is None)
         raise UserError(f"{missing} is missing; of {', '.join(given)} give all or none")
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not ROLL_CALL < int(port) < 65536:
-        raise UserError(f"--coordinator={coordinator} is not HOST:PORT, as in 10.0.0.1:8476")
+    _check_address(coordinator, f"--coordinator={coordinator}")
     if count < 1:
         raise UserError(f"--num-processes={count}; it must be at least 1")
     if not 0 <= process < count:
         raise UserError(f"--process-id={process} is not in 0..{count - 1}, the numbers of {count} processes")
     return Place(coordinator, process, count) if count > 1 else None
+
+
+def _check_address(address: str, what: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not ROLL_CALL < int(port) < 65536:
+        raise UserError(f"{what} is not HOST:PORT, as in 10.0.0.1:8476")
 
 
 def roll_call_port(port: int) -> int:
@@ -78,13 +85,27 @@ def roll_call_port(port: int) -> int:
 
 def _of_cluster(wait: float) -> Place | None:
     kinds = [kind for kind in ClusterEnv._cluster_types if kind.__name__ in CLUSTERS and kind.is_env_present()]
-    if not kinds or kinds[0].get_process_count() == 1:
+    if not kinds:
+        if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+            raise UserError(
+                "mpirun started several processes, but of a version that does not tell JAX where they are; "
+                "give --coordinator, --num-processes and --process-id=$OMPI_COMM_WORLD_RANK"
+            )
         return None
-    coordinator, count, process, local = ClusterEnv.auto_detect_unset_distributed_params(
-        None, None, None, None, None, int(wait)
-    )
+    try:
+        if kinds[0].get_process_count() == 1:
+            return None
+        coordinator, count, process, local = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, int(wait)
+        )
+    except (ValueError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(
+            f"JAX can't read the environment of {kinds[0].__name__.removesuffix('Cluster')}: {error}; "
+            "mend it, or give --coordinator, --num-processes and --process-id"
+        ) from None
     if coordinator is None or count is None or process is None:
         raise UserError("JAX can't tell which process this is; give --coordinator, --num-processes and --process-id")
+    _check_address(coordinator, f"{coordinator}, by the environment of this cluster (JAX_COORDINATOR_PORT?),")
     return Place(coordinator, process, count, list(local) if local else None)
 
 
@@ -111,18 +132,20 @@ class Processes:
         )
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the training loop
         try:
+            if place.process:
+                _reach(host, int(port), wait)
             jax.distributed.initialize(
                 place.coordinator,
                 place.count,
                 place.process,
                 local_device_ids=place.local_devices,
-                initialization_timeout=int(wait),
+                initialization_timeout=int(wait) + LATER,
                 cluster_detection_method="deactivate",
             )
-        except RuntimeError as error:
-            why = str(error).strip().splitlines()[-1]
+        except (RuntimeError, OSError) as error:
+            why = f"JAX can't connect to {place.coordinator}: {str(error).strip().splitlines()[-1]}"
             self._roll_call.leave(why)
-            raise Unavailable(f"JAX can't connect to {place.coordinator}: {why}") from None
+            raise Unavailable(why) from None
 
     def __enter__(self) -> Self:
         return self
@@ -145,6 +168,20 @@ class Processes:
         """Ends a process whose main thread waits for a lost one inside JAX, and would for ever."""
         _say(f"error: {why}; all processes end. Start them again: the run goes on from its last checkpoint.")
         _exit(1)
+
+
+def _reach(host: str, port: int, wait: float) -> None:
+    """Waits for JAX's coordinator to answer; raises OSError. JAX itself would end the process with a stack dump."""
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                why = error.strerror or error
+                raise OSError(f"{why}; process 0 is there, so is its port {port} closed to this host?") from None
+        time.sleep(0.2)
 
 
 def _say(line: str) -> None:

@@ -34,19 +34,23 @@ def memory(compiled: Compiled) -> Report:
     """Returns bytes a chip, by what they hold; `temporaries` are activations, gathered weights and gradients."""
     stats = compiled.executable.memory_analysis()
     assert stats is not None  # for all but GPU executables that were loaded from a file
-    state = compiled.step.state
-    parts = {
-        "parameters": _bytes(state["params"]),
-        "ema": _bytes(state["ema"]),
-        "optimizer": _bytes(state["opt_state"]),
-        "frozen": _bytes(compiled.step.frozen),
-        "batch": _bytes(compiled.step.batch),
-    }
+    parts = state_memory(compiled.step)
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts["padding"] = max(0, stats.argument_size_in_bytes - sum(parts.values()))
     parts["temporaries"] = stats.temp_size_in_bytes + max(0, results)
     parts["program"] = stats.generated_code_size_in_bytes
     return {"total": sum(parts.values()), **parts}
+
+
+def state_memory(step: Step) -> Report:
+    """Returns bytes a chip of what a step is given, by what they hold: known before it is compiled."""
+    return {
+        "parameters": _bytes(step.state["params"]),
+        "ema": _bytes(step.state["ema"]),
+        "optimizer": _bytes(step.state["opt_state"]),
+        "frozen": _bytes(step.frozen),
+        "batch": _bytes(step.batch),
+    }
 
 
 def _bytes(tree: Any) -> int:

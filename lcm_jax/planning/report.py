@@ -1,6 +1,6 @@
 """The figures of a plan as a table to read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Figures = dict[str, Any]
@@ -10,15 +10,8 @@ ABREAST = 8  # images that a TPU convolves at once (benchmarks/batch_a_chip.py)
 
 def table(figures: Figures) -> str:
     """Returns what `lcm_jax.plan` prints of one compiled step."""
-    name = figures["topology"] + (f" ({figures['product']})" if figures["product"] else "")
-    if figures["slices"] > 1:
-        name = f"{figures['slices']} slices of {name}"
-    mesh = " × ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
     lines = [
-        f"{name}: {figures['chips']} chips, mesh {mesh}",
-        f"batch {figures['batch_size']}, {figures['batch_a_chip']} a chip, in {figures['accumulate']} micro-batches; "
-        f"remat {figures['remat']}, attention {figures['attention']}, weights gathered a {figures['gather']}, "
-        f"frozen ones {figures['frozen']}",
+        *_head(figures),
         *_few(figures),
         "",
         *_memory(figures),
@@ -35,6 +28,35 @@ def table(figures: Figures) -> str:
     return "\n".join(lines)
 
 
+def no_fit_table(figures: Figures) -> str:
+    """Returns what is printed of a step that the compiler could not fit into a chip: what its state takes there."""
+    limit = figures["chip_memory_bytes"]
+    lines = [
+        *_head(figures),
+        "",
+        f"memory a chip     it does NOT fit{f' into {_gib(limit)}' if limit else ''}",
+        *_parts(figures["memory_bytes"]),
+        "",
+        f"The compiler: {figures['why_not']}",
+        "What helps: a smaller batch, config.model.remat=block, config.accumulate, a larger config.mesh.fsdp,",
+        "config.mesh.frozen=sharded; --search tries the first, the second and the fourth.",
+    ]
+    return "\n".join(lines)
+
+
+def _head(figures: Figures) -> list[str]:
+    name = figures["topology"] + (f" ({figures['product']})" if figures["product"] else "")
+    if figures["slices"] > 1:
+        name = f"{figures['slices']} slices of {name}"
+    mesh = " × ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
+    return [
+        f"{name}: {figures['chips']} chips, mesh {mesh}",
+        f"batch {figures['batch_size']}, {figures['batch_a_chip']} a chip, in {figures['accumulate']} micro-batches; "
+        f"remat {figures['remat']}, attention {figures['attention']}, weights gathered a {figures['gather']}, "
+        f"frozen ones {figures['frozen']}",
+    ]
+
+
 def _few(figures: Figures) -> list[str]:
     at_once = figures["batch_a_chip"] // figures["accumulate"]
     if figures["chip_memory_bytes"] is None or at_once >= ABREAST:
@@ -49,8 +71,11 @@ def _memory(figures: Figures) -> list[str]:
     verdict = ""
     if limit:
         verdict = f" of {_gib(limit)}: " + ("it fits" if figures["fits"] else "it does NOT fit")
-    parts = [f"  {name:<16}{_gib(size):>12}" for name, size in memory.items() if name != "total"]
-    return [f"memory a chip     {_gib(memory['total']):>10}{verdict}", *parts]
+    return [f"memory a chip     {_gib(memory['total']):>10}{verdict}", *_parts(memory)]
+
+
+def _parts(memory: Mapping[str, float]) -> list[str]:
+    return [f"  {name:<16}{_gib(size):>12}" for name, size in memory.items() if name != "total"]
 
 
 def _collectives(figures: Figures) -> list[str]:

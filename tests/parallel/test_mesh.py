@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from lcm_jax.errors import UserError
+from lcm_jax.errors import Unavailable, UserError
 from lcm_jax.parallel.mesh import MeshConfig, check_batch, make_mesh
 
 
@@ -49,6 +49,24 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_one_line(config, said):
 def test_a_wrong_value_is_named(values, said):
     with pytest.raises(UserError, match=said):
         MeshConfig(**values)
+
+
+@pytest.fixture
+def asking():
+    """asking(platforms): as JAX_PLATFORMS of a process that starts."""
+    before = jax.config.jax_platforms
+    yield lambda platforms: jax.config.update("jax_platforms", platforms)
+    jax.config.update("jax_platforms", before)
+
+
+def test_an_accelerator_that_is_asked_for_and_not_found_is_one_line(asking, monkeypatch):
+    asking("cuda,cpu")
+    with pytest.raises(Unavailable, match="asks for cuda, and JAX finds a CPU only; .* with the extra 'cuda'"):
+        make_mesh(MeshConfig())
+    asking("tpu,cpu")
+    monkeypatch.setattr("jax.devices", lambda: (_ for _ in ()).throw(RuntimeError("no TPU\nat length")))
+    with pytest.raises(Unavailable, match="JAX finds no tpu: no TPU; does its driver run, .* with the extra 'tpu'"):
+        make_mesh(MeshConfig())
 
 
 def test_a_batch_divides_by_devices_and_micro_batches():

@@ -41,6 +41,24 @@ def test_slurm_knows(monkeypatch):
     assert find(None, None, None) is None
 
 
+def test_an_environment_that_can_not_be_read_is_one_line(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "abc")
+    with pytest.raises(UserError, match="node007:abc, by the environment .* is not HOST:PORT"):
+        find(None, None, None)
+    monkeypatch.setenv("SLURM_NTASKS", "many")
+    with pytest.raises(UserError, match="JAX can't read the environment of Slurm: .*many"):
+        find(None, None, None)
+
+
+def test_an_mpirun_that_tells_jax_nothing_is_no_lone_process(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"give --coordinator, --num-processes and --process-id=\$OMPI_COMM_WORLD_RANK"):
+        find(None, None, None)
+    assert find("10.0.0.1:8476", 2, 1) == Place("10.0.0.1:8476", 1, 2)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

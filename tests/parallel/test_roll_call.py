@@ -1,13 +1,15 @@
 """Processes that wait for each other, refuse each other, and notice who is lost; here in threads."""
 
+import re
 import socket
 import threading
 import time
 
 import pytest
 
-from lcm_jax.errors import UserError
+from lcm_jax.errors import Unavailable, UserError
 from lcm_jax.parallel import roll_call
+from lcm_jax.parallel.processes import ROLL_CALL, Place, Processes
 from lcm_jax.parallel.roll_call import RollCall
 
 
@@ -58,6 +60,16 @@ def test_all_come_and_leave_in_any_order(address):
         assert not thread.is_alive()
     time.sleep(0.1)
     assert [member.lost for member in members] == [[]] * 4
+
+
+def test_a_coordinator_of_jax_that_can_not_be_reached_is_told_to_all(address):
+    host, _, port = address.rpartition(":")
+    first = Member(address, 0, 2)
+    said = "JAX can't connect to .*: Connection refused; process 0 is there, so is its port"
+    with pytest.raises(Unavailable, match=said):
+        Processes(Place(f"{host}:{int(port) + ROLL_CALL}", 1, 2), wait=1)
+    assert first.heard.wait(20)
+    assert re.search(f"process 1 on .* has ended: {said}", first.lost[0])
 
 
 def test_who_is_missing_is_said(address, monkeypatch):

@@ -196,8 +196,29 @@ def test_search_recommends_the_fastest_that_fits(options, monkeypatch, capsys, t
 
 
 def test_nothing_that_fits_is_told_by_the_exit_code(options, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "compile_step", lambda config, where: (_ for _ in ()).throw(plan._NoFit("out of memory")))
+    monkeypatch.setattr(plan, "compile_step", lambda *_: (_ for _ in ()).throw(plan.NoFit("out of memory", None)))
     assert cli.run(plan.main, [*options, "--topology=v5p-8", "--search", "--batch-a-chip=2"], "plan") == 1
-    assert "Nothing that was tried fits." in capsys.readouterr().out
-    assert cli.run(plan.main, [*options, "--topology=v5p-8"], "plan") == 2
-    assert "the compiler gives up: out of memory" in capsys.readouterr().err
+    output = capsys.readouterr().out
+    assert "  out of memory" in output
+    assert "Nothing that was tried fits." in output
+
+
+def test_what_does_not_fit_is_told_with_its_parts(autoencoder, monkeypatch, capsys, tmp_path):
+    """Any other mishap of the compiler is a mistake."""
+    said = ["RESOURCE_EXHAUSTED: 23 of 16 GiB\nat length"]
+
+    def give_up(self):
+        raise jax.errors.JaxRuntimeError(said[0])
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", give_up)
+    assert cli.run(plan.main, [*autoencoder, "--topology=v5p-8", f"--json={tmp_path}/no.json"], "plan") == 1
+    output = capsys.readouterr().out
+    figures = json.loads((tmp_path / "no.json").read_text())
+    assert figures["fits"] is False
+    parts = figures["memory_bytes"]
+    assert parts["optimizer"] == pytest.approx(2 * parts["parameters"], rel=0.01)
+    for said_then in ("it does NOT fit into 95.000 GiB", "  optimizer ", f"The compiler: {said[0].splitlines()[0]}\n"):
+        assert said_then in output
+    said[0] = "INTERNAL: a mishap"
+    assert cli.run(plan.main, [*autoencoder, "--topology=v5p-8"], "plan") == 2
+    assert "the compiler gives up: INTERNAL: a mishap" in capsys.readouterr().err
