@@ -46,6 +46,9 @@ retry() {
 
 whole() { [[ $2 =~ ^[1-9][0-9]*$ ]] || die "$1=$2 is not a whole number from 1 up"; }
 
+whole TRIES "$TRIES"
+[[ $RETRY_SECONDS =~ ^[0-9]+$ ]] || die "RETRY_SECONDS=$RETRY_SECONDS is not a whole number"
+
 # take_command WORD…: sets COMMAND, WORKDIR and CACHE from what stands after `--`.
 take_command() {
   (($#)) || die "nothing to run: put the command last, as in -- python -m lcm_jax.train --config=configs/sd15.py --workdir=DIR"

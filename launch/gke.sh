@@ -30,6 +30,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/common.sh"
 # shellcheck source-path=SCRIPTDIR source=flags.sh
 source "$HERE/flags.sh"
+whole COORDINATOR_PORT "$COORDINATOR_PORT"
 
 ACTION="" NAME="" TYPE="" TOPOLOGY="" SLICES=1 CHIPS=4 IMAGE="" SPOT="" ACCOUNT=default QUEUE="" MAX_RESTARTS=20
 NAMESPACE=() COMMAND=()
@@ -127,7 +128,7 @@ do_tail() {
 }
 
 do_status() {
-  cluster get jobset "$NAME" || fail "there is no JobSet $NAME here"
+  cluster get jobset "$NAME" || fail "the JobSet $NAME can't be shown; kubectl's message is above"
   cluster get pods --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --output=wide
 }
 
@@ -157,6 +158,7 @@ apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
   name: $NAME
+$(when "${NAMESPACE[*]}" "  namespace: $(yaml "${NAMESPACE[*]#--namespace=}")")
 $(when "$QUEUE" "  labels:
     kueue.x-k8s.io/queue-name: $(yaml "$QUEUE")")
   annotations:
@@ -166,7 +168,7 @@ spec:
   failurePolicy:
     maxRestarts: $MAX_RESTARTS
     rules:
-      # the training refused its command: it would again
+      # an error that another start does not mend
       - name: mistake
         action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]

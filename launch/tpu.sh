@@ -13,10 +13,11 @@
 #              training that broke off is started again and goes on from its last checkpoint. Ends when the training
 #              does. Start it instead of create, install and run, or later; it may be interrupted and called again.
 #   delete     gives the pod back
-#   firewall   opens --network's ports between the workers (the network "default" needs none)
+#   firewall   lets workers reach each other by tcp in --network (the network "default" does so by itself); needs no NAME
 #
 #   --zone=ZONE           where the quota is, as in us-east5-a
-#   --type=TYPE           v4-64, v5e-64, v5p-128, v6e-64 …, as the product is named (create, resume)
+#   --type=TYPE           v4-64, v5e-64, v5p-128, v6e-64 …, as the product is named (create, resume; in a dry run also
+#                         install and run, which ask the pod otherwise: the compiler's flags depend on it)
 #   --slices=1            that many pods of this type as one run (create, resume)
 #   --spot                cheaper, and can be taken away at any time
 #   --reserved            from your reservation
@@ -35,10 +36,16 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/common.sh"
 # shellcheck source-path=SCRIPTDIR source=flags.sh
 source "$HERE/flags.sh"
+whole COORDINATOR_PORT "$COORDINATOR_PORT"
 
 POLL_SECONDS=${POLL_SECONDS:-60}
 WAIT_HOURS=${WAIT_HOURS:-24}
 STOP_SECONDS=${STOP_SECONDS:-300} # that long a stopped training may take to save
+whole STOP_SECONDS "$STOP_SECONDS"
+[[ $WAIT_HOURS =~ ^[0-9]+$ ]] || die "WAIT_HOURS=$WAIT_HOURS is not a whole number"
+[[ $POLL_SECONDS =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "POLL_SECONDS=$POLL_SECONDS is not a number"
+
+REFUSED=3 # the exit code of a refused request inside this script; 1 outside
 
 ACTION="" NAME="" ZONE="" TYPE="" SLICES=1 NETWORK=default MAX_RESTARTS=20 TIER=() PROJECT=() COMMAND=()
 
@@ -77,7 +84,7 @@ parse() {
     shift
   done
   [[ $ACTION ]] || die "which command? One of$actions"
-  [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || die "NAME='$NAME' must be lower-case letters, digits and hyphens, at most 40: launch/tpu.sh $ACTION sd15 …"
+  [[ $ACTION == firewall && ! $NAME ]] || [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || die "NAME='$NAME' must be lower-case letters, digits and hyphens, at most 40: launch/tpu.sh $ACTION sd15 …"
   [[ $ZONE || $ACTION == firewall ]] || die "--zone is missing: the zone of your TPU quota, as in --zone=us-east5-a"
   ((${#TIER[@]} < 2)) || die "--spot and --reserved exclude each other"
   [[ ! " run resume " == *" $ACTION "* || ${#COMMAND[@]} -gt 0 ]] || take_command
@@ -89,6 +96,10 @@ read_type() {
   [[ $TYPE ]] || die "--type is missing: the pod's product name, as in --type=v5p-16"
   [[ $TYPE =~ ^(v4|v5e|v5litepod|v5p|v6e)-([1-9][0-9]*)$ ]] || die "--type=$TYPE is not known: v4-64, v5e-64, v5p-128, v6e-64 and the like"
   GENERATION=${BASH_REMATCH[1]/litepod/e}
+  case $GENERATION in
+    v4 | v5p) ((BASH_REMATCH[2] % 8 == 0)) || die "--type=$TYPE: $GENERATION counts two cores a chip and four chips a host: $GENERATION-8, -16, -24 …" ;;
+    *) [[ " 1 4 8 16 32 64 128 256 " == *" ${BASH_REMATCH[2]} "* ]] || die "--type=$TYPE: $GENERATION has 1, 4, 8, 16, 32, 64, 128 or 256 chips" ;;
+  esac
   ACCELERATOR=${TYPE/v5e/v5litepod}
   case $GENERATION in
     v4) RUNTIME=tpu-ubuntu2204-base ;;
@@ -109,6 +120,10 @@ pod_state() {
 # ---- the pod
 
 do_create() {
+  (create) || exit 1
+}
+
+create() {
   local state
   state=$(pod_state) || fail "gcloud can't list the requests in $ZONE; its message is above"
   case $state in
@@ -126,7 +141,7 @@ ask_for_pod() {
   tpus queued-resources create "$NAME" "${shape[@]}" --accelerator-type="$ACCELERATOR" \
     --runtime-version="$RUNTIME" --network="$NETWORK" --tags=lcm-jax "${TIER[@]}" \
     --scopes=https://www.googleapis.com/auth/cloud-platform \
-    || fail "$ACCELERATOR was refused in $ZONE (gcloud's message is above): is there quota for it, on-demand or with --spot?"
+    || { say "error: $ACCELERATOR was refused in $ZONE (gcloud's message is above): is there quota for it, on-demand or with --spot?"; exit "$REFUSED"; }
 }
 
 wait_for_pod() {
@@ -244,10 +259,14 @@ echo \$! > ../train.pid; fi; echo \"lcm_jax: training on \$(hostname)\""
 }
 
 do_status() {
-  local state
-  state=$(pod_state) || fail "gcloud can't list the requests in $ZONE; its message is above"
-  say "$NAME is ${state:-not there}"
-  [[ $state != ACTIVE && ! $DRY_RUN ]] || on_workers all "echo \"\$(hostname): \$($WHAT)\""
+  local state=ACTIVE # as far as a dry run knows
+  if [[ $DRY_RUN ]]; then
+    tpus queued-resources list --filter="name~/queuedResources/$NAME\$" --format="value(state.state)"
+  else
+    state=$(pod_state) || fail "gcloud can't list the requests in $ZONE; its message is above"
+    say "$NAME is ${state:-not there}"
+  fi
+  [[ $state != ACTIVE ]] || on_workers all "echo \"\$(hostname): \$($WHAT)\""
 }
 
 do_tail() { on_workers 0 'tail -n 100 -F train.log'; }
@@ -257,19 +276,22 @@ do_stop() { on_workers all "$STOP"; }
 # ---- resume
 
 do_resume() {
-  local restarts=0 said
+  local restarts=0 said code
   while :; do
+    code=0
     # In a subshell: a pod that is taken away while it is set up is one more start, not the end.
-    if (bring_up); then
+    (bring_up) || code=$?
+    if ((code == 0)); then
       [[ ! $DRY_RUN ]] || return 0
       watch
     else
+      ((code != REFUSED || restarts)) || exit 1 # what is refused at first is asked for wrongly
       said="could not be started"
       sleep "$POLL_SECONDS"
     fi
     case $said in
       "ended with 0") say "the training is done; the pod is yours until launch/tpu.sh delete $NAME --zone=$ZONE"; return ;;
-      "ended with 2") fail "the training refused its command and would again: see launch/tpu.sh tail $NAME --zone=$ZONE" ;;
+      "ended with 2") fail "the training ended with an error that another start does not mend: see launch/tpu.sh tail $NAME --zone=$ZONE" ;;
       "ended with 143") fail "the training was stopped by hand and has saved; resume again to go on" ;;
     esac
     ((restarts++ < MAX_RESTARTS)) || fail "the training $said, and so often before: see launch/tpu.sh tail $NAME --zone=$ZONE"

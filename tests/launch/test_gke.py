@@ -108,10 +108,12 @@ def test_async_collective_fusion_is_for_v5e_alone(bench):
 def test_options_that_not_every_run_has(bench):
     plain = manifest(bench, *V5E, *TRAIN)
     assert "labels" not in plain["metadata"]
+    assert "namespace" not in plain["metadata"]
     assert "cloud.google.com/gke-spot" not in job_of(plain)["template"]["spec"]["nodeSelector"]
-    found = manifest(bench, *V5E, "--spot", "--queue=tpus", "--service-account=trainer", *TRAIN)
+    found = manifest(bench, *V5E, "--spot", "--queue=tpus", "--service-account=trainer", "--namespace=ours", *TRAIN)
     pod = job_of(found)["template"]["spec"]
     assert found["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tpus"}
+    assert found["metadata"]["namespace"] == "ours"
     assert pod["serviceAccountName"] == "trainer"
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert "cloud.google.com/gke-spot" in [toleration["key"] for toleration in pod["tolerations"]]
@@ -125,7 +127,7 @@ def test_the_schema_finds_a_misspelt_field(bench):
 
 
 def test_create_hands_the_printed_manifest_to_the_cluster(bench):
-    expected = manifest(bench, *V5E, *TRAIN)
+    expected = manifest(bench, *V5E, "--namespace=team", *TRAIN)
     bench.say("fail_apply", 2)  # the webhook is not there yet
     result = bench.run("gke.sh", "create", "sd15", "--namespace=team", *V5E, *TRAIN)
     assert result.code == 0, result.err

@@ -178,7 +178,7 @@ def test_delete_takes_the_nodes_along(bench):
 
 
 def test_firewall_opens_ports_among_the_tagged_workers(bench):
-    [call] = bench.run("tpu.sh", "firewall", "pod", "--network=mine").calls
+    [call] = bench.run("tpu.sh", "firewall", "--network=mine").calls
     assert call[:4] == ["gcloud", "compute", "firewall-rules", "create"]
     assert {"--network=mine", "--allow=tcp", "--source-tags=lcm-jax", "--target-tags=lcm-jax"} <= set(call)
 
@@ -246,7 +246,29 @@ def test_resume_does_not_repeat_a_mistake(bench):
         bench.say(f"codes-{worker}", 2)
     result = bench.run("tpu.sh", "resume", "pod", ZONE, "--type=v5p-16", *TRAIN)
     assert result.code == 1
-    assert "refused its command" in result.error()
+    assert "an error that another start does not mend" in result.error()
+
+
+def test_resume_does_not_repeat_a_refusal(bench):
+    bench.say("fail_create", 9)
+    result = bench.run("tpu.sh", "resume", "pod", ZONE, "--type=v5p-16", *TRAIN)
+    assert result.code == 1
+    assert "v5p-16 was refused in" in result.error()
+    assert len(result.calls_of("create")) == 1
+
+
+@pytest.mark.parametrize("variable", ["TRIES", "RETRY_SECONDS", "POLL_SECONDS", "WAIT_HOURS", "COORDINATOR_PORT"])
+def test_a_variable_that_is_no_number_is_one_line(bench, variable):
+    result = bench.run("tpu.sh", "create", "pod", ZONE, "--type=v5p-16", **{variable: "abc"})
+    assert result.code == 2
+    assert result.error().startswith(f"tpu.sh: error: {variable}=abc")
+    assert not result.calls
+
+
+def test_a_dry_status_claims_nothing(bench):
+    result = bench.run("tpu.sh", "status", "pod", ZONE, "--dry-run")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("gcloud compute tpus queued-resources list ")
 
 
 @pytest.mark.parametrize(
@@ -259,6 +281,8 @@ def test_resume_does_not_repeat_a_mistake(bench):
         (["create", "pod", "--type=v5p-16"], "--zone is missing"),
         (["create", "pod", ZONE], "--type is missing"),
         (["create", "pod", ZONE, "--type=v7-8"], "v5p-128"),
+        (["create", "pod", ZONE, "--type=v5p-7"], "v5p-8, -16, -24"),
+        (["create", "pod", ZONE, "--type=v5e-7"], "v5e has 1, 4, 8,"),
         (["create", "pod", ZONE, "--type", "v5p-16"], "values follow a ="),
         (["create", "pod", ZONE, "--type=v5p-16", "--slices=0"], "whole number"),
         (["create", "pod", ZONE, "--type=v5p-16", "--spot", "--reserved"], "exclude each other"),
