@@ -29,15 +29,23 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse; an option that doesn't exist is named with the one that is nearest to it."""
+        self._check_names(args)
         values, unknown = self.parse_known_args(args, namespace)
         self._refuse(unknown)
         return values
 
     def parse_with_config(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """Returns the values of the command's own options, and the --config.<name>=<value> of the run."""
+        self._check_names(args)
         values, overrides = self.parse_known_args(args)
         self._refuse([text for text in overrides if text.startswith("--") and not text.startswith("--config.")])
         return values, overrides
+
+    def _check_names(self, args: Sequence[str] | None) -> None:
+        """Refuses a misspelt option before argparse says that the right one is missing."""
+        options = {name for action in self._actions for name in action.option_strings}
+        given = [text for text in (sys.argv[1:] if args is None else args) if text.startswith("--")]
+        self._refuse([t for t in given if not t.startswith("--config.") and t.split("=")[0] not in options])
 
     def _refuse(self, unknown: Sequence[str]) -> None:
         if unknown:

@@ -57,6 +57,7 @@ def test_other_errors_keep_their_traceback():
     ("argv", "message"),
     [
         (["--steps=1", "--step=1"], "there is no option --step=1; did you mean '--steps'?"),
+        (["--step=1"], "there is no option --step=1; did you mean '--steps'?"),
         (["--steps=four"], "argument --steps: invalid int value: 'four'"),
         ([], "the following arguments are required: --steps"),
     ],
