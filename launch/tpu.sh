@@ -13,7 +13,7 @@
 #              training that broke off is started again and goes on from its last checkpoint. Ends when the training
 #              does. Start it instead of create, install and run, or later; it may be interrupted and called again.
 #   delete     gives the pod back
-#   firewall   lets workers reach each other by tcp in --network (the network "default" does so by itself); needs no NAME
+#   firewall   lets workers reach each other by tcp in --network ("default" does so by itself); needs no NAME
 #
 #   --zone=ZONE           where the quota is, as in us-east5-a
 #   --type=TYPE           v4-64, v5e-64, v5p-128, v6e-64 …, as the product is named (create, resume; in a dry run also
