@@ -31,6 +31,14 @@ def table(figures: Figures) -> str:
 def no_fit_table(figures: Figures) -> str:
     """Returns what is printed of a step that the compiler could not fit into a chip: what its state takes there."""
     limit = figures["chip_memory_bytes"]
+    helps = {
+        "a smaller batch": figures["batch_a_chip"] > 1,
+        "config.accumulate": figures["batch_a_chip"] > figures["accumulate"],
+        "config.model.remat=block": figures["remat"] == "none",
+        "a larger config.mesh.fsdp": figures["mesh"]["fsdp"] < figures["chips"],
+        "config.mesh.frozen=sharded": figures["chips"] > 1 and figures["frozen"] == "replicated",
+        "adapters in place of weights (config.lora.rank)": True,
+    }
     lines = [
         *_head(figures),
         "",
@@ -38,8 +46,7 @@ def no_fit_table(figures: Figures) -> str:
         *_parts(figures["memory_bytes"]),
         "",
         f"The compiler: {figures['why_not']}",
-        "What helps: a smaller batch, config.model.remat=block, config.accumulate, a larger config.mesh.fsdp,",
-        "config.mesh.frozen=sharded; --search tries the first, the second and the fourth.",
+        f"What may help: {', '.join(name for name, possible in helps.items() if possible)}",
     ]
     return "\n".join(lines)
 

@@ -211,13 +211,16 @@ def test_what_does_not_fit_is_told_with_its_parts(autoencoder, monkeypatch, caps
         raise jax.errors.JaxRuntimeError(said[0])
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", give_up)
-    assert cli.run(plan.main, [*autoencoder, "--topology=v5p-8", f"--json={tmp_path}/no.json"], "plan") == 1
+    more = ["--topology=v5p-8", "--config.model.remat=block", f"--json={tmp_path}/no.json"]
+    assert cli.run(plan.main, [*autoencoder, *more], "plan") == 1
     output = capsys.readouterr().out
     figures = json.loads((tmp_path / "no.json").read_text())
     assert figures["fits"] is False
     parts = figures["memory_bytes"]
     assert parts["optimizer"] == pytest.approx(2 * parts["parameters"], rel=0.01)
-    for said_then in ("it does NOT fit into 95.000 GiB", "  optimizer ", f"The compiler: {said[0].splitlines()[0]}\n"):
+    helps = "What may help: a smaller batch, config.accumulate, a larger config.mesh.fsdp, config.mesh.frozen=sharded"
+    compilers = f"The compiler: {said[0].splitlines()[0]}\n"
+    for said_then in ("it does NOT fit into 95.000 GiB", "  optimizer ", compilers, helps):
         assert said_then in output
     said[0] = "INTERNAL: a mishap"
     assert cli.run(plan.main, [*autoencoder, "--topology=v5p-8"], "plan") == 2
