@@ -23,7 +23,7 @@ from lcm_jax import cli, compile_cache, compiled_step, files
 from lcm_jax import config as config_lib
 from lcm_jax.config import Config
 from lcm_jax.errors import UserError
-from lcm_jax.parallel.mesh import make_mesh, split_cpu
+from lcm_jax.parallel.mesh import found_devices, make_mesh, split_cpu
 from lcm_jax.parallel.program import Program as Step
 from lcm_jax.parallel.program import make_program
 from lcm_jax.planning import estimate, flops, topology
@@ -39,7 +39,7 @@ def compile_step(config: Config, where: Topology | None) -> Compiled:
 
     Raises: UserError for what the mesh, the batch or the folder forbid; NoFit where chips have too little memory.
     """
-    devices = topology.devices(where) if where else jax.devices()
+    devices = topology.devices(where) if where else found_devices()
     step = make_program(config, blueprint(config), make_mesh(config.mesh, devices))
     lowered = step.lower()
     start = time.perf_counter()
@@ -63,7 +63,7 @@ class NoFit(Exception):
 
 
 def described(config: Config, step: Step, where: Topology | None) -> Report:
-    """Returns what was asked for, and whether and where it may fit: the head of each report."""
+    """Returns what was asked for, as plain values: the head of each report."""
     return {
         "topology": where.name if where else "local",
         "product": where.product if where else "",
@@ -190,7 +190,7 @@ def main(argv: Sequence[str]) -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"  # with libtpu installed JAX would look for a TPU on this machine
         jax.config.update("jax_platforms", "cpu")
     compile_cache.enable()
-    attention = config.model.attention_on((topology.devices(where) if where else jax.devices())[0])
+    attention = config.model.attention_on((topology.devices(where) if where else found_devices())[0])
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
     chips = where.chips if where else jax.device_count()
     if args.search:
