@@ -17,7 +17,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from lcm_jax import files
+from lcm_jax import files, json_file
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.errors import UserError, nearest, one_of
 from lcm_jax.lora import LoraConfig
@@ -305,7 +305,7 @@ def load_resolved(workdir: epath.PathLike) -> Config:
             if not path.exists():
                 raise UserError(f"{workdir} is no run of lcm_jax: it has no config.json")
             text = path.read_text()
-        return from_dict(json.loads(text), where=str(path))
+        return from_dict(json_file.parse(text, str(path)), where=str(path))
     except UserError:
         raise
     except (ValueError, AttributeError, TypeError) as error:  # JSON of another shape among them

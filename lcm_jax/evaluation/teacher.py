@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from lcm_jax import json_file
 from lcm_jax.errors import UserError
 from lcm_jax.evaluation.classifier import WEIGHTS, Classifier
 from lcm_jax.evaluation.digits import real_pictures, score, test_prompts
@@ -16,7 +17,6 @@ from lcm_jax.evaluation.draw import draw_all
 from lcm_jax.evaluation.guidance import GUIDANCE, best_guidance
 from lcm_jax.evaluation.report import Row
 from lcm_jax.evaluation.report import said as line_of
-from lcm_jax.interop.weights import read_json
 from lcm_jax.pipeline import Pipeline
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
@@ -57,7 +57,7 @@ def shipped(folder: pathlib.Path = TEACHER, path: pathlib.Path = ROWS) -> tuple[
     """
     if not path.exists():
         raise UserError(f"{path} is missing; measure the teacher's rows with --teacher")
-    values = read_json(path)
+    values = json_file.read(path)
     for key, value in hashes(folder).items():
         if values.get(key) != value:
             what = folder if key == "folder_sha256" else WEIGHTS

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lcm_jax import json_file
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError, nearest
 from lcm_jax.interop import hub, names, weights
@@ -137,9 +138,9 @@ def read_folder(path_or_hub_id: str | os.PathLike[str], *, only: Collection[str]
         files, tensors missing, unexpected or of another shape than config.json says.
     """
     path = hub.local_folder(path_or_hub_id)
-    model_index = weights.read_json(path / "model_index.json")
+    model_index = json_file.read(path / "model_index.json", {"_class_name": json_file.TEXT})
     classes = _check_classes(path, model_index)
-    scheduler = weights.read_json(path / "scheduler" / "scheduler_config.json")
+    scheduler = json_file.read(path / "scheduler" / "scheduler_config.json")
     components = {
         name: _read_component(path / name, name, library_class)
         for name, library_class in classes.items()
@@ -171,7 +172,7 @@ def _check_classes(path: pathlib.Path, model_index: dict[str, Any]) -> dict[str,
 
 
 def _read_component(directory: pathlib.Path, name: str, library_class: str) -> Component:
-    config = weights.read_json(directory / "config.json")
+    config = json_file.read(directory / "config.json")
     network = make_network(library_class, config, where=str(directory))
     tensors, arrangement = weights.read_weights(directory)
     wanted = {path: tuple(leaf.shape) for path, leaf in network.shapes.items()}

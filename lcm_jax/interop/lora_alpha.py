@@ -8,16 +8,15 @@ nobody says anything, alpha is the rank.
 """
 
 import collections
-import json
 import math
 import pathlib
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from lcm_jax import json_file
 from lcm_jax.errors import UserError
 from lcm_jax.interop.lora_keys import TEXT_MODEL
-from lcm_jax.interop.weights import read_json
 
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_FILE = "adapter_config.json"
@@ -33,12 +32,7 @@ def configs_of_header(header: Mapping[str, str] | None, components: Collection[s
     text = (header or {}).get(METADATA_KEY)
     if not text:
         return {}
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{METADATA_KEY} in its header is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{METADATA_KEY} in its header should hold a JSON object, found {type(values).__name__}")
+    values = json_file.parse(text, f"{METADATA_KEY} in its header")
     if any(option in values for option in _OPTIONS):
         if len(components) > 1:
             raise UserError(f"{METADATA_KEY} in its header doesn't say for which of {', '.join(components)} it is")
@@ -57,7 +51,7 @@ def config_beside(file: pathlib.Path) -> dict[str, Any] | None:
     """
     for folder in (file.absolute().parent, file.absolute().parent.parent):
         if (folder / CONFIG_FILE).is_file():
-            return read_json(folder / CONFIG_FILE)
+            return json_file.read(folder / CONFIG_FILE)
     return None
 
 

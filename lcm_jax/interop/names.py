@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, few
 
 Shape = tuple[int, ...]
 
@@ -98,7 +98,7 @@ def match(library_class: str, found: Mapping[str, Shape], wanted: Mapping[str, S
             misshapen.append(f"{key} is {tuple(shape)} and should be {want}")
     missing = [key for key, path in expected.items() if path not in keys]
     faults = [
-        f"{len(names)} {what} ({_few(names)})"
+        f"{len(names)} {what} ({few(names)})"
         for what, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -129,7 +129,3 @@ def squeezed(library_class: str, current: str, shape: Shape) -> Shape:
     if library_class == "AutoencoderKL" and len(shape) == 4 and _ATTENTION_WEIGHT.fullmatch(current):
         return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
     return tuple(shape)
-
-
-def _few(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from lcm_jax import json_file
 from lcm_jax.errors import UserError
-from lcm_jax.interop.weights import read_json
 
 RECIPE_FILE = "lcm_jax.json"
 HEADER_KEY = "lcm_jax"
@@ -50,20 +50,15 @@ class Recipe:
     def read(cls, folder: pathlib.Path) -> "Recipe | None":
         """Returns the recipe in a model folder, None if it has none; raises UserError if it can't be read."""
         path = folder / RECIPE_FILE
-        return cls._of(read_json(path), str(path)) if path.exists() else None
+        return cls._of(json_file.read(path), str(path)) if path.exists() else None
 
     @classmethod
     def of_header(cls, header: Mapping[str, str], where: str) -> "Recipe | None":
         """Returns the recipe in a LoRA file's header, as `read` does; `where` is the file."""
         if HEADER_KEY not in header:
             return None
-        try:
-            values = json.loads(header[HEADER_KEY])
-        except ValueError as error:
-            raise UserError(f"{where}: {HEADER_KEY} in its header is no JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{where}: {HEADER_KEY} in its header should hold a JSON object")
-        return cls._of(values, f"{where}: {HEADER_KEY} in its header")
+        where = f"{where}: {HEADER_KEY} in its header"
+        return cls._of(json_file.parse(header[HEADER_KEY], where), where)
 
     def to_header(self) -> dict[str, str]:
         """Returns what a LoRA file's header holds of it."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lcm_jax import json_file
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import Folder
-from lcm_jax.interop.weights import read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -62,5 +62,6 @@ def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = 
         raise UserError(
             f"{directory} can't be read as a CLIP tokenizer: {' '.join(str(error).split())[:200]}"
         ) from None
-    positions = read_json(folder.path / text_encoder / "config.json").get("max_position_embeddings", 77)
+    config = json_file.read(folder.path / text_encoder / "config.json", {"max_position_embeddings": json_file.WHOLE})
+    positions = config.get("max_position_embeddings", 77)
     return Tokenizer(tokenizer.backend_tokenizer, min(tokenizer.model_max_length, positions), tokenizer.pad_token_id)

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lcm_jax import json_file
 from lcm_jax.errors import UserError
 
 Tensors = dict[str, np.ndarray]
@@ -136,9 +137,9 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
 
 
 def _read_shards(index_path: pathlib.Path) -> tuple[Tensors, Arrangement]:
-    index = read_json(index_path)
+    index = json_file.read(index_path, {"weight_map": json_file.TEXTS, "metadata": json_file.OBJECT})
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not weight_map:
         raise UserError(f"{index_path} has no weight_map")
     tensors: Tensors = {}
     metadata: dict[str, dict[str, str] | None] = {}
@@ -154,16 +155,3 @@ def _read_shards(index_path: pathlib.Path) -> tuple[Tensors, Arrangement]:
     if lost := [key for key in weight_map if key not in tensors]:
         raise UserError(f"{index_path.parent / weight_map[lost[0]]}: {lost[0]} is missing ({len(lost)} in all)")
     return tensors, Arrangement(dict(weight_map), metadata, index_path.name, index.get("metadata", {}))
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON object; raises UserError if the file is missing or is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object, found {type(value).__name__}")
-    return value

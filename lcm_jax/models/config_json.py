@@ -1,10 +1,10 @@
 """Reading the config.json of a diffusers or transformers model: each value is used, has the one value that this
 program implements, or is an error that names it."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lcm_jax import json_file
 from lcm_jax.errors import UserError
 
 
@@ -29,10 +29,7 @@ def check(config: Mapping[str, Any], used: Sequence[str], fixed: Mapping[str, An
 
 def whole_numbers(config: Mapping[str, Any], names: Sequence[str]) -> None:
     """Raises UserError unless each of `names` that `config` has is a positive whole number."""
-    for name in names:
-        value = config.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} is {value!r}; supported: a positive whole number")
+    _check(config, names, json_file.WHOLE)
 
 
 def whole_numbers_or_none(config: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -42,18 +39,18 @@ def whole_numbers_or_none(config: Mapping[str, Any], names: Sequence[str]) -> No
 
 def numbers(config: Mapping[str, Any], names: Sequence[str], *, positive: bool) -> None:
     """Raises UserError unless each of `names` that `config` has is a finite number, above zero where `positive`."""
-    for name in names:
-        value = config.get(name, 1.0)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or (positive and value <= 0):
-            raise UserError(f"{name} is {value!r}; supported: a {'positive ' if positive else ''}number")
+    _check(config, names, json_file.POSITIVE if positive else json_file.NUMBER)
 
 
 def booleans(config: Mapping[str, Any], names: Sequence[str]) -> None:
     """Raises UserError unless each of `names` that `config` has is true or false: "false" would count as true."""
+    _check(config, names, json_file.BOOLEAN)
+
+
+def _check(config: Mapping[str, Any], names: Sequence[str], kind: json_file.Kind) -> None:
     for name in names:
-        if not isinstance(config.get(name, True), bool):
-            raise UserError(f"{name} is {config[name]!r}; supported: true, false")
+        if name in config:
+            kind.check(name, config[name])
 
 
 def per_level(value: Any, levels: int, key: str) -> tuple[Any, ...]:
