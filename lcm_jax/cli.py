@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import io
 import logging
 import os
 import pathlib
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 from etils import epath
 
 from lcm_jax import files
-from lcm_jax.errors import Unavailable, UserError, nearest
+from lcm_jax.errors import Unavailable, UserError, nearest, plain
 
 Main = Callable[[Sequence[str]], int]
 
@@ -145,6 +146,8 @@ def run(main: Main, argv: Sequence[str] | None = None, command: str | None = Non
       command: the name to print; that of the module in which `main` is by default.
     """
     command = command or _module_name(main)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold bytes that are no text: shown, not an error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with one_line_warnings(command):
             return main(sys.argv[1:] if argv is None else argv)
@@ -165,7 +168,7 @@ def one_line_warnings(command: str) -> Iterator[None]:
 
         def show(message, category, filename, lineno, file=None, line=None):
             if category is UserWarning:
-                print(f"lcm-jax {command}: warning: {message}", file=sys.stderr)
+                print(f"lcm-jax {command}: warning: {plain(message)}", file=sys.stderr)
             else:
                 usual(message, category, filename, lineno, file, line)
 

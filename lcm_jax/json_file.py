@@ -53,9 +53,7 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 TEXTS = Kind(
     "an object of texts", lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 )
-NUMBERS = Kind(
-    "a list of numbers", lambda value: isinstance(value, list) and all(_is_number(item) for item in value)
-)
+NUMBERS = Kind("a list of numbers", lambda value: isinstance(value, list) and all(_is_number(item) for item in value))
 
 
 def or_none(kind: Kind) -> Kind:

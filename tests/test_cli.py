@@ -96,3 +96,19 @@ print({{"torch", "tensorflow", "diffusers", "peft"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_warning_is_escaped(capsys):
+    def main(argv):
+        warnings.warn("a caption\x1b]0;title\x07\nof two lines", UserWarning, stacklevel=1)
+        return 0
+
+    cli.run(main, [], "sample")
+    assert capsys.readouterr().err == "lcm-jax sample: warning: a caption\\x1b]0;title\\x07 of two lines\n"
+
+
+def test_a_path_that_is_no_text_can_be_printed(capfd, monkeypatch):
+    with open(1, "w", encoding="utf-8", closefd=False) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.run(lambda argv: print("caf\udce9.png") or 0, [], "sample") == 0
+    assert capfd.readouterr().out == "caf\\udce9.png\n"

@@ -239,7 +239,7 @@ def test_dora_of_the_header(tensors, shapes, tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("{", "in its header is no JSON"),
+        ("{", "in its header can't be read as JSON"),
         ('{"unet.lora_alpha": "x"}', "the alpha of .* is 'x'"),
         ('{"unet.alpha_pattern": {"[": 3}}', r"alpha_pattern has '\[', no regular expression"),
         ('{"unet.alpha_pattern": [3]}', "alpha_pattern should be a JSON object, found list"),

@@ -141,17 +141,3 @@ def test_index_that_points_elsewhere(tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": "../x.safetensors"}}))
     with pytest.raises(UserError, match="which is no file beside it"):
         weights.read_weights(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [("{", "can't be read as JSON"), ("[]", "should hold a JSON object, found list")]
-)
-def test_broken_json(tmp_path, text, message):
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UserError, match=message):
-        weights.read_json(tmp_path / "x.json")
-
-
-def test_missing_json(tmp_path):
-    with pytest.raises(UserError, match=r"x\.json is missing"):
-        weights.read_json(tmp_path / "x.json")

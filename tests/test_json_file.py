@@ -1,0 +1,80 @@
+"""JSON from outside: what is refused, each in one line that names the file."""
+
+import json
+
+import pytest
+
+from lcm_jax import json_file
+from lcm_jax.errors import UserError
+
+
+def test_an_object_is_returned_as_it_is(tmp_path):
+    value = {"text": "ü", "list": [1, 2.5, None, True], "model_max_length": 10**30}
+    (tmp_path / "config.json").write_text(json.dumps(value), encoding="utf-8")
+    assert json_file.read(tmp_path / "config.json") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"", "can't be read as JSON"),
+        (b"{", "can't be read as JSON"),
+        (b'{"a": "caf\xe9"}', "can't be read as JSON"),
+        (b"[1]", "should hold a JSON object, found list"),
+        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b'{"a": -Infinity}', "-Infinity is no JSON number"),
+        (b'{"a": 1e999}', "1e999 is too large a number"),
+        (b'{"a": %s}' % (b"9" * 5000), "a number of 5000 digits is too large"),
+        (b'{"a": %s' % (b"[" * 100_000), "brackets in brackets, deeper than 64"),
+        (b'{"a": %s%s}' % (b"[" * 100, b"]" * 100), "brackets in brackets, deeper than 64"),
+    ],
+)
+def test_what_is_refused(tmp_path, text, why):
+    path = tmp_path / "config.json"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=why) as error:
+        json_file.read(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_a_large_file_is_not_read(tmp_path):
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(json_file.LARGEST + 1)
+    with pytest.raises(UserError, match="larger than 64 MiB"):
+        json_file.read(path)
+
+
+def test_a_folder_and_nothing(tmp_path):
+    with pytest.raises(UserError, match="can't be read: Is a directory"):
+        json_file.read(tmp_path)
+    with pytest.raises(UserError, match="config.json is missing"):
+        json_file.read(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (json_file.NUMBER, [0, -1.5, 10**100], [True, "1", None, [1], 10**400]),
+        (json_file.POSITIVE, [1, 1e-9], [0, -1, False, "1"]),
+        (json_file.INTEGER, [0, -3], [1.0, True, "3", None]),
+        (json_file.WHOLE, [1, 2**31 - 1], [0, 2**31, 1.0, True]),
+        (json_file.BOOLEAN, [True, False], [0, "false", None]),
+        (json_file.TEXT, ["", "a"], [None, 1, ["a"]]),
+        (json_file.TEXTS, [{}, {"a": "b"}], [{"a": 1}, ["a"], "a"]),
+        (json_file.NUMBERS, [[], [1, 2.5]], [[True], ["1"], 1, {"a": 1}]),
+        (json_file.or_none(json_file.TEXT), [None, "a"], [1, False]),
+    ],
+)
+def test_kinds(kind, good, bad):
+    for value in good:
+        kind.check("key", value)
+    for value in bad:
+        with pytest.raises(UserError, match=f"key is .*; supported: {kind.name}"):
+            kind.check("key", value)
+
+
+def test_a_value_of_another_kind_names_file_key_and_value():
+    with pytest.raises(UserError) as error:
+        json_file.parse('{"beta_start": "0.1"}', "folder/x.json", {"beta_start": json_file.NUMBER})
+    assert str(error.value) == "folder/x.json: beta_start is '0.1'; supported: a number"
