@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -25,6 +26,13 @@ Tensors = dict[str, np.ndarray]
 VARIANTS = ("", "fp16")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _STEMS = ("diffusion_pytorch_model", "model")
+# safetensors looks these up in numpy, which doesn't have them
+_FLOAT8 = {
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +122,37 @@ def save(path: pathlib.Path, tensors: Tensors, metadata: dict[str, str] | None) 
 def read_file(path: pathlib.Path) -> tuple[Tensors, dict[str, str] | None]:
     """Returns a safetensors file's tensors and the metadata of its header; raises UserError if it can't be read."""
     with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 (no iterator)
+        dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (no iterator)
+        float8 = _read_float8(path, [key for key, dtype in dtypes.items() if dtype in _FLOAT8])
+        return {key: float8[key] if key in float8 else file.get_tensor(key) for key in dtypes}, file.metadata()
+
+
+def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Returns key → shape of a safetensors file, without its tensors; raises UserError if it can't be read."""
+    with _opened(path) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def read_header(path: pathlib.Path) -> dict[str, str]:
     """Returns the metadata of a safetensors file's header alone; raises UserError if it can't be read."""
     with _opened(path) as file:
         return file.metadata() or {}
+
+
+def _read_float8(path: pathlib.Path, keys: list[str]) -> Tensors:
+    """Reads these tensors of a file that safetensors has checked, by the offsets in its header."""
+    if not keys:
+        return {}
+    tensors = {}
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json_file.parse(file.read(size), str(path))
+        for key in keys:
+            start, end = header[key]["data_offsets"]
+            file.seek(8 + size + start)
+            flat = np.fromfile(file, np.dtype(_FLOAT8[header[key]["dtype"]]), end - start)
+            tensors[key] = flat.reshape(header[key]["shape"])
+    return tensors
 
 
 @contextlib.contextmanager

@@ -86,6 +86,17 @@ def test_transposed_views_are_written_as_they_read(tmp_path):
     np.testing.assert_array_equal(weights.read_weights(tmp_path)[0]["x"], view)
 
 
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_float8_there_and_back(tmp_path, name):
+    """safetensors' reader for numpy has no float8; the other tensors of the file stand before and behind it."""
+    values = np.array([[0.5, -3.0, 0.0], [16.0, np.nan, 0.25]]).astype(name)
+    tensors = {**TENSORS, "b": values, "d": values[:, :1].copy(), "none": values[:0], "scalar": values[0, 0][...]}
+    weights.save(tmp_path / "model.safetensors", tensors, None)
+    found, _ = weights.read_weights(tmp_path)
+    assert_same(found, tensors)
+    assert weights.read_shapes(tmp_path / "model.safetensors") == {key: a.shape for key, a in tensors.items()}
+
+
 def test_full_precision_goes_before_half(tmp_path):
     save_file({"x": np.zeros(1, np.float16)}, tmp_path / "model.fp16.safetensors")
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
