@@ -104,7 +104,9 @@ def export_merged(model: str, loras: Loras, out: pathlib.Path, *, lcm: bool = Fa
     folder = read_folder(model)
     kernels = merged_kernels(folder, loras)
     merged = with_kernels(folder, kernels)
-    write_folder(with_lcm_scheduler(merged, lcm_recipe(loras)) if lcm else merged, out, changed=kernels)
+    if lcm:
+        merged = with_lcm_scheduler(merged, lcm_recipe(loras, folder.schedule.num_train_timesteps))
+    write_folder(merged, out, changed=kernels)
 
 
 def recipe_of(config: Config, teacher: Folder, which: str, step: int) -> Recipe:

@@ -202,7 +202,7 @@ class Pipeline:
           UserError: a weight that isn't a finite number; a file that can't be read or was made for another base.
         """
         merged = merged_kernels(self.folder, loras)
-        self.lora_recipe = lcm_recipe(loras)
+        self.lora_recipe = lcm_recipe(loras, self.schedule.num_train_timesteps)
         for name in self._merged.keys() | merged.keys():
             bound: Bound = getattr(self, name)
             own, new = self.folder.components[name].params, merged.get(name, {})

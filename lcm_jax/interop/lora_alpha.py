@@ -10,16 +10,17 @@ nobody says anything, alpha is the rank.
 import collections
 import math
 import pathlib
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from lcm_jax import json_file
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, plain
+from lcm_jax.interop import lora_patterns
 from lcm_jax.interop.lora_keys import TEXT_MODEL
 
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_FILE = "adapter_config.json"
+_LARGEST = 3.4e38  # of float32
 _OPTIONS = ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_dora", "use_rslora")
 
 
@@ -55,29 +56,31 @@ def config_beside(file: pathlib.Path) -> dict[str, Any] | None:
     return None
 
 
-def alpha_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Returns the alpha of a module, for which dW = alpha / rank · B A, as peft finds it.
+class Alphas:
+    """The alpha of each module, for which dW = alpha / rank · B A, as peft finds it in a configuration."""
 
-    Raises:
-      UserError: it isn't a number; the configuration is a DoRA's.
-    """
-    if config.get("use_dora"):
-        raise UserError("it holds a DoRA (use_dora); only plain LoRA of linear layers and convolutions is read")
-    alpha = config.get("lora_alpha", rank)
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise UserError(f"its alpha_pattern should be a JSON object, found {type(patterns).__name__}")
-    for pattern, value in patterns.items():
-        try:
-            spelled = re.compile(rf"(.*\.)?({pattern})$")
-        except re.error as error:
-            raise UserError(f"its alpha_pattern has {pattern!r}, no regular expression: {error}") from None
-        if spelled.match(module) or spelled.match(TEXT_MODEL + module):  # the latter up to transformers 4
-            alpha = value
-            break
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise UserError(f"the alpha of {module} is {alpha!r}; it must be a number")
-    return alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha)  # rsLoRA divides by sqrt(rank)
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Args: peft's configuration; {} for none. Raises: UserError for a DoRA's, and patterns that are not read."""
+        if config.get("use_dora"):
+            raise UserError("it holds a DoRA (use_dora); only plain LoRA of linear layers and convolutions is read")
+        self._config = config
+        self._of_pattern = config.get("alpha_pattern") or {}
+        if not isinstance(self._of_pattern, dict):
+            raise UserError(f"its alpha_pattern should be a JSON object, found {type(self._of_pattern).__name__}")
+        self._patterns = lora_patterns.Patterns(self._of_pattern, "alpha_pattern")
+
+    def of(self, module: str, rank: int) -> float:
+        """Returns a module's alpha; raises UserError if it is not a finite number."""
+        pattern = self._patterns.first(module, TEXT_MODEL + module)  # the latter up to transformers 4
+        alpha = self._config.get("lora_alpha", rank) if pattern is None else self._of_pattern[pattern]
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not is_alpha(alpha):
+            raise UserError(f"the alpha of {module} is {plain(repr(alpha), 100)}; it must be a number")
+        return alpha * math.sqrt(rank) if self._config.get("use_rslora") else float(alpha)  # it divides by sqrt(rank)
+
+
+def is_alpha(value: float) -> bool:
+    """Whether a number can be an alpha: finite in float32, in which weight differences are computed."""
+    return abs(value) <= _LARGEST
 
 
 def header_of(component: str, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:

@@ -5,12 +5,13 @@ A dialect decides only names and where alpha stands (`lora_keys`, `lora_alpha`):
 """
 
 import collections
+import contextlib
 import json
 import os
 import pathlib
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ import numpy as np
 from safetensors import SafetensorError
 
 from lcm_jax import lora
-from lcm_jax.errors import UserError, one_of
-from lcm_jax.interop import lora_alpha, lora_keys, names, weights
+from lcm_jax.errors import UserError, few, one_of
+from lcm_jax.interop import lora_alpha, lora_keys, lora_origin, lora_tensors, names, weights
 from lcm_jax.interop.lora_keys import Name
 from lcm_jax.lora import Adapter
 
@@ -34,7 +35,7 @@ def read_lora(path: str | os.PathLike[str], kernels: Kernels) -> dict[str, Adapt
     """Reads a LoRA for some networks.
 
     Args:
-      path: a safetensors file, or the folder that diffusers' `save_lora_weights` or peft's `save_pretrained` writes.
+      path: a safetensors file, or a folder that holds one, as `find` takes it.
       kernels: component → module → shape, of the networks that it may be for.
 
     Returns:
@@ -45,14 +46,35 @@ def read_lora(path: str | os.PathLike[str], kernels: Kernels) -> dict[str, Adapt
         module that isn't there, of another shape than the module or its own other half needs, or without that half.
     """
     file = find(path)
+    shapes = weights.read_shapes(file)
+    with _in(file):  # before the tensors are read, which are many if it is no LoRA
+        lora_keys.refuse(shapes)
+        names = _names(shapes, kernels)
     tensors, header = weights.read_file(file)
-    try:
-        lora_keys.refuse(tensors)
-        parts = _parts(tensors, kernels)
+    parts: Any = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for key, name in names.items():
+        parts[name.component][name.module][name.part] = (key, tensors[key])
+    with _in(file):
         configs = lora_alpha.configs_of_header(header, parts)
         if not configs and any("base_model.model." in key for key in tensors):
             configs = _configs_beside(file, parts)
-        return {component: _adapter(component, of, configs, kernels[component]) for component, of in parts.items()}
+        return {
+            component: lora_tensors.adapter(
+                component,
+                of,
+                lora_alpha.Alphas(configs.get(component, {})),
+                kernels[component],
+                lora_origin.other_base(shapes, kernels),
+            )
+            for component, of in parts.items()
+        }
+
+
+@contextlib.contextmanager
+def _in(file: pathlib.Path) -> Iterator[None]:
+    """Puts the file's name before the message of a UserError."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -133,43 +155,60 @@ def _key(name: Name, dialect: str, adapters: Mapping[str, Adapter]) -> str:
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns the file of a LoRA, which may be in a folder; raises UserError if there is none, or a pickle."""
+    """Returns the file of a LoRA; raises UserError if there is none, if it is a pickle or if a folder holds several.
+
+    In a folder that is the file that diffusers or peft would write there, or else the only one that is safetensors.
+    """
     path = pathlib.Path(path).expanduser()
-    if path.is_dir():
-        for name in FILES:
-            if (path / name).is_file():
-                return path / name
-        raise UserError(f"{path} holds no LoRA: neither {FILES[0]} nor {FILES[1]}")
-    if not path.exists():
-        raise UserError(f"there is no LoRA file {path}")
+    try:
+        if path.is_dir():
+            return _find_in(path)
+        if not path.exists():
+            raise UserError(f"there is no LoRA file {path}")
+    except OSError as error:  # a name that is too long, a folder that this user must not read
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
     if path.suffix in weights.PICKLES:
         raise UserError(f"{path} is a pickle: reading one can run any code that is in it; save it as safetensors")
     return path
 
 
-def _parts(
-    tensors: Mapping[str, np.ndarray], kernels: Kernels
-) -> dict[str, dict[str, dict[str, tuple[str, np.ndarray]]]]:
-    """Returns component → module → part → (key, array)."""
+def _find_in(folder: pathlib.Path) -> pathlib.Path:
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    held = [file for file in files if file.suffix == ".safetensors"]
+    for name in FILES:
+        if folder / name in held:
+            return folder / name
+    if len(held) > 1:
+        raise UserError(
+            f"{folder} holds {len(held)} .safetensors files, none of which is called {FILES[0]} or {FILES[1]}: "
+            f"give the path of one ({few(file.name for file in held)})"
+        )
+    if held:
+        return held[0]
+    pickles = [file.name for file in files if file.suffix in weights.PICKLES]
+    found = f"; {few(pickles)} can't be read: a pickle can run any code that is in it" if pickles else ""
+    raise UserError(f"{folder} holds no LoRA: no {FILES[0]}, {FILES[1]} or other .safetensors file{found}")
+
+
+def _names(shapes: Mapping[str, tuple[int, ...]], kernels: Kernels) -> dict[str, Name]:
+    """Returns key → what it is, for all tensors of a file; raises UserError for one that has no place in the model."""
     known = lora_keys.Names(kernels)
-    parts: Any = collections.defaultdict(lambda: collections.defaultdict(dict))
-    faults = []
-    for key, array in tensors.items():
-        try:
-            name = known.read(key)
-        except UserError as error:
-            faults.append(str(error))
-            continue
-        given = parts[name.component][name.module]
-        if name.part in given:
-            raise UserError(f"{given[name.part][0]} and {key} are the same tensor in two spellings")
-        given[name.part] = (key, array)
-    if faults:
-        others = f" ({len(faults)} of its {len(tensors)} tensors fit nowhere)" if len(faults) > 1 else ""
-        raise UserError(f"{faults[0]}{others}; was it made for another base?")
-    if not parts:
+    names: dict[str, Name] = {}
+    keys: dict[Name, str] = {}
+    strangers = []
+    for key in shapes:
+        name = known.read(key)
+        if name is None:
+            strangers.append(key)
+        elif keys.setdefault(name, key) != key:
+            raise UserError(f"{keys[name]} and {key} are the same tensor in two spellings")
+        else:
+            names[key] = name
+    if strangers:
+        raise UserError(lora_origin.strangers(shapes, strangers, kernels, known.fault(strangers[0])))
+    if not names:
         raise UserError("it holds no tensor")
-    return {component: dict(of) for component, of in parts.items()}
+    return names
 
 
 def _configs_beside(file: pathlib.Path, components: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -184,59 +223,3 @@ def _configs_beside(file: pathlib.Path, components: Mapping[str, Any]) -> dict[s
         )
         return {}
     return dict.fromkeys(components, config)
-
-
-def _adapter(
-    component: str,
-    modules: Mapping[str, Mapping[str, tuple[str, np.ndarray]]],
-    configs: Mapping[str, Mapping[str, Any]],
-    kernels: Mapping[str, tuple[int, ...]],
-) -> Adapter:
-    params, alphas, misfits = {}, {}, []
-    for module, parts in modules.items():
-        for part, other in (("A", "B"), ("B", "A")):
-            if part not in parts:
-                key = next(iter(parts.values()))[0] if other not in parts else parts[other][0]
-                raise UserError(f"{key} has no other half: the {'down' if part == 'A' else 'up'} weights are missing")
-        (key_a, a), (key_b, b) = parts["A"], parts["B"]
-        if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1]:
-            raise UserError(
-                f"the ranks of {module} differ: {key_a} is {a.shape} and {key_b} is {b.shape}, which should be "
-                "(rank, in, …) and (out, rank, …)"
-            )
-        for key, array in parts["A"], parts["B"]:
-            if not jnp.issubdtype(array.dtype, jnp.floating):
-                raise UserError(f"{key} is {array.dtype}; only real weights are read")
-            if array.size == 0 or not np.isfinite(array.astype(np.float32)).all():
-                raise UserError(f"{key} {'has values that are not finite' if array.size else 'is empty'}")
-        rank, kernel = a.shape[0], names.file_shape("kernel", kernels[module])
-        ones = (1,) * (len(kernel) - 2)
-        for suffix, key, array, wanted in (
-            (lora.A, key_a, a, (rank, *kernel[1:])),
-            (lora.B, key_b, b, (kernel[0], rank, *ones)),
-        ):
-            if _without_ones(array.shape) != _without_ones(wanted):
-                misfits.append(f"{key} is {array.shape} and should be {wanted}")
-                continue
-            params[module + suffix] = names.from_file(suffix, array.reshape(wanted))
-        alphas[module] = _alpha(module, parts, configs.get(component, {}), rank)
-    if misfits:
-        raise UserError(
-            f"{misfits[0]} in this model's {component} ({len(misfits)} of its {2 * len(modules)} tensors don't fit); "
-            "it was made for another base"
-        )
-    return Adapter(params, alphas)
-
-
-def _alpha(module: str, parts: Mapping[str, tuple[str, np.ndarray]], config: Mapping[str, Any], rank: int) -> float:
-    if "alpha" not in parts:
-        return lora_alpha.alpha_of(config, module, rank)
-    key, array = parts["alpha"]
-    if array.size != 1 or not np.isfinite(float(array.reshape(()))):
-        raise UserError(f"{key} should be one finite number, found {array.dtype} {array.shape}")
-    return float(array.reshape(()))
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A linear layer's weights may be stored as a 1 × 1 convolution's, and the other way round."""
-    return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)

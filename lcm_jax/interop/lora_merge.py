@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lcm_jax import lora
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, few
 from lcm_jax.interop.folder import Flat, Folder
 from lcm_jax.interop.lora_file import find, read_header, read_lora
 from lcm_jax.interop.recipe import Recipe
@@ -44,10 +44,8 @@ def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
         for path, kernel in changed.items():
             changed[path] = np.asarray(kernel)
             if not np.isfinite(changed[path]).all():
-                raise UserError(
-                    f"with {', '.join(f'{file}:{weight:g}' for file, weight in loras.items())} the weights of {name} "
-                    f"are not finite in float32: {path}"
-                )
+                files = few(f"{file}:{weight:g}" for file, weight in loras.items())
+                raise UserError(f"with {files} the weights of {name} are not finite in float32: {path}")
     return merged
 
 
@@ -76,14 +74,22 @@ def check(loras: Loras) -> None:
         seen[file] = path
 
 
-def lcm_recipe(loras: Loras) -> Recipe | None:
+def lcm_recipe(loras: Loras, num_train_timesteps: int) -> Recipe | None:
     """Returns how the LCM-LoRA among these was distilled, if there is one that says so; one of weight 0 is none.
 
+    Args: file → weight; the number of timesteps of the model's noise schedule.
+
     Raises:
-      UserError: two of them were distilled for other timesteps.
+      UserError: two of them were distilled for other timesteps; one for more than the model has.
     """
     attached = [path for path, weight in loras.items() if weight != 0]
     recipes = {path: recipe for path in attached if (recipe := Recipe.of_header(read_header(path), str(path)))}
+    for path, recipe in recipes.items():
+        if recipe.original_inference_steps > num_train_timesteps:
+            raise UserError(
+                f"{path}: original_inference_steps is {recipe.original_inference_steps}, and this model has only "
+                f"{num_train_timesteps} timesteps: it was distilled for another one"
+            )
     grids = {(r.original_inference_steps, r.timestep_scaling): path for path, r in recipes.items()}
     if len(grids) > 1:
         raise UserError(

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lcm_jax import json_file
+from lcm_jax.diffusion.solvers import SOLVERS
 from lcm_jax.errors import UserError
+from lcm_jax.json_file import INTEGER, NUMBER, POSITIVE, TEXT, WHOLE, Kind
+from lcm_jax.objectives.lcd import DISTANCES
 
 RECIPE_FILE = "lcm_jax.json"
 HEADER_KEY = "lcm_jax"
@@ -50,7 +53,7 @@ class Recipe:
     def read(cls, folder: pathlib.Path) -> "Recipe | None":
         """Returns the recipe in a model folder, None if it has none; raises UserError if it can't be read."""
         path = folder / RECIPE_FILE
-        return cls._of(json_file.read(path), str(path)) if path.exists() else None
+        return cls._of(json_file.read(path, _KINDS), str(path)) if path.exists() else None
 
     @classmethod
     def of_header(cls, header: Mapping[str, str], where: str) -> "Recipe | None":
@@ -58,7 +61,7 @@ class Recipe:
         if HEADER_KEY not in header:
             return None
         where = f"{where}: {HEADER_KEY} in its header"
-        return cls._of(json_file.parse(header[HEADER_KEY], where), where)
+        return cls._of(json_file.parse(header[HEADER_KEY], where, _KINDS), where)
 
     def to_header(self) -> dict[str, str]:
         """Returns what a LoRA file's header holds of it."""
@@ -66,18 +69,42 @@ class Recipe:
 
     @classmethod
     def _of(cls, values: Mapping[str, Any], where: str) -> "Recipe":
-        names = {field.name for field in dataclasses.fields(cls)}
-        if absent := sorted(names - values.keys()):
+        names = [field.name for field in dataclasses.fields(cls)]
+        if absent := sorted(set(names) - values.keys()):
             raise UserError(f"{where} has no {absent[0]}")
-        for field in dataclasses.fields(cls):
-            value, kinds = values[field.name], _KINDS[field.type]  # pyright: ignore[reportArgumentType]
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                raise UserError(f"{where}: {field.name} is {value!r}, no {kinds[-1].__name__}")
-        if not 1 <= (steps := values["original_inference_steps"]) <= MOST_STEPS:
-            raise UserError(f"{where}: original_inference_steps is {steps}; it must be in 1 … {MOST_STEPS}")
-        if not 0 < (scaling := values["timestep_scaling"]) < float("inf"):
-            raise UserError(f"{where}: timestep_scaling is {scaling}; it must be positive")
+        if values["guidance_min"] > values["guidance_max"]:
+            raise UserError(
+                f"{where}: guidance_max is {values['guidance_max']}; it can't be below guidance_min "
+                f"{values['guidance_min']}"
+            )
         return cls(**{name: values[name] for name in names})
 
 
-_KINDS: dict[type, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
+def _one_of(choices: Collection[str]) -> Kind:
+    return Kind(", ".join(map(repr, choices)), lambda value: isinstance(value, str) and value in choices)
+
+
+def _number(name: str, test: Callable[[float], bool]) -> Kind:
+    return Kind(name, lambda value: NUMBER.test(value) and test(value))
+
+
+def _whole(low: int, high: int) -> Kind:
+    return Kind(f"a whole number in {low} … {high}", lambda value: INTEGER.test(value) and low <= value <= high)
+
+
+_KINDS = {
+    "teacher": TEXT,
+    "weights": _one_of(("ema", "student")),
+    "guidance_min": _number("a number, at least 1", lambda value: value >= 1),
+    "guidance_max": _number("a number, at least 1", lambda value: value >= 1),
+    "solver": _one_of(SOLVERS),
+    "skip": _whole(1, MOST_STEPS),
+    "original_inference_steps": _whole(1, MOST_STEPS),
+    "timestep_scaling": POSITIVE,
+    "w_embedding_dim": _whole(0, 2**31 - 1),
+    "distance": _one_of(DISTANCES),
+    "steps": _whole(0, 2**31 - 1),
+    "batch_size": WHOLE,
+    "learning_rate": _number("a number, at least 0", lambda value: value >= 0),
+    "ema_decay": _number("a number in [0, 1)", lambda value: 0 <= value < 1),
+}

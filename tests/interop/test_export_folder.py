@@ -185,10 +185,29 @@ def test_broken_recipe(tmp_path):
     with pytest.raises(UserError, match=r"lcm_jax.json has no batch_size"):
         Recipe.read(tmp_path)
     values = dataclasses.asdict(RECIPE)
-    for name, value in (("skip", 20.5), ("guidance_min", "3"), ("teacher", 1), ("steps", True)):
+    for name, value in (
+        ("skip", 20.5),
+        ("skip", 0),
+        ("guidance_min", "3"),
+        ("guidance_min", 0.5),
+        ("teacher", 1),
+        ("weights", "other"),
+        ("solver", "heun"),
+        ("distance", None),
+        ("original_inference_steps", 1001),
+        ("timestep_scaling", 0),
+        ("w_embedding_dim", -1),
+        ("steps", True),
+        ("batch_size", 0),
+        ("learning_rate", -1e-5),
+        ("ema_decay", 1),
+    ):
         (tmp_path / "lcm_jax.json").write_text(json.dumps({**values, name: value}))
-        with pytest.raises(UserError, match=f"lcm_jax.json: {name} is {value!r}, no "):
+        with pytest.raises(UserError, match=f"lcm_jax.json: {name} is {value!r}; supported: "):
             Recipe.read(tmp_path)
+    (tmp_path / "lcm_jax.json").write_text(json.dumps({**values, "guidance_min": 9.5}))
+    with pytest.raises(UserError, match=r"lcm_jax.json: guidance_max is 9.0; it can't be below guidance_min 9.5"):
+        Recipe.read(tmp_path)
 
 
 def test_model_card(exported):
