@@ -17,6 +17,8 @@ from lcm_jax.errors import UserError
 from lcm_jax.interop import verify as verify_module
 from lcm_jax.interop.export import write_lcm_folder, write_trained_folder
 from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.lora_file import write_lora
+from lcm_jax.interop.lora_merge import lcm_recipe
 from lcm_jax.interop.recipe import Recipe
 from lcm_jax.interop.verify import verify
 
@@ -208,6 +210,14 @@ def test_broken_recipe(tmp_path):
     (tmp_path / "lcm_jax.json").write_text(json.dumps({**values, "guidance_min": 9.5}))
     with pytest.raises(UserError, match=r"lcm_jax.json: guidance_max is 9.0; it can't be below guidance_min 9.5"):
         Recipe.read(tmp_path)
+
+
+def test_recipe_of_a_lora_for_another_schedule(tmp_path):
+    """Found when it is attached, by its file's name, not when an image is sampled."""
+    file = write_lora(tmp_path / "x.safetensors", {}, header=RECIPE.to_header())
+    assert lcm_recipe({file: 1.0}, 50) == RECIPE
+    with pytest.raises(UserError, match=r"x.safetensors: original_inference_steps is 50, .* only 49 timesteps"):
+        lcm_recipe({file: 1.0}, 49)
 
 
 def test_model_card(exported):

@@ -20,9 +20,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import lcm_jax
+from lcm_jax import lora
 from lcm_jax.errors import UserError
 from lcm_jax.interop import names
 from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.ldm_names import ldm_names
 from lcm_jax.interop.lora_file import read_lora, write_lora
 from lcm_jax.interop.verify import injected_noise, verify
 
@@ -146,6 +148,32 @@ def test_two_with_weights(folder, pipe, peer, tmp_path):
     peer.set_adapters(["a", "b"], [0.5, -0.8])
     pipe.set_loras(files)
     assert_same_picture(pipe, peer, guidance_scale=1.0)
+
+
+DTYPES = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "float32", "float64")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # six are meant so
+def test_kohya_in_ldm_names_and_every_dtype(folder, peer, tmp_path):
+    """Attention, convolutions and what stands outside of the blocks; diffusers has the last word on each name."""
+    targets = (lora.Target(rf"{lora.MODULES}|conv_in|conv_out|linear_1|linear_2", rank=4, alpha=2.0),)
+    written = load_file(write_lora(tmp_path / "x.safetensors", random_lora(folder, targets=targets), dialect="kohya"))
+    pairs = ldm_names(kernels(folder)["unet"]).items()
+    ldm = {module.replace(".", "_"): name.replace(".", "_") for module, name in pairs}
+    tensors = {}
+    for key, tensor in written.items():
+        module, _, part = key.partition(".")
+        if "upsamplers" not in module:  # diffusers takes one of a level without attention for a transformer
+            module = f"lora_unet_{ldm[module[10:]]}" if module.startswith("lora_unet_") else module
+            tensors[f"{module}.{part}"] = tensor
+    assert not any(key.startswith(("lora_unet_down_", "lora_unet_mid_", "lora_unet_up_")) for key in tensors)
+    for dtype in DTYPES:
+        file = tmp_path / f"{dtype}.safetensors"
+        save_file({key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}, file)
+        peer.load_lora_weights(str(file), adapter_name=f"as_{dtype}", unet_config=peer.unet.config)
+        ours = differences(read_lora(file, kernels(folder)))
+        assert_same_differences(ours, their_differences(peer, f"as_{dtype}"))
+        assert len(ours) == len(tensors) // 3
 
 
 def add_adapters(peer, lora_alpha=6, **unet_options):

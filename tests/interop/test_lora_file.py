@@ -199,9 +199,21 @@ def test_others_may_read_what_is_written(adapters, tmp_path):
         (lambda a, b: (np.full_like(a, np.inf), b), f"{UNET_KEY} has values that are not finite"),
         (lambda a, b: (a, np.full_like(b, np.nan)), f"{UNET_UP} has values that are not finite"),
         (lambda a, b: (a.astype(np.int8), b), f"{UNET_KEY} is int8; only real weights are read"),
+        (lambda a, b: (a.astype(bool), b), f"{UNET_KEY} is bool; only real weights are read"),
+        (lambda a, b: (a, b.astype(np.complex64)), f"{UNET_UP} is complex64; only real weights are read"),
         (lambda a, b: (a[:0], b[:, :0]), f"{UNET_KEY} is empty"),
+        (lambda a, b: (np.full(a.shape, np.nan, "bfloat16"), b), f"{UNET_KEY} has values that are not finite"),
+        (lambda a, b: (np.full(a.shape, np.nan, "float8_e4m3fn"), b), f"{UNET_KEY} has values that are not finite"),
+        (lambda a, b: (a, np.full(b.shape, np.inf, "float8_e5m2")), f"{UNET_UP} has values that are not finite"),
+        (lambda a, b: (a, np.full(b.shape, 1e300)), f"{UNET_UP} has values that are not finite in float32"),
+        (lambda a, b: (a[0, 0, 0, 0][...], b), rf"{UNET_KEY} is \(1,\) .* should be \(rank, in"),
+        (lambda a, b: (a, b[0]), rf"ranks .* {UNET_UP} is \(2, 1, 1\)"),
+        (lambda a, b: (a[..., None], b), rf"{UNET_KEY} is \(2, 16, 3, 3, 1\) and should be \(2, 16, 3, 3\)"),
     ],
-    ids=["inf", "nan", "int8", "rank 0"],
+    ids=[
+        *("inf", "nan", "int8", "bool", "complex", "rank 0", "bfloat16", "float8", "float8 inf", "float64"),
+        *("scalar", "flat", "five axes"),
+    ],
 )
 def test_values_that_can_not_be_used(tensors, shapes, tmp_path, change, message):
     tensors[UNET_KEY], tensors[UNET_UP] = change(tensors[UNET_KEY], tensors[UNET_UP])
@@ -308,9 +320,18 @@ def test_alpha_alone(tensors, shapes, tmp_path):
     fails(save(tmp_path, tensors), shapes, "unet.conv_in.alpha has no other half")
 
 
-def test_alpha_is_no_number(tensors, shapes, tmp_path):
-    tensors["unet.mid_block.resnets.0.conv1.alpha"] = np.float32(np.nan)
-    fails(save(tmp_path, tensors), shapes, "alpha should be one finite number")
+@pytest.mark.parametrize(
+    "alpha", [np.float32(np.nan), np.float64(1e39), np.complex64(1), np.bool_(True), np.ones(2, np.float32)]
+)
+def test_alpha_is_no_number(tensors, shapes, tmp_path, alpha):
+    tensors["unet.mid_block.resnets.0.conv1.alpha"] = alpha
+    fails(save(tmp_path, tensors), shapes, r"conv1\.alpha should be one finite number, found")
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int8", "float8_e4m3fn", "bfloat16", "float64"])
+def test_alpha_of_any_dtype(tensors, shapes, tmp_path, dtype):
+    tensors["unet.mid_block.resnets.0.conv1.alpha"] = np.array(8, dtype)
+    assert read_lora(save(tmp_path, tensors), shapes)["unet"].alphas["mid_block.resnets.0.conv1"] == 8.0
 
 
 def test_same_tensor_in_two_spellings(tensors, shapes, tmp_path):
@@ -333,6 +354,18 @@ def test_no_such_file(shapes, tmp_path):
     fails(tmp_path, shapes, "holds no LoRA: no pytorch_lora_weights.safetensors, adapter_model.safetensors or")
     (tmp_path / "x.bin").write_bytes(b"")
     fails(tmp_path / "x.bin", shapes, "is a pickle")
+    fails(tmp_path, shapes, "or other .safetensors file; x.bin can't be read: a pickle can run any code")
+    fails(tmp_path / ("x" * 300), shapes, "can't be read: File name too long")
+
+
+def test_file_of_a_folder(tensors, shapes, adapters, tmp_path):
+    """As diffusers takes it: the file that it writes itself, or else the only one."""
+    (tmp_path / "written.safetensors").rename(tmp_path / "my style.safetensors")
+    assert read_lora(tmp_path, shapes)["unet"].ranks == adapters["unet"].ranks
+    save(tmp_path, tensors)
+    fails(tmp_path, shapes, r"holds 2 .safetensors files, .* the path of one \(my style.safetensors, x.safetensors")
+    save(tmp_path, {"x": np.ones(1)}).rename(tmp_path / "pytorch_lora_weights.safetensors")
+    fails(tmp_path, shapes, "pytorch_lora_weights.safetensors: x is no tensor of a LoRA")
 
 
 def test_where_it_can_not_be_written(adapters, tmp_path):
