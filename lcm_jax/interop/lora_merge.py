@@ -14,7 +14,7 @@ from lcm_jax import lora
 from lcm_jax.errors import UserError, few
 from lcm_jax.interop.folder import Flat, Folder
 from lcm_jax.interop.lora_file import find, read_header, read_lora
-from lcm_jax.interop.recipe import Recipe
+from lcm_jax.interop.recipe import MOST_STEPS, Recipe
 
 Loras = Mapping[Any, float]  # file (str or path) -> weight
 _ADAPTED = ("unet", "text_encoder", "text_encoder_2")
@@ -74,7 +74,7 @@ def check(loras: Loras) -> None:
         seen[file] = path
 
 
-def lcm_recipe(loras: Loras, num_train_timesteps: int) -> Recipe | None:
+def lcm_recipe(loras: Loras, num_train_timesteps: int = MOST_STEPS) -> Recipe | None:
     """Returns how the LCM-LoRA among these was distilled, if there is one that says so; one of weight 0 is none.
 
     Args: file → weight; the number of timesteps of the model's noise schedule.
