@@ -41,5 +41,13 @@ def test_all_modules(config):
     assert {key: name for key, name in converted.items() if name not in (key, None)} == {}
 
 
+def test_upsamplers():
+    """Behind the transformer, where the level has one: diffusers' conversion takes both places in any level."""
+    blocks = ["up_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.0.conv1", "up_blocks.1.attentions.0.proj_in"]
+    names = ldm_names([*blocks, "up_blocks.0.upsamplers.0.conv", "up_blocks.1.upsamplers.0.conv"])
+    assert names["up_blocks.0.upsamplers.0.conv"] == "output_blocks.0.1.conv"
+    assert names["up_blocks.1.upsamplers.0.conv"] == "output_blocks.1.2.conv"
+
+
 def test_modules_without_such_a_name():
     assert ldm_names(["time_embedding.cond_proj", "encoder.layers.0.mlp.fc1"]) == {}

@@ -59,6 +59,12 @@ def test_text_encoder_of_sdxl(tmp_path):
     assert "it was made for SDXL; this model is Stable Diffusion 1.x with text width 768: 1 of its 1" in message(path)
 
 
+def test_unet_and_text_encoders_of_sdxl(tmp_path):
+    modules = {"lora_te2_text_model_encoder_layers_0_mlp_fc1": 1280, f"lora_unet_{TO_K.replace('.', '_')}": 2048}
+    found = message(write(tmp_path / "x.safetensors", modules))
+    assert "it was made for SDXL (text width 2048); this model is Stable Diffusion 1.x with text width 768: 2 " in found
+
+
 def test_for_the_first_stable_diffusion_on_sdxl(tmp_path):
     path = write(tmp_path / "x.safetensors", {f"unet.down_blocks.0.{TO_K}": 768})
     found = message(path, SDXL)
