@@ -1,0 +1,119 @@
+"""Where the files of a model folder may lie: names are plain, links stay within the model or a hub cache.
+
+A folder from elsewhere must not reach into this machine. A component named `../x` would be written outside the output
+folder; a link `vae/config.json -> ~/.ssh/id_rsa` would copy a secret into an export that is then published. The rules:
+
+1. Names of components and of weight files are plain names (`plain_name`).
+2. A link to a file must end inside the same part (the component's folder; the model folder for files at its top) or
+   be a blob of a hub cache, `models--NAME/blobs/HASH`, to which the hub's snapshots link.
+3. A part itself may be a link to a folder anywhere, since models share parts that way, if that folder is recognizably
+   a part: it holds the configuration of one. Rule 2 then applies to the folder that the link leads to.
+4. Nothing but regular files and folders is read: opening a named pipe would wait for ever.
+"""
+
+import os
+import pathlib
+from typing import Any
+
+from lcm_jax import json_file
+from lcm_jax.errors import UserError, plain
+
+_LONGEST_NAME = 255  # bytes, the limit of the usual file systems
+# A part holds one of these files; config.json is a common name, so it must also name a model.
+_MARKS = ("scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
+_CONFIG_MARKS = ("_class_name", "model_type", "architectures")
+
+
+def plain_name(name: Any, where: str) -> str:
+    """Returns the name of a file or folder that lies directly in another folder.
+
+    Args: the name, as a file from outside gives it; the file and what it names there, for the message.
+    Raises: UserError for what is no text, empty, hidden, too long, or holds a separator, a colon (a drive on Windows),
+      white space at an end or a character that can't be printed.
+    """
+    if (
+        not isinstance(name, str)
+        or not name
+        or name.startswith(".")
+        or name != name.strip()
+        or any(c in "/\\:" or not c.isprintable() for c in name)
+        or len(os.fsencode(name)) > _LONGEST_NAME
+    ):
+        raise UserError(f"{where} {plain(repr(name), 100)}, which is no plain name of something in the same folder")
+    return name
+
+
+def part_files(root: pathlib.Path, name: str, *, broken: bool = False) -> list[pathlib.PurePosixPath]:
+    """Returns the files of a model's part, relative to `root`, sorted; hidden ones are left out.
+
+    Every file is safe to read and to copy by the rules above.
+
+    Args:
+      root: the model folder.
+      name: the part's folder, a plain name.
+      broken: whether links to missing files are listed; otherwise they are refused.
+
+    Raises:
+      UserError: names the link that leads elsewhere or to nothing, or what is neither a file nor a folder. A part
+        without a folder has no files, and is no error.
+    """
+    part = root / name
+    if not part.is_symlink() and not part.exists():
+        return []
+    _check_part(root, part)
+    found: list[pathlib.PurePosixPath] = []
+    for folder, folders, files in os.walk(part, onerror=_raise):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for inner in folders:
+            if (path := pathlib.Path(folder, inner)).is_symlink():
+                raise UserError(f"{path} is a link to a folder; only the parts of a model may be links to folders")
+        for file in files:
+            path = pathlib.Path(folder, file)
+            if not file.startswith("."):
+                check_file(path, part, broken=broken)
+                found.append(pathlib.PurePosixPath(path.relative_to(root).as_posix()))
+    return sorted(found)
+
+
+def check_file(path: pathlib.Path, within: pathlib.Path, *, broken: bool = False) -> None:
+    """Checks that a file is safe to read and to copy.
+
+    Args: the file; the folder that its links must not leave; whether a link to a missing file is accepted.
+    Raises: UserError names the file, and where its link leads.
+    """
+    target = pathlib.Path(os.path.realpath(path))
+    if path.is_symlink():
+        if not target.is_relative_to(os.path.realpath(within)) and not _is_blob(target):
+            raise UserError(
+                f"{path} is a link to {target}, outside of {within}: a link to a file must stay within its folder or "
+                "lead into a hub cache; put the file itself there"
+            )
+        if not target.exists() and not broken:
+            raise UserError(f"{path} is a broken link: {target} is missing")
+    if target.exists() and not target.is_file():
+        raise UserError(f"{path} is no regular file")
+
+
+def _check_part(root: pathlib.Path, part: pathlib.Path) -> None:
+    target = pathlib.Path(os.path.realpath(part))
+    if part.is_symlink() and not target.exists():
+        raise UserError(f"{part} is a broken link: {target} is missing")
+    if not target.is_dir():
+        raise UserError(f"{part} is no folder")
+    if not target.is_relative_to(os.path.realpath(root)) and not _is_part(target):
+        raise UserError(f"{part} is a link to {target}, which is no part of a model: it holds no configuration of one")
+
+
+def _is_part(folder: pathlib.Path) -> bool:
+    if any((folder / mark).is_file() for mark in _MARKS):
+        return True
+    config = folder / "config.json"
+    return config.is_file() and any(mark in json_file.read(config) for mark in _CONFIG_MARKS)
+
+
+def _is_blob(target: pathlib.Path) -> bool:
+    return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+
+
+def _raise(error: OSError) -> None:
+    raise UserError(f"{error.filename} can't be read: {error.strerror}") from None
