@@ -18,7 +18,8 @@ from lcm_jax import cli, compile_cache
 from lcm_jax.data.bpe import write_tokenizer
 from lcm_jax.data.digits import ALL_PAIRS, DIGIT_NAMES, PHRASES, caption
 from lcm_jax.errors import UserError, one_of
-from lcm_jax.interop.folder import Component, Folder, make_network, write_folder
+from lcm_jax.interop.folder import Component, Folder, make_network
+from lcm_jax.interop.folder_writing import write_folder
 
 # Values that differ between the presets; what they share is in the functions below. Both take 32 x 32 pixels to
 # 8 x 8 x 4 latents and 16 tokens a caption.

@@ -24,7 +24,8 @@ from lcm_jax.config import Config, load_resolved
 from lcm_jax.data.pipeline import batches
 from lcm_jax.errors import UserError
 from lcm_jax.interop.export import DTYPES, with_lcm_scheduler, write_lcm_folder, write_trained_folder
-from lcm_jax.interop.folder import Folder, read_folder, write_folder
+from lcm_jax.interop.folder import Folder, read_folder
+from lcm_jax.interop.folder_writing import write_folder
 from lcm_jax.interop.lora_file import DIALECTS, write_lora
 from lcm_jax.interop.lora_merge import Loras, lcm_recipe, merged_kernels, with_kernels
 from lcm_jax.interop.recipe import Recipe

@@ -26,7 +26,8 @@ from jaxtyping import Float, Int
 from lcm_jax.diffusion import sampling
 from lcm_jax.errors import UserError, one_of
 from lcm_jax.generate import Sampler, generate, to_unit
-from lcm_jax.interop.folder import Component, Folder, read_folder, write_folder
+from lcm_jax.interop.folder import Component, Folder, read_folder
+from lcm_jax.interop.folder_writing import write_folder
 from lcm_jax.interop.lora_merge import Loras, check, lcm_recipe, merged_kernels, with_kernels
 from lcm_jax.interop.recipe import Recipe
 from lcm_jax.interop.tokenizer import Tokenizer, load_tokenizer

@@ -17,13 +17,8 @@ from jaxtyping import Array
 
 from lcm_jax.errors import one_of
 from lcm_jax.interop import card
-from lcm_jax.interop.folder import (
-    Folder,
-    copy_rest,
-    replace_params,
-    write_component,
-    write_json,
-)
+from lcm_jax.interop.folder import Folder
+from lcm_jax.interop.folder_writing import copy_rest, replace_params, write_component, write_json
 from lcm_jax.interop.recipe import RECIPE_FILE, Recipe
 from lcm_jax.interop.replace import replacing
 

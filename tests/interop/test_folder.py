@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from lcm_jax.errors import UserError
 from lcm_jax.interop import hub, weights
-from lcm_jax.interop.folder import read_folder, write_folder
+from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.folder_writing import write_folder
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
