@@ -177,7 +177,8 @@ def write_blank(preset_name: str, out: str | pathlib.Path, seed: int = 0) -> pat
     one_of("--preset", preset_name, PRESETS)
     preset = PRESETS[preset_name]
     with tempfile.TemporaryDirectory() as temporary:
-        rest = pathlib.Path(temporary)  # the files that are no networks
+        rest = pathlib.Path(temporary) / "rest"  # the files that are no networks
+        rest.mkdir()  # the folder around it is for its owner alone, and rights are taken over
         vocabulary = len(write_tokenizer(rest / "tokenizer", sorted(caption_words()), TOKENS))
         configs = {
             "unet": ("UNet2DConditionModel", unet_config(preset)),

@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from lcm_jax import unfinished
 from lcm_jax.errors import Unavailable, UserError
 
 
@@ -25,18 +26,28 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
 def write(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file beside `path` and renames it there; makes the folder. Raises UserError where that can't be done."""
     data = content.encode() if isinstance(content, str) else content
-    with one_line(path):
-        if in_bucket(path):
+    if in_bucket(path):
+        with one_line(path):
             epath.Path(path).write_bytes(data)  # an object appears when all of it has come
-            return
-        path = pathlib.Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        return
+    with new_file(path) as new:
+        new.write_bytes(data)
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Gives the path of a file to write, which is renamed to `path` when it is complete and on the disk.
+
+    Makes the folder. Raises UserError where something can't be written.
+    """
+    path = pathlib.Path(path)
+    with one_line(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with unfinished.folder(path) as folder:
+            yield (new := folder / "new")
+            unfinished.sync_file(new)
+            new.replace(path)
+        unfinished.sync_names(path.parent)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

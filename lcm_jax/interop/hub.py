@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 
+from lcm_jax import unfinished
 from lcm_jax.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -19,6 +20,8 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
       UserError: neither is to be had.
     """
     path = pathlib.Path(path_or_hub_id).expanduser()
+    if not path.exists():
+        unfinished.restore(pathlib.Path(os.path.realpath(path)))
     if path.is_dir():
         return path
     name = str(path_or_hub_id)

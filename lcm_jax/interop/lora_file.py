@@ -9,16 +9,14 @@ import contextlib
 import json
 import os
 import pathlib
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 
-from lcm_jax import lora
+from lcm_jax import files, lora
 from lcm_jax.errors import UserError, few, one_of
 from lcm_jax.interop import lora_alpha, lora_keys, lora_origin, lora_tensors, names, weights
 from lcm_jax.interop.lora_keys import Name
@@ -127,13 +125,8 @@ def write_lora(
     texts = {"format": "pt", **(header or {})}
     if dialect == "diffusers":
         texts[lora_alpha.METADATA_KEY] = json.dumps(config, indent=2, sort_keys=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-            weights.save(pathlib.Path(temporary) / path.name, tensors, texts)
-            os.replace(pathlib.Path(temporary) / path.name, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}") from None
+    with files.new_file(path) as new:
+        weights.save(new, tensors, texts)
     return path
 
 

@@ -10,6 +10,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import stat
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,11 +114,19 @@ def write_weights(directory: pathlib.Path, tensors: Tensors, arrangement: Arrang
 
 
 def save(path: pathlib.Path, tensors: Tensors, metadata: dict[str, str] | None) -> None:
-    """Writes a safetensors file that others may read as they may read other new files; safetensors' own can't be."""
-    save_file(tensors, path, metadata=metadata)
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    """Writes a safetensors file with the umask's permissions; `save_file` makes files that only their owner can read.
+
+    Raises OSError: no place to write.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (str(error),))) from None
+    if path.stat().st_mode != mode:
+        path.chmod(stat.S_IMODE(mode))
 
 
 def read_file(path: pathlib.Path) -> tuple[Tensors, dict[str, str] | None]:
