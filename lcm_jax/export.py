@@ -107,7 +107,7 @@ def export_merged(model: str, loras: Loras, out: pathlib.Path, *, lcm: bool = Fa
     merged = with_kernels(folder, kernels)
     if lcm:
         merged = with_lcm_scheduler(merged, lcm_recipe(loras, folder.schedule.num_train_timesteps))
-    write_folder(merged, out, changed=kernels)
+    write_folder(merged, out)
 
 
 def recipe_of(config: Config, teacher: Folder, which: str, step: int) -> Recipe:

@@ -214,12 +214,12 @@ class Pipeline:
     def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
         """Writes the kind of folder that it was loaded from: the same tensors, names, dtypes and files.
 
-        Attached LoRAs are merged into it; other variants of those networks are then left out.
+        Attached LoRAs are merged into it. Other variants of the weights are left out.
 
         Raises:
           UserError: the target is no place to write, is where it was loaded from, or holds something that is no model.
         """
-        return write_folder(with_kernels(self.folder, self._merged), folder, changed=self._merged)
+        return write_folder(with_kernels(self.folder, self._merged), folder)
 
     def lcm_timesteps(self, steps: int) -> Int[np.ndarray, " steps"]:
         """Returns the timesteps of the sampler "lcm": `steps` of those that the folder, or an attached LCM-LoRA, was

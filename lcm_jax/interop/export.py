@@ -18,7 +18,7 @@ from jaxtyping import Array
 from lcm_jax.errors import one_of
 from lcm_jax.interop import card
 from lcm_jax.interop.folder import Folder
-from lcm_jax.interop.folder_writing import copy_rest, replace_params, write_component, write_json
+from lcm_jax.interop.folder_writing import replace_params, write_json, write_parts
 from lcm_jax.interop.recipe import RECIPE_FILE, Recipe
 from lcm_jax.interop.replace import replacing
 
@@ -91,7 +91,7 @@ def write_lcm_folder(
     folder = Folder(teacher.path, model_index, scheduler, {**teacher.components, "unet": student})
     text = card.lcm_card(teacher.path, recipe)
     with replacing(out, teacher.path) as temporary:
-        _write(folder, temporary, replaced=("unet",))
+        write_parts(_for_transformers(folder), temporary, recipe_holds=False)
         write_json(temporary / RECIPE_FILE, dataclasses.asdict(recipe))
         (temporary / card.CARD_FILE).write_text(text, encoding="utf-8")
     return pathlib.Path(out)
@@ -126,7 +126,7 @@ def write_trained_folder(
         components[name] = replace_params(components[name], flat, jnp.dtype(dtype))
     folder = dataclasses.replace(source, components=components)
     with replacing(out, source.path) as temporary:
-        _write(folder, temporary, replaced=tuple(params))
+        write_parts(_for_transformers(folder), temporary, recipe_holds="unet" not in params)
     return pathlib.Path(out)
 
 
@@ -144,12 +144,14 @@ def with_lcm_scheduler(folder: Folder, recipe: Recipe | None) -> Folder:
     return dataclasses.replace(folder, model_index=index, scheduler=scheduler)
 
 
-def _write(folder: Folder, to: pathlib.Path, replaced: tuple[str, ...]) -> None:
-    copy_rest(folder, to, skip_weights_of=replaced)
-    write_json(to / "model_index.json", folder.model_index)
-    write_json(to / "scheduler" / "scheduler_config.json", folder.scheduler)
-    for component in folder.components.values():
-        # transformers loads in the dtype that its config.json names, diffusers in float32 unless it is told: a half
-        # precision text encoder beside a float32 UNet would fail there
+def _for_transformers(folder: Folder) -> Folder:
+    """Returns the folder with the dtype float32 in every config.json that names one.
+
+    transformers loads in the dtype that config.json names, diffusers in float32 unless another is requested: a half
+    precision text encoder beside a float32 UNet would fail there.
+    """
+    components = {}
+    for name, component in folder.components.items():
         named = {key: "float32" for key in ("dtype", "torch_dtype") if key in component.config}
-        write_component(dataclasses.replace(component, config={**component.config, **named}), to)
+        components[name] = dataclasses.replace(component, config={**component.config, **named})
+    return dataclasses.replace(folder, components=components)

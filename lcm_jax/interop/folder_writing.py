@@ -1,38 +1,65 @@
-"""Writing a diffusers pipeline folder as a whole: networks from their arrays, everything else copied."""
+"""Writing a diffusers pipeline folder as a whole: networks from their arrays, other parts and documents copied."""
 
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from lcm_jax.interop import names, weights
+from lcm_jax.errors import UserError
+from lcm_jax.interop import contents, names, places, weights
 from lcm_jax.interop.folder import Component, Folder, Source, make_network
-from lcm_jax.interop.replace import replacing
+from lcm_jax.interop.recipe import RECIPE_FILE
+from lcm_jax.interop.replace import keep_private, replacing
 
 
-def write_folder(folder: Folder, out: str | os.PathLike[str], *, changed: Collection[str] = ()) -> pathlib.Path:
-    """Writes the folder: networks from their arrays in the files that they came in, everything else copied.
+def write_folder(folder: Folder, out: str | os.PathLike[str]) -> pathlib.Path:
+    """Writes the folder: networks from their arrays in the files that they came in, the other parts copied.
 
-    Attention weights of old VAE folders get their present names; all other names, dtypes, shards and variants stay.
-    An existing model folder is replaced, in one rename after everything is written.
-
-    Args:
-      changed: components whose arrays are not those that were read: other weight files of theirs are left behind.
+    Attention weights of old VAE folders get their present names; all other names, dtypes and shards stay, and the
+    variant that was read. Other variants and formats, and what model_index.json doesn't name, are left out, except
+    documents. An existing model folder is replaced, in one rename after everything is written and checked.
 
     Raises:
-      UserError: as `replacing` does.
+      UserError: as `replacing` and `write_parts` do.
     """
     with replacing(out, folder.path) as temporary:
-        copy_rest(folder, temporary, skip_weights_of=changed)
-        write_json(temporary / "model_index.json", folder.model_index)
-        write_json(temporary / "scheduler" / "scheduler_config.json", folder.scheduler)
-        for component in folder.components.values():
-            write_component(component, temporary)
+        write_parts(folder, temporary)
     return pathlib.Path(out)
+
+
+def write_parts(folder: Folder, to: pathlib.Path, *, recipe_holds: bool = True) -> None:
+    """Writes model_index.json, all parts that it names and documents into an empty folder, and checks them.
+
+    Args:
+      recipe_holds: whether lcm_jax.json is taken along: the UNet is still the one that it tells of.
+
+    Raises:
+      UserError: a part's name is no plain name; a link leaves the folder; a part is missing, or would not load.
+      OSError: no place to write.
+    """
+    parts = contents.parts(folder.model_index, f"{folder.path}/model_index.json")
+    write_json(to / "model_index.json", folder.model_index)
+    _copy_documents(folder.path, to, also=(RECIPE_FILE,) if recipe_holds else ())
+    for name, part_class in parts.items():  # first what may be missing, since writing weights takes long
+        if name != "scheduler" and name not in folder.components:
+            _copy_part(folder.path, name, to)
+            contents.check_copied(to / name, part_class, folder.path / name)
+    for name in parts:
+        if name == "scheduler":
+            (to / name).mkdir()
+            write_json(to / name / "scheduler_config.json", folder.scheduler)
+        elif name in folder.components:
+            write_component(folder.components[name], to)
+            _check_written(folder.components[name], to)
+        else:
+            continue
+        _copy_part(folder.path, name, to, documents_only=True)
+        keep_private(to / name, folder.path / name)
+    keep_private(to, folder.path)
 
 
 def write_component(component: Component, root: pathlib.Path) -> None:
@@ -73,32 +100,42 @@ def replace_params(
     return new
 
 
-def copy_rest(folder: Folder, to: pathlib.Path, skip_weights_of: Collection[str] = ()) -> None:
-    """Copies every file that isn't written from `folder` itself, byte for byte; hidden folders are left behind.
-
-    Args:
-      skip_weights_of: components whose other weight files (variants, pickles) are left behind too: they hold the old
-        parameters.
-    """
-    ours = {"model_index.json", "scheduler/scheduler_config.json"}
-    for component in folder.components.values():
-        ours.add(f"{component.name}/config.json")
-        if component.source:
-            ours.update(f"{component.name}/{name}" for name in component.source.arrangement.file_names)
-    (to / "scheduler").mkdir(exist_ok=True)
-    for root, directories, files in os.walk(folder.path):
-        directories[:] = sorted(d for d in directories if not d.startswith("."))
-        relative = pathlib.Path(root).relative_to(folder.path)
-        for file in files:
-            name = relative / file
-            if name.as_posix() in ours:
-                continue
-            if name.parts[0] in skip_weights_of and weights.is_weights(file):
-                continue
-            (to / relative).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder.path / name, to / name)
-
-
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Writes a JSON object the way the peers do, indented by two."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _copy_part(root: pathlib.Path, name: str, to: pathlib.Path, *, documents_only: bool = False) -> None:
+    """Copies a part's files, byte for byte; those in folders inside it are read by no loader."""
+    found = [path.name for path in places.part_files(root, name, broken=True) if len(path.parts) == 2]
+    chosen = contents.documents(found) if documents_only else contents.of_copied_part(found)
+    if chosen:
+        (to / name).mkdir(exist_ok=True)
+    for file in chosen:
+        _copy(root / name / file, to / name / file)
+    if chosen:
+        keep_private(to / name, root / name)
+
+
+def _copy_documents(root: pathlib.Path, to: pathlib.Path, also: tuple[str, ...]) -> None:
+    there = sorted(path.name for path in root.iterdir() if not path.is_dir())
+    for name in {*contents.documents(there), *also}.intersection(there):
+        places.check_file(root / name, root)
+        _copy(root / name, to / name)
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a file; an error of the source is not reported as one of the place that is written to."""
+    try:
+        opened = source.open("rb")
+    except OSError as error:
+        raise UserError(f"{source} can't be read: {error.strerror or error}") from None
+    with opened, target.open("xb") as file:
+        shutil.copyfileobj(opened, file, 2**20)
+
+
+def _check_written(component: Component, to: pathlib.Path) -> None:
+    try:
+        contents.check_written(component, to / component.name)
+    except UserError as error:
+        raise UserError(f"what was written can't be loaded: {str(error).replace(f'{to}/', '')}") from None

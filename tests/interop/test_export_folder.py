@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import transformers
 from fixtures_folders import W_DIM, latents
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lcm_jax
 from lcm_jax.errors import UserError
@@ -158,14 +158,17 @@ def test_safety_checker_is_copied(teacher_folder, student_params, tmp_path):
     }
     del index["image_encoder"]
     (copy / "model_index.json").write_text(json.dumps(index))
-    (copy / "safety_checker").mkdir()
-    (copy / "safety_checker/model.safetensors").write_bytes(b"as it is")
+    for name, file in (("safety_checker", "config.json"), ("feature_extractor", "preprocessor_config.json")):
+        (copy / name).mkdir()
+        (copy / name / file).write_text("{}")
+    save_file({"x": np.zeros(3, np.float32)}, copy / "safety_checker/model.safetensors")
     out = write_lcm_folder(read_folder(copy), student_params, tmp_path / "x", recipe=RECIPE)
     exported = read(out, "model_index.json")
     for name in ("safety_checker", "feature_extractor", "requires_safety_checker"):
         assert exported[name] == index[name]
     assert exported["image_encoder"] == [None, None]
-    assert (out / "safety_checker/model.safetensors").read_bytes() == b"as it is"
+    for name in ("safety_checker/model.safetensors", "feature_extractor/preprocessor_config.json"):
+        assert (out / name).read_bytes() == (copy / name).read_bytes()
 
 
 def test_other_parts_are_the_teachers(exported, teacher_folder):

@@ -325,9 +325,10 @@ def test_hidden_folders_are_left_behind(copy, tmp_path):
 
 
 def test_links_of_a_hub_cache_are_followed(copy, tmp_path):
-    (tmp_path / "blobs").mkdir()
+    blobs = tmp_path / "models--someone--model" / "blobs"
+    blobs.mkdir(parents=True)
     for i, path in enumerate(files(copy).values()):
-        blob = tmp_path / "blobs" / str(i)
+        blob = blobs / str(i)
         path.rename(blob)
         path.symlink_to(blob)
     write_folder(read_folder(copy), tmp_path / "out")
