@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lcm_jax import cli, compile_cache
+from lcm_jax import cli, compile_cache, files
 from lcm_jax.data.bpe import write_tokenizer
 from lcm_jax.data.digits import ALL_PAIRS, DIGIT_NAMES, PHRASES, caption
 from lcm_jax.errors import UserError, one_of
@@ -176,7 +176,7 @@ def write_blank(preset_name: str, out: str | pathlib.Path, seed: int = 0) -> pat
     """
     one_of("--preset", preset_name, PRESETS)
     preset = PRESETS[preset_name]
-    with tempfile.TemporaryDirectory() as temporary:
+    with files.one_line(out), tempfile.TemporaryDirectory() as temporary:
         rest = pathlib.Path(temporary) / "rest"  # the files that are no networks
         rest.mkdir()  # the folder around it is for its owner alone, and rights are taken over
         vocabulary = len(write_tokenizer(rest / "tokenizer", sorted(caption_words()), TOKENS))

@@ -20,9 +20,9 @@ from flax import nnx
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, UInt8
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from lcm_jax import cli, compile_cache
+from lcm_jax import cli, compile_cache, files
 from lcm_jax.data.digits import (
     ALL_PAIRS,
     COLOURS,
@@ -37,6 +37,7 @@ from lcm_jax.data.digits import (
     split_pictures,
 )
 from lcm_jax.errors import UserError
+from lcm_jax.interop import weights
 from lcm_jax.models import Flat, Network
 from lcm_jax.models.layers import conv
 from lcm_jax.models.policy import FP32, Policy
@@ -222,7 +223,8 @@ def main(argv: Sequence[str]) -> int:
     cli.make_folder("--out", args.out.parent)
     compile_cache.enable()
     classifier = train_classifier(args.steps, styles=args.styles)
-    save_file({name: np.asarray(array) for name, array in classifier.params.items()}, args.out)
+    with files.new_file(args.out) as new:
+        weights.save(new, {name: np.asarray(array) for name, array in classifier.params.items()}, None)
     print(f"{args.out}: reads {100 * real_accuracy(classifier):.2f} % of the real test digits")
     if args.styles:
         italic = real_accuracy(classifier, "italic")

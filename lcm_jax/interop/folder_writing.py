@@ -112,6 +112,7 @@ def _copy_part(root: pathlib.Path, name: str, to: pathlib.Path, *, documents_onl
     if chosen:
         (to / name).mkdir(exist_ok=True)
     for file in chosen:
+        places.check_file(root / name / file, root / name)  # a broken link matters only here
         _copy(root / name / file, to / name / file)
     if chosen:
         keep_private(to / name, root / name)

@@ -1,0 +1,14 @@
+"""Exports that are killed leave the old model or the new one, or nothing where there was none; never a part of one."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def test_killed_at_each_moment(teacher_folder, tmp_path):
+    command = [sys.executable, "-W", "ignore", ROOT / "tests/interop/killed_exports.py", teacher_folder, tmp_path, "8"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.endswith("\nok\n"), done.stdout + done.stderr
