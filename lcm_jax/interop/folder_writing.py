@@ -41,6 +41,8 @@ def write_parts(folder: Folder, to: pathlib.Path, *, recipe_holds: bool = True) 
       UserError: a part's name is no plain name; a link leaves the folder; a part is missing, or would not load.
       OSError: no place to write.
     """
+    if not folder.path.is_dir():
+        raise UserError(f"{folder.path} is missing; what is only copied is read from there")
     parts = contents.parts(folder.model_index, f"{folder.path}/model_index.json")
     write_json(to / "model_index.json", folder.model_index)
     _copy_documents(folder.path, to, also=(RECIPE_FILE,) if recipe_holds else ())

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from lcm_jax import json_file
 from lcm_jax.errors import UserError
+from lcm_jax.interop import places
 
 Tensors = dict[str, np.ndarray]
 
@@ -103,7 +104,12 @@ def read_weights(directory: pathlib.Path) -> tuple[Tensors, Arrangement]:
 
 
 def write_weights(directory: pathlib.Path, tensors: Tensors, arrangement: Arrangement) -> None:
-    """Writes tensors (names and layout of the file) in the given arrangement."""
+    """Writes tensors (names and layout of the file) in the given arrangement.
+
+    Raises: UserError for a file name that leads out of the directory; OSError where it can't be written.
+    """
+    for name in arrangement.file_names:
+        places.plain_name(name, f"the weights for {directory.name} name")
     for name, metadata in arrangement.metadata.items():
         # safetensors writes the memory behind a transposed view as it lies: each must be contiguous
         shard = {key: np.ascontiguousarray(tensors[key]) for key, file in arrangement.shard_of.items() if file == name}

@@ -56,6 +56,17 @@ def test_parts_are_not_written_elsewhere(copy, tmp_path, name):
     assert not os.listdir(tmp_path / "new")
 
 
+def test_weights_are_not_written_elsewhere(copy, tmp_path):
+    folder = read_folder(copy)
+    unet = folder.components["unet"]
+    assert unet.source is not None
+    arrangement = weights.one_file("../evil.safetensors", list(unet.source.keys.values()))
+    folder.components["unet"] = dataclasses.replace(
+        unet, source=dataclasses.replace(unet.source, arrangement=arrangement)
+    )
+    fails(folder, tmp_path, r"the weights for unet name '\.\./evil\.safetensors', which is no plain name")
+
+
 def test_parts_may_be_links_to_folders(copy, tmp_path):
     expected = files(copy)
     for name in ("tokenizer", "unet", "scheduler"):
@@ -189,6 +200,8 @@ def test_parts_that_are_not_there(copy, tmp_path):
     folder.model_index["feature_extractor"] = [None, None]
     shutil.rmtree(copy / "tokenizer")
     fails(folder, tmp_path, r"model/tokenizer holds no tokenizer.json, nor vocab.json and merges.txt, but")
+    shutil.rmtree(copy)
+    fails(folder, tmp_path, r"model is missing")
 
 
 def test_networks_that_would_not_load(copy, tmp_path, monkeypatch):
