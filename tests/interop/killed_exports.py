@@ -5,6 +5,7 @@ python killed_exports.py MODEL FOLDER MOMENTS: prints how many moments it tried,
 
 import os
 import pathlib
+import shutil
 import signal
 import sys
 
@@ -76,15 +77,17 @@ def faults(write, read, source: Folder, out: pathlib.Path, moments: int, replace
         write(source, out, value)
         complete[value] = content(out)
     neighbours = sorted(os.listdir(out.parent))
-    if not replaces:
-        remove(out)
+    old = out.parent.parent / f"old-{len(os.listdir(out.parent.parent))}"
+    out.rename(old)
+    if replaces:
+        put(old, out)
     events = in_process(write, source, out, NEW)
     places = sorted({*range(0, events, max(1, events // moments)), *range(max(0, events - 12), events)})
     found = []
     for place in places:
-        remove(out)
+        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         if replaces:
-            write(source, out, OLD)
+            put(old, out)
         in_process(write, source, out, NEW, at=place, kill=(signal.SIGKILL, signal.SIGTERM)[place % 2])
         where = f"{out.name}, event {place} of {events}{', replaced' * replaces}"
         read(out)
@@ -97,14 +100,14 @@ def faults(write, read, source: Folder, out: pathlib.Path, moments: int, replace
     return found
 
 
-def remove(out: pathlib.Path) -> None:
-    if out.exists():
-        out.rename(out.parent.parent / f"removed-{len(os.listdir(out.parent.parent))}")
+def put(old: pathlib.Path, out: pathlib.Path) -> None:
+    shutil.copytree(old, out) if old.is_dir() else shutil.copyfile(old, out)
 
 
 def main() -> None:
     source, folder, moments = read_folder(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
     (folder / "outs").mkdir()
+    os.fsync = lambda descriptor: None  # takes time, and matters only when the power fails
     found: list[str] = []
     for replaces in (False, True):
         found += faults(write_model, lambda out: None, source, folder / "outs/model", moments, replaces)

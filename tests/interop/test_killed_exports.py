@@ -9,6 +9,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_killed_at_each_moment(teacher_folder, tmp_path):
-    command = [sys.executable, "-W", "ignore", ROOT / "tests/interop/killed_exports.py", teacher_folder, tmp_path, "8"]
+    command = [sys.executable, "-W", "ignore", ROOT / "tests/interop/killed_exports.py", teacher_folder, tmp_path, "5"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.stdout.endswith("\nok\n"), done.stdout + done.stderr
