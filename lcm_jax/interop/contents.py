@@ -12,7 +12,7 @@ from typing import Any
 from lcm_jax import json_file
 from lcm_jax.errors import UserError, few
 from lcm_jax.interop import names, places, weights
-from lcm_jax.interop.folder import TOKENIZER_CLASSES, Component, make_network
+from lcm_jax.interop.folder import Component, make_network
 from lcm_jax.models import MODEL_CLASSES
 
 _DOCUMENT = re.compile(r"(?:LICEN[CS]E|NOTICE|COPYING|AUTHORS|CITATION)(?:[._-].*)?|.*\.(?:md|txt)", re.IGNORECASE)
@@ -73,7 +73,7 @@ def check_copied(directory: pathlib.Path, part_class: str, source: pathlib.Path)
     Raises: UserError says what is missing.
     """
     there = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    if part_class in TOKENIZER_CLASSES:
+    if part_class in ("CLIPTokenizer", "CLIPTokenizerFast"):
         if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
             raise _lacks(source, "tokenizer.json, nor vocab.json and merges.txt")
     elif not any(name.endswith("config.json") for name in there):

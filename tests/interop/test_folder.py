@@ -325,13 +325,16 @@ def test_hidden_folders_are_left_behind(copy, tmp_path):
 
 
 def test_links_of_a_hub_cache_are_followed(copy, tmp_path):
-    blobs = tmp_path / "models--someone--model" / "blobs"
-    blobs.mkdir(parents=True)
-    for i, path in enumerate(files(copy).values()):
-        blob = blobs / str(i)
+    cache = tmp_path / "hub/models--someone--model"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots").mkdir()
+    snapshot = cache / "snapshots/0123"
+    shutil.copytree(copy, snapshot)
+    for i, path in enumerate(files(snapshot).values()):
+        blob = cache / "blobs" / str(i)
         path.rename(blob)
-        path.symlink_to(blob)
-    write_folder(read_folder(copy), tmp_path / "out")
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    write_folder(read_folder(snapshot), tmp_path / "out")
     assert not any(path.is_symlink() for path in files(tmp_path / "out").values())
     assert_same_folder(tmp_path / "out", copy)
 
