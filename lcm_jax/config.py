@@ -190,6 +190,7 @@ class Config:
 _SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
 # these don't change what a step computes, or by rounding only
 _FREE_ON_RESUME = ("steps", "accumulate", "max_skipped", "mesh", "checkpoint", "log", "profile")
+_FREE_DATA = ("data.threads", "data.max_pixels")  # so that a run that met a larger image can resume with more
 
 
 def default_config() -> ConfigDict:
@@ -324,7 +325,7 @@ def check_same_run(config: Config, stored: Config, workdir: epath.PathLike) -> N
             else [(name, new[name], old[name])]
         )
         for key, now, then in pairs:
-            if now != then:
+            if now != then and key not in _FREE_DATA:
                 raise UserError(
                     f"{workdir} holds a run with config.{key}={then!r}, not {now!r}; "
                     "choose another --workdir, or delete this one to start anew"

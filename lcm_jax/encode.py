@@ -21,6 +21,7 @@ from lcm_jax import cli, compile_cache
 from lcm_jax import config as config_lib
 from lcm_jax.config import Config
 from lcm_jax.data import latents
+from lcm_jax.data.images import BadImage
 from lcm_jax.data.pipeline import prepare_image
 from lcm_jax.data.sources import Source, open_source, prepare
 from lcm_jax.errors import UserError
@@ -37,8 +38,8 @@ def pictures(source: Source, config: Config, batch_size: int) -> Iterator[tuple[
         place = place if config.data.crop == "random" else 0.5
         try:
             return prepare_image(record[0], config.data, place, config.data.flip and mirror < 0.5)
-        except Exception as error:
-            raise UserError(f"{source.where}: the image of record {number} cannot be decoded ({error})") from None
+        except BadImage as error:
+            raise source.bad_image(number, error) from None
 
     with ThreadPoolExecutor(config.data.threads) as pool:
         for start in range(0, len(source), batch_size):

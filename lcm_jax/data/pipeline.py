@@ -6,20 +6,17 @@ and the whole state of the pipeline is one number.
 """
 
 import dataclasses
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Int32, UInt8
-from PIL import Image, ImageOps
 
-from lcm_jax.data import latents
+from lcm_jax.data import images, latents
 from lcm_jax.data.sources import Source, open_source
 from lcm_jax.errors import UserError, one_of
 
-RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 Tokenize = Callable[[list[str]], Int32[np.ndarray, "batch length"]]
 
 
@@ -39,6 +36,9 @@ class DataConfig:
     crop: str = "center"  # center | random
     flip: bool = False  # mirror half of the pictures (their captions stay)
     shuffle: bool = True  # a new order each epoch; False: as stored
+    # width · height; an image of more is a bad record. While it decodes one, each thread holds up to 10 bytes per pixel
+    # (0.6 GB at the default), for WebP and JPEG 2000 up to 20
+    max_pixels: int = 64_000_000
     threads: int = 4  # batches read and decoded at the same time, ahead of their use; changes no batch
 
     def __post_init__(self) -> None:
@@ -47,38 +47,27 @@ class DataConfig:
         for name in ("split", "image_key", "caption_key"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty; the default is {getattr(DataConfig, name)!r}")
-        for name in ("image_size", "threads"):
+        for name in ("image_size", "max_pixels", "threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("image_key", "caption_key", "resize", "crop", "flip"):
+        for name in ("image_key", "caption_key", "max_pixels", "resize", "crop", "flip"):
             if self.latents and getattr(self, name) != getattr(DataConfig, name):
                 raise UserError(f"{name} has no effect: latents is true, and these pictures are encoded already")
-        one_of("resize", self.resize, RESAMPLING)
+        one_of("resize", self.resize, images.RESAMPLING)
         one_of("crop", self.crop, ("center", "random"))
 
 
 def prepare_image(
     encoded: bytes, config: DataConfig, place: float = 0.5, mirror: bool = False
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Decodes one picture, resizes its shorter side to config.image_size and crops a square.
+    """Decodes one image, resizes its shorter side to config.image_size and crops a square.
 
-    Args: an encoded picture (PNG, JPEG, …; orientation tags are obeyed, transparency is laid on white); where along the
+    Args: an encoded image (PNG, JPEG, …; orientation tags are obeyed, transparency is laid on white); where along the
     longer side the square lies, 0..1 (0.5 = centre); whether to mirror.
-    Returns uint8 RGB. Raises whatever Pillow raises for a damaged file.
+    Returns uint8 RGB. Raises BadImage, by the rules in `lcm_jax.data.images`.
     """
-    size = config.image_size
-    with Image.open(io.BytesIO(encoded)) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = image.convert("RGB")
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), RESAMPLING[config.resize])
-    left, top = int(place * (width - size + 1)), int(place * (height - size + 1))
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-    return np.ascontiguousarray(pixels[:, ::-1] if mirror else pixels)
+    image = images.decode(encoded, config.image_size, config.max_pixels)
+    return images.square(image, config.image_size, config.resize, place, mirror)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,19 +85,17 @@ class _LoadBatch(grain.transforms.RandomMap):
         if config.crop == "center":
             place = np.full(len(place), 0.5)
         numbers = element[self.rows].tolist()
-        images, texts = [], []
+        rows, texts = [], []
         for i, (image, captions) in enumerate(self.source.read(numbers)):
             if not config.latents:
                 try:
                     image = prepare_image(image, config, place[i], config.flip and mirror[i] < 0.5)
-                except Exception as error:
-                    raise UserError(
-                        f"{self.source.where}: the image of record {numbers[i]} cannot be decoded ({error})"
-                    ) from None
-            images.append(image)
+                except images.BadImage as error:
+                    raise self.source.bad_image(numbers[i], error) from None
+            rows.append(image)
             texts.append(captions[int(which[i] * len(captions))])
         name = "moments" if config.latents else "image"
-        return {name: np.stack(images), "input_ids": np.asarray(self.tokenize(texts), np.int32)}
+        return {name: np.stack(rows), "input_ids": np.asarray(self.tokenize(texts), np.int32)}
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):

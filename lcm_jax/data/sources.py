@@ -18,8 +18,11 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 import lcm_jax.data.digits  # noqa: F401 (registers captioned_digits)
+from lcm_jax.data.images import BadImage
 from lcm_jax.data.latents import CAPTIONS, MOMENTS
 from lcm_jax.errors import UserError, nearest
+
+LONGEST_CAPTION = 2**16  # characters; a text encoder sees some 300, and a megabyte takes a tokenizer 14 s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,10 @@ class Source:
             records = [self._read_one(i) for i in indices]  # finds which one it was
         return [(record[self.image_key], self._captions(record, i)) for record, i in zip(records, indices, strict=True)]
 
+    def bad_image(self, index: int, error: BadImage) -> UserError:
+        """Returns the error that names the record whose image can't be used."""
+        return UserError(f"{self.where}: the image of record {index} cannot be decoded: {error}")
+
     def _read_one(self, index: int) -> dict:
         try:
             return self.records[index]
@@ -59,7 +66,7 @@ class Source:
         texts = [value] if isinstance(value, bytes | str) else list(value)
         if not texts:
             raise UserError(f"{self.where}: record {index} has no caption in {self.caption_key!r}")
-        return [text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text) for text in texts]
+        return [_text(text) for text in texts]
 
 
 def open_source(
@@ -239,6 +246,19 @@ def _check_split(info: tfds.core.DatasetInfo, split: str, place: epath.Path) -> 
     missing = [name for name in files if not (place / name).exists()]
     if missing:
         raise UserError(f"{place} misses {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+
+
+def _text(caption: bytes | str) -> str:
+    """Returns a caption as text that any tokenizer and TFDS take: it has a UTF-8 form, and an end.
+
+    Bytes that are no UTF-8 (Latin-1, a character cut in half) and lone surrogates become U+FFFD. Another encoding is
+    not guessed: for a damaged UTF-8 caption, a guess would change all its other letters beyond ASCII too.
+    """
+    if isinstance(caption, bytes):
+        text = caption.decode("utf-8", "replace")
+    else:
+        text = str(caption).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text[:LONGEST_CAPTION]
 
 
 def _line(error: object) -> str:

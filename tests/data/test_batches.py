@@ -1,14 +1,11 @@
 import dataclasses
-import io
 import json
 import threading
 
 import numpy as np
 import pytest
-from little_photos import photo_pixels
-from PIL import Image
 
-from lcm_jax.data.pipeline import DataConfig, batches, prepare_image
+from lcm_jax.data.pipeline import DataConfig, batches
 from lcm_jax.errors import UserError
 
 
@@ -166,6 +163,7 @@ def test_threads_work_at_the_same_time(photo_config, threads):
     ("field", "value"),
     [
         ("image_size", 0),
+        ("max_pixels", 0),
         ("threads", 0),
         ("crop", "centre"),
         ("resize", "nearest"),
@@ -204,52 +202,7 @@ def test_damaged_image_names_its_record(photo_config):
     assert "\n" not in str(caught.value)
 
 
-# ---- one image
-
-
-def png(image):
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("resize", ["lanczos", "bicubic"])
-@pytest.mark.parametrize("i", [0, 1])
-def test_shorter_side_is_resized_then_cropped(i, resize):
-    pixels = photo_pixels(i)
-    config = DataConfig(image_size=20, resize=resize)
-    filters = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
-    whole = np.asarray(Image.fromarray(pixels).resize((30, 20) if i == 0 else (20, 30), filters[resize]))
-    np.testing.assert_array_equal(
-        prepare_image(png(Image.fromarray(pixels)), config), whole[:, 5:25] if i == 0 else whole[5:25]
-    )
-    left = prepare_image(png(Image.fromarray(pixels)), config, place=0)
-    right = prepare_image(png(Image.fromarray(pixels)), config, place=0.999)
-    np.testing.assert_array_equal(left, whole[:20, :20])
-    np.testing.assert_array_equal(right, whole[-20:, -20:])
-    np.testing.assert_array_equal(
-        prepare_image(png(Image.fromarray(pixels)), config, 0, mirror=True), whole[:20, :20][:, ::-1]
-    )
-
-
-def test_image_of_the_right_size_is_left_alone():
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    np.testing.assert_array_equal(prepare_image(png(Image.fromarray(pixels)), DataConfig(image_size=16)), pixels)
-    larger = prepare_image(png(Image.fromarray(pixels)), DataConfig(image_size=50))
-    assert larger.shape == (50, 50, 3)
-
-
-def test_gray_transparent_and_turned_images():
-    config = DataConfig(image_size=8)
-    assert (prepare_image(png(Image.new("L", (8, 8), 77)), config) == 77).all()
-    half = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    half.paste((0, 0, 255, 255), (0, 0, 4, 8))
-    shown = prepare_image(png(half), config)
-    assert (shown[:, :4] == (0, 0, 255)).all()
-    assert (shown[:, 4:] == 255).all()
-    turned = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by half a circle
-    gradient = Image.fromarray(np.repeat(np.arange(0, 256, 32, dtype=np.uint8)[None], 8, 0))
-    gradient.save(turned, format="PNG", exif=exif)
-    assert prepare_image(turned.getvalue(), config)[0, 0, 0] == 224
+def test_an_image_beyond_the_limit_names_its_record(photo_config):
+    with pytest.raises(UserError, match=r"the image of record 0 cannot be decoded: it has 60 x 40 pixels, .*=2399"):
+        take(dataclasses.replace(photo_config, max_pixels=2399), 1)
+    assert equal(take(dataclasses.replace(photo_config, max_pixels=2400), 2), take(photo_config, 2))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lcm_jax.data.sources import open_source
+from lcm_jax.data.sources import LONGEST_CAPTION, Source, open_source
 from lcm_jax.errors import UserError
 
 PHOTOS = {"image_key": "photo", "caption_key": "title"}
@@ -54,6 +54,28 @@ def _fails(source, index):
     except UserError:
         return True
     return False
+
+
+@pytest.mark.parametrize(
+    ("stored", "read"),
+    [
+        ("夕焼け 🦄".encode(), "夕焼け 🦄"),
+        (b"caf\xe9 at night", "caf\ufffd at night"),
+        ("夕焼け".encode()[:-1], "夕焼\ufffd"),
+        ("a\ud83db", "a\ufffdb"),
+        ("\ud83e\udd84", "🦄"),
+        (b"a\x00b", "a\x00b"),
+        (b"", ""),
+        ("x" * 5000, "x" * 5000),
+        (b"x" * 10**6, "x" * LONGEST_CAPTION),
+    ],
+)
+def test_odd_captions(stored, read):
+    source = Source(
+        "odd", [{"image": b"", "caption": stored}, {"image": b"", "caption": [b"a", stored]}], "image", "caption", {}
+    )
+    assert [captions for _, captions in source.read([0, 1])] == [[read], ["a", read]]
+    read.encode()  # as tokenizers and TFDS do
 
 
 def test_unknown_name(digits_data_dir):
@@ -151,7 +173,7 @@ PREPARE = """
 import sys
 from lcm_jax.data import digits
 digits.PAIRS_PER_PICTURE.update(train=2)  # a small set, to save time
-from lcm_jax.data.sources import open_source
+from lcm_jax.data.sources import LONGEST_CAPTION, Source, open_source
 print(len(open_source("captioned_digits", data_dir=sys.argv[1])))
 """
 

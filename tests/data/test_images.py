@@ -1,0 +1,283 @@
+"""How one image file becomes pixels: kinds of samples, limits, damage, resizing."""
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from image_files import encode, png, rows, tiff
+from little_photos import photo_pixels
+from PIL import Image, features
+
+from lcm_jax.data import images
+from lcm_jax.data.images import BadImage
+from lcm_jax.data.pipeline import DataConfig, prepare_image
+
+SIZE = 32
+RAMP = np.tile(np.linspace(0, 1, SIZE), (SIZE, 1))  # black to white
+GRAY = Image.fromarray(np.rint(RAMP * 255).astype(np.uint8))
+RGB, OPAQUE = GRAY.convert("RGB"), Image.new("L", GRAY.size, 255)
+
+
+def samples(dtype, white):
+    return np.rint(RAMP * white).astype(dtype)
+
+
+def packed_12_bits():
+    values = samples(np.uint16, 4095).reshape(SIZE, -1, 2)
+    first, second = values[..., 0], values[..., 1]
+    parts = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1)
+    return parts.reshape(SIZE, -1).astype(np.uint8)
+
+
+def premultiplied():
+    """A TIFF whose ExtraSamples says that the gray is multiplied by alpha, which is 255."""
+    plain, tag = encode(Image.merge("LA", (GRAY, OPAQUE)), "TIFF"), b"\x52\x01\x03\x00\x01\x00\x00\x00"
+    assert plain.count(tag + b"\x02") == 1
+    return plain.replace(tag + b"\x02", tag + b"\x01")
+
+
+SIXTEEN = Image.fromarray(samples(np.uint16, 65535))
+KINDS = {
+    "gray": lambda: encode(GRAY, "PNG"),
+    "gray, alpha": lambda: encode(Image.merge("LA", (GRAY, OPAQUE)), "PNG"),
+    "gray, alpha, TIFF": lambda: encode(Image.merge("LA", (GRAY, OPAQUE)), "TIFF"),
+    "gray, premultiplied alpha": premultiplied,
+    "gray, 16 bits": lambda: encode(SIXTEEN, "PNG"),
+    "gray, 16 bits, TIFF": lambda: encode(SIXTEEN, "TIFF"),
+    "gray, 16 bits, TIFF with LZW": lambda: encode(SIXTEEN, "TIFF", compression="tiff_lzw"),
+    "gray, 16 bits, big-endian": lambda: tiff(samples(">u2", 65535)),
+    "gray, 16 bits, white is zero": lambda: tiff(samples("<u2", 65535)[:, ::-1], white_is_zero=True),
+    "gray, 16 bits, signed": lambda: tiff(samples("<i2", 2**15 - 1)),
+    "gray, 16 bits, PGM": lambda: encode(SIXTEEN, "PPM"),
+    "gray, 10 bits, PGM": lambda: b"P5 32 32 1023\n" + samples(">u2", 1023).tobytes(),
+    "gray, 16 bits, JPEG 2000": lambda: encode(SIXTEEN, "JPEG2000"),
+    "gray, 12 bits": lambda: tiff(packed_12_bits(), bits=12),
+    "gray, 32 bits": lambda: tiff(samples("<u4", 2**32 - 1)),
+    "gray, 32 bits, signed": lambda: tiff(samples(">i4", 2**31 - 1)),
+    "floating point": lambda: encode(Image.fromarray(RAMP.astype(np.float32)), "TIFF"),
+    "floating point, big-endian": lambda: tiff(RAMP.astype(">f4")),
+    "floating point, white is zero": lambda: tiff(RAMP[:, ::-1].astype("<f4"), white_is_zero=True),
+    "floating point, PFM": lambda: encode(Image.fromarray(RAMP.astype(np.float32)), "PPM"),
+    "color, 16 bits": lambda: png(SIZE, SIZE, rows(np.repeat(samples(">u2", 65535), 3, 1)), bits=16),
+    "color, alpha, 16 bits": lambda: png(SIZE, SIZE, rows(RAMP16_ALPHA), bits=16, color=6),
+    "palette": lambda: encode(GRAY.convert("P"), "PNG"),
+    "palette, alpha": lambda: encode(GRAY.convert("PA"), "TIFF"),
+    "palette, one color transparent": lambda: encode(GRAY.convert("P"), "PNG", transparency=255),
+    "palette, an alpha per color": lambda: encode(GRAY.convert("P"), "PNG", transparency=bytes([255] * 256)),
+    "CMYK": lambda: encode(RGB.convert("CMYK"), "TIFF"),
+    "CMYK, JPEG": lambda: encode(RGB.convert("CMYK"), "JPEG", quality=95),
+    "YCbCr": lambda: encode(RGB.convert("YCbCr"), "TIFF"),
+    "LAB": lambda: encode(RGB.convert("LAB"), "TIFF"),
+    "QOI": lambda: (
+        b"qoif\0\0\0\x20\0\0\0\x20\3\0" + b"".join(b"\xfe" + bytes(p) for p in np.asarray(RGB).reshape(-1, 3))
+    ),
+}
+RAMP16_ALPHA = np.concatenate([np.repeat(RAMP[..., None] * 65535, 3, -1), np.full((SIZE, SIZE, 1), 65535)], -1)
+RAMP16_ALPHA = RAMP16_ALPHA.astype(">u2")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_black_is_black_and_white_white(kind):
+    shown = prepare_image(KINDS[kind](), DataConfig(image_size=SIZE)).astype(float)
+    allowed = 8 if "palette" in kind else 4 if kind in ("LAB", "CMYK, JPEG") else 1.01
+    np.testing.assert_allclose(shown, np.repeat(RAMP[..., None] * 255, 3, -1), atol=allowed)
+
+
+def test_one_bit():
+    checks = np.indices((SIZE, SIZE)).sum(0) % 2
+    for file in (encode(Image.fromarray(checks.astype(bool)), form) for form in ("PNG", "TIFF")):
+        assert (prepare_image(file, DataConfig(image_size=SIZE))[..., 0] == checks * 255).all()
+
+
+def test_the_range_is_not_that_of_one_image():
+    dark = encode(Image.fromarray(samples(np.uint16, 65535) // 4), "PNG")
+    assert prepare_image(dark, DataConfig(image_size=SIZE)).max() == 64
+    black = Image.new("I;16", (SIZE, SIZE))
+    assert not prepare_image(encode(black, "PNG"), DataConfig(image_size=SIZE)).any()
+
+
+NAN = np.where(RAMP > 0.9, np.nan, RAMP)
+
+
+@pytest.mark.parametrize(
+    ("samples", "what"),
+    [
+        (RAMP.astype("<f4") * 255, "samples from 0 to 255, and black is 0 and white 1 by the file; scale it"),
+        (RAMP.astype("<f4") - 0.5, "samples from -0.5 to 0.5"),
+        (NAN.astype("<f4"), "samples from nan to nan"),
+        (samples("<i4", 255), "its largest sample is 255, and white is 2.14748e+09 by the file"),
+        (samples("<u4", 65535), "its largest sample is 65535, and white is 4.29497e+09"),
+        (samples("<i2", 1000) - np.int16(500), "samples from -500 to 500, and black is 0 and white 32767"),
+        (samples("<i1", 127), "signed 8-bit"),
+        (RAMP.astype("<f8"), "Pillow finds no header"),
+    ],
+)
+def test_samples_without_a_range(samples, what):
+    with pytest.raises(BadImage) as caught:
+        prepare_image(tiff(samples), DataConfig(image_size=SIZE))
+    assert what in str(caught.value)
+
+
+def test_a_color_that_stands_for_transparency():
+    """It is white, and only it; in 16 bits Pillow compares the lower 8 of a color file with the upper 8."""
+    config, key = DataConfig(image_size=SIZE), (40 * 256 + 3).to_bytes(2)
+    values = np.full((SIZE, SIZE), 40 * 256 + 3, ">u2")
+    values[:, SIZE // 2 :] = 3 * 256 + 40
+    for file in (
+        png(SIZE, SIZE, (b"tRNS", key), rows(values), bits=16, color=0),
+        png(SIZE, SIZE, (b"tRNS", 3 * key), rows(np.repeat(values, 3, 1)), bits=16),
+    ):
+        assert (prepare_image(file, config) == np.where(values == values[0, 0], 255, 3)[..., None]).all()
+
+
+def test_only_the_first_frame_is_read():
+    """What follows it may be missing; a page of a TIFF, too."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    first, others = Image.new("L", (64, 64), 77), [Image.fromarray(noise)] * 2
+    for form in ("GIF", "WEBP", "TIFF", "PNG", "MPO"):
+        file = encode(first, form, save_all=True, append_images=others)
+        assert (np.abs(prepare_image(file, DataConfig(image_size=8)).astype(int) - 77) <= 1).all()
+        if form in ("GIF", "PNG"):
+            assert (prepare_image(file[:-3000], DataConfig(image_size=8)) == 77).all()
+
+
+# ---- limits
+
+
+def jpeg(width, height, **options):
+    return encode(Image.linear_gradient("L").resize((width, height)), "JPEG", **options)
+
+
+@pytest.mark.parametrize(("width", "height"), [(8001, 8000), (13_000, 13_000), (2**31 - 1, 2**31 - 1)])
+def test_the_limit_is_checked_before_anything_is_decoded(width, height):
+    """The file has no pixels, so it would be damaged if it were read; Pillow's own warning would be an error here."""
+    with pytest.raises(BadImage, match=f"it has {width} x {height} pixels, more than config.data.max_pixels=64000000"):
+        prepare_image(png(width, height), DataConfig())
+    assert Image.MAX_IMAGE_PIXELS
+    with pytest.raises(BadImage, match="Pillow reads no image from it"):
+        prepare_image(png(*min((width, height), (15_000, 15_000))), DataConfig(max_pixels=10**9))
+
+
+def test_a_large_jpeg_is_decoded_at_a_reduced_scale():
+    file = jpeg(4200, 4100)
+    assert images.decode(file, 100, 10**8).size == (525, 513)
+    assert images.decode(file, 1024, 10**8).size == (2100, 2050)
+    assert images.decode(file, 1026, 10**8).size == (4200, 4100)  # half of it would be less than twice the size
+    whole = np.asarray(Image.open(io.BytesIO(file)).convert("RGB").resize((102, 100), Image.Resampling.LANCZOS))
+    found = prepare_image(file, DataConfig(image_size=100)).astype(int)
+    assert np.abs(found - whole[:, 1:101]).max() <= 2
+
+
+def test_other_jpegs_are_decoded_in_full():
+    assert images.decode(jpeg(4000, 4000), 32, 10**8).size == (4000, 4000)
+
+
+@pytest.mark.parametrize("shape", [(1, 2000), (2000, 1), (1, 1)])
+def test_a_strip_is_not_resized_as_a_whole(shape, monkeypatch):
+    resize, sizes = Image.Image.resize, []
+
+    def spy(image, size, *options):
+        sizes.append(size)
+        return resize(image, size, *options)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    ramp = np.linspace(0, 255, max(shape)).astype(np.uint8).reshape(shape)
+    file, config = encode(Image.fromarray(ramp), "PNG"), DataConfig(image_size=64)
+    for place, value in ((0, 0), (0.5, 127), (0.999, 255)):
+        assert np.abs(prepare_image(file, config, place).astype(int) - (value if max(shape) > 1 else 0)).max() <= 2
+    assert max(width * height for width, height in sizes) <= 16 * 64 * 64
+
+
+# ---- damage
+
+
+def text_chunk():
+    return png(8, 8, (b"zTXt", b"note\0\0" + zlib.compress(bytes(2**21))), rows(np.zeros((8, 24), np.uint8)))
+
+
+def profile_chunk():
+    return png(8, 8, (b"iCCP", b"icc\0\0" + zlib.compress(bytes(2**21))), rows(np.zeros((8, 24), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        (lambda: b"", "finds no header of PNG, JPEG"),
+        (lambda: b"<!DOCTYPE html>", "finds no header"),
+        (lambda: encode(RGB, "EPS"), "finds no header"),
+        (lambda: encode(RGB, "PNG")[:-40], "truncated"),
+        (lambda: jpeg(200, 100)[:-40], "truncated"),
+        (lambda: encode(RGB, "WEBP")[:-8], "may be damaged"),
+        (text_chunk, "Decompressed data too large"),
+        (profile_chunk, "Decompressed data too large"),
+    ],
+)
+def test_damaged_files(file, what):
+    with pytest.raises(BadImage) as caught:
+        prepare_image(file(), DataConfig(image_size=8))
+    assert what in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM"])
+def test_flipped_bits_give_an_image_or_a_bad_one(form):
+    if form == "AVIF" and not features.check("avif"):
+        form = "PNG"
+    whole, rng, config, bad = encode(RGB, form), np.random.default_rng(0), DataConfig(image_size=8), []
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in rng.integers(0, min(len(data), 400), 2):
+            data[place] ^= 1 << rng.integers(8)
+        try:
+            assert prepare_image(bytes(data), config).shape == (8, 8, 3)
+        except BadImage as error:
+            bad.append(str(error))
+    assert "\n" not in "".join(bad)
+
+
+# ---- resizing
+
+
+@pytest.mark.parametrize("resize", ["lanczos", "bicubic"])
+@pytest.mark.parametrize("i", [0, 1])
+def test_shorter_side_is_resized_then_cropped(i, resize):
+    pixels = photo_pixels(i)
+    config = DataConfig(image_size=20, resize=resize)
+    filters = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
+    whole = np.asarray(Image.fromarray(pixels).resize((30, 20) if i == 0 else (20, 30), filters[resize]))
+    np.testing.assert_array_equal(
+        prepare_image(encode(Image.fromarray(pixels), "PNG"), config), whole[:, 5:25] if i == 0 else whole[5:25]
+    )
+    left = prepare_image(encode(Image.fromarray(pixels), "PNG"), config, place=0)
+    right = prepare_image(encode(Image.fromarray(pixels), "PNG"), config, place=0.999)
+    np.testing.assert_array_equal(left, whole[:20, :20])
+    np.testing.assert_array_equal(right, whole[-20:, -20:])
+    np.testing.assert_array_equal(
+        prepare_image(encode(Image.fromarray(pixels), "PNG"), config, 0, mirror=True), whole[:20, :20][:, ::-1]
+    )
+
+
+def test_image_of_the_right_size_is_left_alone():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    np.testing.assert_array_equal(
+        prepare_image(encode(Image.fromarray(pixels), "PNG"), DataConfig(image_size=16)), pixels
+    )
+    larger = prepare_image(encode(Image.fromarray(pixels), "PNG"), DataConfig(image_size=50))
+    assert larger.shape == (50, 50, 3)
+
+
+def test_gray_transparent_and_turned_images():
+    config = DataConfig(image_size=8)
+    assert (prepare_image(encode(Image.new("L", (8, 8), 77), "PNG"), config) == 77).all()
+    half = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    half.paste((0, 0, 255, 255), (0, 0, 4, 8))
+    shown = prepare_image(encode(half, "PNG"), config)
+    assert (shown[:, :4] == (0, 0, 255)).all()
+    assert (shown[:, 4:] == 255).all()
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by half a circle
+    gradient = Image.fromarray(np.repeat(np.arange(0, 256, 32, dtype=np.uint8)[None], 8, 0))
+    gradient.save(turned, format="PNG", exif=exif)
+    assert prepare_image(turned.getvalue(), config)[0, 0, 0] == 224
