@@ -126,6 +126,16 @@ def test_a_strip_is_not_resized_as_a_whole(shape, monkeypatch):
     assert max(width * height for width, height in sizes) <= 16 * 64 * 64
 
 
+def test_large_images_are_converted_part_by_part(monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 4), np.uint8)
+    for file in (encode(Image.fromarray(noise), "PNG"), encode(Image.fromarray(noise.view(np.uint16)[..., 0]), "PNG")):
+        whole = np.asarray(images.decode(file, 32, 10**6))
+        for band in (50, 1000):  # less than a row, and several rows
+            monkeypatch.setattr(images, "_BAND", band)
+            np.testing.assert_array_equal(images.decode(file, 32, 10**6), whole)
+        monkeypatch.undo()
+
+
 # ---- damage
 
 
