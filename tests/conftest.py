@@ -39,10 +39,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def digits_data_dir(tmp_path_factory):
-    """A data_dir in which captioned_digits is prepared, once for all tests, as training does it."""
+    """A data_dir in which captioned_digits is prepared, once for all tests and workers, as training does it."""
     from lcm_jax.data.sources import open_source
 
-    root = tmp_path_factory.mktemp("data")
+    root = tmp_path_factory.getbasetemp()  # of this worker; above it is what they share, and the preparation locks
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "digits"
     open_source("captioned_digits", data_dir=str(root))
     return str(root)
 

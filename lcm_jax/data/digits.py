@@ -96,7 +96,8 @@ def coverage(
 def _colour(cover: np.ndarray, ink: str, paper: str, place: tuple[int, int]) -> np.ndarray:
     """Mixes ink into paper by coverage (DIGIT_SIZE, DIGIT_SIZE) at `place` -> uint8 (SIZE, SIZE, 3)."""
     front, back = np.asarray(COLOURS[ink], np.float32), np.asarray(COLOURS[paper], np.float32)
-    whole = np.pad(cover, [(corner, SIZE - DIGIT_SIZE - corner) for corner in place])
+    whole = np.zeros((SIZE, SIZE), cover.dtype)
+    whole[place[0] : place[0] + DIGIT_SIZE, place[1] : place[1] + DIGIT_SIZE] = cover
     return np.rint(back + whole[..., None] * (front - back)).astype(np.uint8)
 
 

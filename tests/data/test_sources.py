@@ -172,7 +172,8 @@ def test_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
 PREPARE = """
 import sys
 from lcm_jax.data import digits
-digits.PAIRS_PER_PICTURE.update(train=2)  # a small set, to save time
+digits.PAIRS_PER_PICTURE.update(train=1, validation=1, test=1)  # a small set, to save time
+digits.HELD_OUT_PER_PICTURE.update(test=0)
 from lcm_jax.data.sources import LONGEST_CAPTION, Source, open_source
 print(len(open_source("captioned_digits", data_dir=sys.argv[1])))
 """
@@ -197,6 +198,6 @@ def test_killed_then_two_at_once(tmp_path):
     both = [start(), start()]
     outputs = [p.communicate(timeout=120) for p in both]
     assert [p.returncode for p in both] == [0, 0], outputs
-    assert [out for out, _ in outputs] == ["2600\n", "2600\n"]
+    assert [out for out, _ in outputs] == ["1300\n", "1300\n"]
     assert sorted(err.count("preparing") for _, err in outputs) == [0, 1]
     assert sorted(p.name for p in (tmp_path / "captioned_digits").iterdir()) == [".lock", "2.0.0"]
