@@ -94,6 +94,7 @@ def test_the_loss_is_that_of_the_pictures(encoded, teacher, digits_data_dir):
         ("--config.data.image_size=64", "is of 32 px, config.data.image_size is 64"),
         ("--config.data.flip=True", "config.data.flip has no effect: latents is true"),
         ("--config.data.image_key=photo", "config.data.image_key has no effect"),
+        ("--config.data.max_pixels=9", "config.data.max_pixels has no effect"),
         ("--config.objective=autoencoder", "an autoencoder is trained on pictures"),
         ("--config.data.split=validation", "has no split 'validation'"),
     ],
@@ -164,7 +165,7 @@ def test_a_damaged_picture_is_named_and_nothing_is_left_that_looks_whole(photos,
         f"--out={tmp_path}",
     ]
     assert cli.run(encode.main, [*given, "--config.data.split=damaged"]) == 2
-    assert "cannot be decoded (image file is truncated)" in capsys.readouterr().err
+    assert "cannot be decoded: Pillow reads no image from it: image file is truncated;" in capsys.readouterr().err
     assert not (tmp_path / "encoded" / "1.0.0").exists()
     assert cli.run(encode.main, given) == 0
     assert len(open_source(directory=str(tmp_path / "encoded" / "1.0.0"), encoded=True)) == 12
