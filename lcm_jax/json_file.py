@@ -18,6 +18,7 @@ from lcm_jax.errors import UserError, plain
 
 LARGEST = 64 * 2**20  # bytes: twice the largest file of a published model, an index of weights or a vocabulary
 DEEPEST = 64  # brackets inside each other
+CONFIG = 2**20  # bytes: the limit for a configuration, of which published ones have some thousand
 MOST_DIGITS = 100  # of one number
 
 
@@ -56,32 +57,52 @@ TEXTS = Kind(
 NUMBERS = Kind("a list of numbers", lambda value: isinstance(value, list) and all(_is_number(item) for item in value))
 
 
+def up_to(most: int) -> Kind:
+    """Returns the kind of whole numbers from 1 to `most`."""
+    return Kind(f"a positive whole number up to {most}", lambda value: _is_whole(value) and 0 < value <= most)
+
+
+def or_list(kind: Kind, most: int) -> Kind:
+    """Returns the kind of single values, and of lists of 1 to `most` of them."""
+
+    def test(value: Any) -> bool:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return 0 < len(values) <= most and all(kind.test(item) for item in values)
+
+    return Kind(f"{kind.name}, or a list of at most {most}", test)
+
+
 def or_none(kind: Kind) -> Kind:
     """Returns the kind of values that may be null too."""
     return Kind(f"{kind.name}, or null", lambda value: value is None or kind.test(value))
 
 
-def read(path: str | os.PathLike[str], types: Mapping[str, Kind] | None = None) -> dict[str, Any]:
+def read(
+    path: str | os.PathLike[str], types: Mapping[str, Kind] | None = None, *, largest: int = LARGEST
+) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
 
-    Args: the file; the kind of each value that the caller uses, by key. A key that is absent is not checked.
+    Args: the file; the kind of each value that the caller uses, by key (a key that is absent is not checked); the
+      largest size of the file in bytes.
     Raises: UserError if the file is missing, too large, too deep, no JSON object, or a value is of another kind.
     """
     path = pathlib.Path(path)
     try:
         with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
+            data = file.read(largest + 1)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}") from None
-    return parse(data, str(path), types)
+    return parse(data, str(path), types, largest=largest)
 
 
-def parse(data: str | bytes, where: str, types: Mapping[str, Kind] | None = None) -> dict[str, Any]:
+def parse(
+    data: str | bytes, where: str, types: Mapping[str, Kind] | None = None, *, largest: int = LARGEST
+) -> dict[str, Any]:
     """Returns the object that a JSON text holds; raises UserError as `read` does, `where` for the file."""
-    if len(data) > LARGEST:
-        raise UserError(f"{where} can't be read as JSON: it is larger than {LARGEST >> 20} MiB")
+    if len(data) > largest:
+        raise UserError(f"{where} can't be read as JSON: it is larger than {largest >> 20} MiB")
     try:
         value = json.loads(data, parse_constant=_no_constant, parse_float=_finite, parse_int=_bounded)
     except RecursionError:

@@ -16,48 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lcm_jax.diffusion import scheduler_config
 from lcm_jax.errors import UserError, one_of
 
+MOST_TIMESTEPS = 100_000  # a hundred times what models are trained with; the tables have one value per timestep
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 Time = Int[Array, "*t"] | Float[Array, "*t"]
-
-# what a key that scheduler_config.json lacks means to diffusers' class of that name
-_DEFAULTS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "rescale_betas_zero_snr": False,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-}
-_LATENT = {"beta_start": 0.00085, "beta_end": 0.012}
-SCHEDULER_CLASSES: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": {"clip_sample": True},
-    "DDPMScheduler": {"clip_sample": True},
-    "DEISMultistepScheduler": {},
-    "DPMSolverMultistepScheduler": {},
-    "DPMSolverSinglestepScheduler": {},
-    "EulerAncestralDiscreteScheduler": {},
-    "EulerDiscreteScheduler": {},
-    "HeunDiscreteScheduler": _LATENT,
-    "KDPM2AncestralDiscreteScheduler": _LATENT,
-    "KDPM2DiscreteScheduler": _LATENT,
-    "LCMScheduler": {**_LATENT, "beta_schedule": "scaled_linear"},
-    "LMSDiscreteScheduler": {},
-    "PNDMScheduler": {"set_alpha_to_one": False},
-    "UniPCMultistepScheduler": {},
-}
-# keys that would change the process that is sampled; this value is the only one that means what we do
-_ONLY = {
-    "clip_sample": False,
-    "thresholding": False,
-    "trained_betas": None,
-    "use_flow_sigmas": False,
-    "timestep_type": "discrete",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +54,22 @@ class Schedule:
     def __post_init__(self) -> None:
         one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        if not isinstance(self.num_train_timesteps, int) or self.num_train_timesteps < 2:
-            raise UserError(f"num_train_timesteps is {self.num_train_timesteps!r}; it must be a whole number above 1")
+        T = self.num_train_timesteps
+        if not isinstance(T, int) or not 2 <= T <= MOST_TIMESTEPS:
+            raise UserError(f"num_train_timesteps is {T!r}; it must be a whole number in 2 … {MOST_TIMESTEPS}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(f"beta_start is {self.beta_start}, beta_end {self.beta_end}; needed: 0 < start <= end < 1")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UserError(
                 "prediction_type is 'epsilon' with rescale_betas_zero_snr: at zero terminal SNR z_t is noise only, "
                 "which tells nothing of x0; it must be 'v_prediction' or 'sample'"
+            )
+        alpha = np.sqrt(self.alphas_cumprod).astype(np.float32)[: T - 1 if self.rescale_betas_zero_snr else T]
+        falls = (np.diff(self.alphas_cumprod) < 0).all() and self.alphas_cumprod[0] < 1
+        if not falls or (alpha < np.finfo(np.float32).tiny).any():
+            raise UserError(
+                f"beta_start {self.beta_start}, beta_end {self.beta_end} and num_train_timesteps {T} give a schedule "
+                "that does not fall from one timestep to the next to a positive number"
             )
 
     @classmethod
@@ -106,15 +79,13 @@ class Schedule:
         Raises:
           UserError: a class or a value that isn't supported.
         """
-        name = config.get("_class_name")
-        if name is None:
-            raise UserError("_class_name is missing; it must name diffusers' scheduler class, like 'DDIMScheduler'")
-        one_of("_class_name", name, SCHEDULER_CLASSES)
-        values = {**_DEFAULTS, **SCHEDULER_CLASSES[name], **config}
-        for key, only in _ONLY.items():
-            if key in values and values[key] != only:
-                raise UserError(f"{key} is {values[key]!r}; only {only!r} is supported")
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+        values = scheduler_config.read_values(config)
+        self = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+        if (grid := values["original_inference_steps"]) > self.num_train_timesteps:
+            raise UserError(
+                f"original_inference_steps is {grid}, more than num_train_timesteps, {self.num_train_timesteps}"
+            )
+        return self
 
     # ---- tables
 

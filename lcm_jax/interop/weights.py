@@ -1,8 +1,8 @@
 """safetensors files of one component, as diffusers and transformers lay them out.
 
 A component's tensors are in one file (`diffusion_pytorch_model.safetensors`, `model.safetensors`), or in shards that
-an index (`….safetensors.index.json`) lists; either may carry the variant `fp16` in its name. What was read is written
-back in the same arrangement. Pickle files are never read.
+an index (`….safetensors.index.json`) lists; either may carry a variant such as `fp16` in its name. What was read is
+written back in the same arrangement. Pickle files are never read.
 """
 
 import contextlib
@@ -21,14 +21,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lcm_jax import json_file
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, few
 from lcm_jax.interop import places
+from lcm_jax.interop.weight_faults import unreadable
 
 Tensors = dict[str, np.ndarray]
 
-VARIANTS = ("", "fp16")
+VARIANTS = ("", "fp32", "fp16", "bf16")  # in the order of choice
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _STEMS = ("diffusion_pytorch_model", "model")
+# diffusers and transformers write an index's variant behind `index`, older versions of diffusers in front
+_NAME = re.compile(
+    rf"(?:{'|'.join(_STEMS)})(?:\.(?P<variant>[\w-]+))?\.safetensors(?:\.index(?:\.(?P<index_variant>[\w-]+))?\.json)?"
+)
+_SHARD = re.compile(r".*-\d+-of-\d+")
 # safetensors looks these up in numpy, which doesn't have them
 _FLOAT8 = {
     "F8_E4M3": jnp.float8_e4m3fn,
@@ -78,29 +84,42 @@ def is_weights(name: str) -> bool:
 def read_weights(directory: pathlib.Path) -> tuple[Tensors, Arrangement]:
     """Reads a component's tensors, in the file's names, layout and dtypes.
 
-    Full precision goes before `fp16`, one whole file before shards.
+    Files that name no variant go before `fp32`, `fp16` and `bf16`, in this order; another variant is read if it is the
+    only one. A single file goes before shards.
 
     Raises:
-      UserError: no safetensors file there, only pickles, a shard missing, or a file cut short.
+      UserError: no safetensors file there, only pickles or several unusual variants, a shard missing, or a file that
+        can't be read.
     """
-    for variant in VARIANTS:
-        dotted = f".{variant}" if variant else ""
-        for stem in _STEMS:
-            whole = directory / f"{stem}{dotted}.safetensors"
-            if whole.is_file():
-                tensors, metadata = read_file(whole)
-                return tensors, Arrangement(dict.fromkeys(tensors, whole.name), {whole.name: metadata})
-            # diffusers and transformers write the variant behind `index`, older versions of diffusers in front
-            for index in (f"{stem}.safetensors.index{dotted}.json", f"{stem}{dotted}.safetensors.index.json"):
-                if (directory / index).is_file():
-                    return _read_shards(directory / index)
+    file = _find(directory)
+    if file is None:
+        raise UserError(f"{directory} holds no weights: expected {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors")
+    if file.suffix == ".json":
+        return _read_shards(file)
+    tensors, metadata = read_file(file)
+    return tensors, Arrangement(dict.fromkeys(tensors, file.name), {file.name: metadata})
+
+
+def _find(directory: pathlib.Path) -> pathlib.Path | None:
+    """Returns the file that holds a component's weights, or the index of its shards."""
+    found: dict[str, list[pathlib.Path]] = {}
+    for path in directory.glob("*.safetensors*"):
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_file() and not _SHARD.fullmatch(match["variant"] or ""):
+            found.setdefault(match["variant"] or match["index_variant"] or "", []).append(path)
+    usual = [variant for variant in VARIANTS if variant in found]
+    if not usual and len(found) > 1:
+        raise UserError(f"{directory} holds its weights as several variants, {few(sorted(found))}; keep one of them")
+    if found:
+        files = found[usual[0] if usual else next(iter(found))]
+        return min(files, key=lambda p: (not p.name.startswith(_STEMS[0]), p.suffix, p.name.endswith(".index.json")))
     pickles = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLES)
     if pickles:
         raise UserError(
             f"{directory} holds its weights only as {pickles[0]}, a pickle: reading one can run any code that is in "
             "it, so it is refused; save the model again with save_pretrained(…, safe_serialization=True)"
         )
-    raise UserError(f"{directory} holds no weights: expected {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors")
+    return None
 
 
 def write_weights(directory: pathlib.Path, tensors: Tensors, arrangement: Arrangement) -> None:
@@ -180,26 +199,23 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
         raise UserError(f"{path} is missing") from None
     except AttributeError as error:  # of numpy, which doesn't know the dtype
         raise UserError(f"{path} holds a dtype that is not read: {str(error).rpartition(' ')[2]}") from None
-    except (SafetensorError, OSError, TypeError) as error:
-        raise UserError(f"{path} can't be read as safetensors, it may be cut short: {error}") from None
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{path} {unreadable(path, error)}") from None
 
 
 def _read_shards(index_path: pathlib.Path) -> tuple[Tensors, Arrangement]:
-    index = json_file.read(index_path, {"weight_map": json_file.TEXTS, "metadata": json_file.OBJECT})
+    index = json_file.read(index_path, {"weight_map": json_file.TEXTS, "metadata": json_file.or_none(json_file.OBJECT)})
     weight_map = index.get("weight_map")
     if not weight_map:
         raise UserError(f"{index_path} has no weight_map")
     tensors: Tensors = {}
     metadata: dict[str, dict[str, str] | None] = {}
     for name in sorted(set(weight_map.values())):
-        if pathlib.PurePath(name).name != name:
-            raise UserError(f"{index_path}: its weight_map names {name!r}, which is no file beside it")
+        places.plain_name(name, f"{index_path}: its weight_map names")
         shard, metadata[name] = read_file(index_path.parent / name)
         if strangers := [key for key in shard if weight_map.get(key) != name]:
-            raise UserError(
-                f"{index_path}: {name} holds {strangers[0]} ({len(strangers)} in all), which it doesn't list there"
-            )
+            raise UserError(f"{index_path}: {name} holds {few(strangers)}, which it doesn't list there")
         tensors.update(shard)
     if lost := [key for key in weight_map if key not in tensors]:
-        raise UserError(f"{index_path.parent / weight_map[lost[0]]}: {lost[0]} is missing ({len(lost)} in all)")
-    return tensors, Arrangement(dict(weight_map), metadata, index_path.name, index.get("metadata", {}))
+        raise UserError(f"{index_path.parent / weight_map[lost[0]]}: it lacks {few(lost)}")
+    return tensors, Arrangement(dict(weight_map), metadata, index_path.name, index.get("metadata") or {})

@@ -2,26 +2,41 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lcm_jax import json_file
 from lcm_jax.errors import UserError, one_of
-from lcm_jax.models.config_json import numbers, whole_numbers, whole_numbers_or_none
+from lcm_jax.models.config_json import SIZE, check_size, read_values
 from lcm_jax.models.policy import FP32, Policy
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
+KINDS: dict[str, json_file.Kind] = {
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "projection_dim": json_file.or_none(SIZE),
+    "num_hidden_layers": SIZE,
+    "num_attention_heads": SIZE,
+    "max_position_embeddings": SIZE,
+    "hidden_act": json_file.TEXT,
+    "layer_norm_eps": json_file.POSITIVE,
+    "eos_token_id": json_file.Kind("one token id", json_file.INTEGER.test),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
     """The values of a CLIP text encoder's config.json that matter here; names and defaults are transformers'."""
+
+    KNOWN: ClassVar[None] = None  # transformers writes many keys that change nothing, and warns of none
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -38,19 +53,18 @@ class CLIPTextConfig:
     def from_dict(cls, config: dict[str, Any]) -> "CLIPTextConfig":
         """Reads a config.json; transformers' other keys there do not change the network. Raises UserError."""
         one_of("model_type", config.get("model_type", "clip_text_model"), ("clip_text_model",))
-        values = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
+        values = read_values(config, KINDS)
         one_of("hidden_act", values.get("hidden_act", cls.hidden_act), ACTIVATIONS)
-        sizes = [f.name for f in dataclasses.fields(cls) if isinstance(f.default, int)]
-        whole_numbers(values, [name for name in sizes if name not in ("eos_token_id", "projection_dim")])
-        whole_numbers_or_none(values, ("projection_dim",))
-        numbers(values, ("layer_norm_eps",), positive=True)
-        end = values.get("eos_token_id", cls.eos_token_id)
-        if isinstance(end, bool) or not isinstance(end, int):
-            raise UserError(f"eos_token_id is {end!r}; supported: one token id")
         self = cls(**values)
         if self.hidden_size % self.num_attention_heads:
             raise UserError(f"hidden_size is {self.hidden_size}, no multiple of {self.num_attention_heads} heads")
+        check_size(self.least_tensors)
         return self
+
+    @property
+    def least_tensors(self) -> int:
+        """A lower bound on the number of tensors: what the layers have."""
+        return 16 * self.num_hidden_layers
 
 
 class _Embeddings(nnx.Module):

@@ -1,69 +1,74 @@
-"""Reading the config.json of a diffusers or transformers model: each value is used, has the one value that this
-program implements, or is an error that names it."""
+"""Reading the config.json of a diffusers or transformers model.
 
-from collections.abc import Mapping, Sequence
+Each value is used, has the one value that this program implements, or is an error that names it. Keys of newer versions
+are ignored, as diffusers does; `warn_of_unknown` names them.
+"""
+
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lcm_jax import json_file
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, few, plain
+
+LEVELS = 16  # max; published models have up to 4, and each halves the image
+MOST_TENSORS = 20_000  # a network of more takes minutes to describe; the UNet of SDXL has 1,680
+# Sizes are bounded so that numbers of weights can be computed, before a file's shapes say that the sizes are wrong.
+SIZE = json_file.up_to(2**20)
+SIZES = json_file.or_list(SIZE, LEVELS)  # one value for all levels, or one per level
+BLOCKS = json_file.or_list(json_file.TEXT, LEVELS)
 
 
-def check(config: Mapping[str, Any], used: Sequence[str], fixed: Mapping[str, Any]) -> None:
-    """Raises UserError for a value that would change the model in a way that isn't implemented.
+def read_values(config: Mapping[str, Any], kinds: Mapping[str, json_file.Kind]) -> dict[str, Any]:
+    """Returns the values of the keys in `kinds`, as far as the JSON object has them.
 
-    Args:
-      config: the JSON object; keys that start with "_" are notes of the file's writer.
-      used: keys that the model reads.
-      fixed: keys with the one value, or the tuple of values, that the model implements.
+    Raises:
+      UserError: a value is of another kind.
     """
-    for key, value in config.items():
-        if key.startswith("_") or key in used:
-            continue
-        if key in fixed:
-            allowed = fixed[key] if isinstance(fixed[key], tuple) else (fixed[key],)
-            if value not in allowed:
-                raise UserError(f"{key} is {value!r}; supported: {', '.join(map(repr, allowed))}")
-        elif value not in (None, False):
-            raise UserError(f"{key} is {value!r}, an option that is not supported")
-
-
-def whole_numbers(config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raises UserError unless each of `names` that `config` has is a positive whole number."""
-    _check(config, names, json_file.WHOLE)
-
-
-def whole_numbers_or_none(config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """As `whole_numbers`; None says that the model has no such part."""
-    whole_numbers(config, [name for name in names if config.get(name) is not None])
-
-
-def numbers(config: Mapping[str, Any], names: Sequence[str], *, positive: bool) -> None:
-    """Raises UserError unless each of `names` that `config` has is a finite number, above zero where `positive`."""
-    _check(config, names, json_file.POSITIVE if positive else json_file.NUMBER)
-
-
-def booleans(config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raises UserError unless each of `names` that `config` has is true or false: "false" would count as true."""
-    _check(config, names, json_file.BOOLEAN)
-
-
-def _check(config: Mapping[str, Any], names: Sequence[str], kind: json_file.Kind) -> None:
-    for name in names:
-        if name in config:
-            kind.check(name, config[name])
-
-
-def per_level(value: Any, levels: int, key: str) -> tuple[Any, ...]:
-    """Returns one value a level, of a list with as many or of a single value; raises UserError for another length."""
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
-    if len(values) != levels:
-        raise UserError(f"{key} has {len(values)} values; block_out_channels has {levels} levels")
+    values = {key: config[key] for key in kinds if key in config}
+    for key, value in values.items():
+        kinds[key].check(key, value)
     return values
 
 
-def whole_numbers_per_level(value: Any, levels: int, key: str) -> tuple[int, ...]:
-    """As `per_level`; raises UserError for a value that is not a positive whole number too."""
-    values = per_level(value, levels, key)
-    for number in values:
-        whole_numbers({key: number}, [key])
+def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Raises UserError for a value that would change the model in a way that isn't implemented.
+
+    Args: the JSON object; keys with the one value, or the tuple of values, that the model implements.
+    """
+    for key in [key for key in config if key in fixed]:
+        allowed = fixed[key] if isinstance(fixed[key], tuple) else (fixed[key],)
+        if config[key] not in allowed:
+            value = plain(repr(config[key]), 100)
+            raise UserError(f"{key} is {value}; supported: {', '.join(map(repr, allowed))}")
+
+
+def warn_of_unknown(config: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Warns once of the keys that neither this program nor the diffusers that it was written for knows.
+
+    Keys that start with "_" are notes of the file's writer, and an option that is null or false is off.
+    """
+    unknown = [
+        key for key, value in config.items() if key not in known and key[:1] != "_" and value not in (None, False)
+    ]
+    if unknown:
+        warnings.warn(
+            f"{where} has keys that are not known here, perhaps of a newer diffusers, and that are ignored: "
+            f"{few(unknown)}",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def check_size(tensors: int) -> None:
+    """Raises UserError for a network of too many tensors. Args: the least number that the config describes."""
+    if tensors > MOST_TENSORS:
+        raise UserError(f"it describes a network of more than {MOST_TENSORS} tensors")
+
+
+def per_level(value: Any, levels: int, key: str) -> tuple[Any, ...]:
+    """Returns one value per level, from a list or a single value; raises UserError for a list of another length."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+    if len(values) != levels:
+        raise UserError(f"{key} has {len(values)} values; block_out_channels has {levels} levels")
     return values

@@ -1,22 +1,38 @@
 """A UNet2DConditionModel's config.json: what is read of it and what is refused."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
+from lcm_jax import json_file
 from lcm_jax.errors import UserError, one_of
-from lcm_jax.models.config_json import (
-    booleans,
-    check,
-    numbers,
-    per_level,
-    whole_numbers,
-    whole_numbers_or_none,
-    whole_numbers_per_level,
-)
+from lcm_jax.models.config_json import BLOCKS, SIZE, SIZES, check_fixed, check_size, per_level, read_values
 
 # whether a block has attention to the text
 CROSS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
+KINDS: dict[str, json_file.Kind] = {
+    "in_channels": SIZE,
+    "out_channels": SIZE,
+    "block_out_channels": SIZES,
+    "down_block_types": BLOCKS,
+    "up_block_types": BLOCKS,
+    "layers_per_block": SIZES,
+    "transformer_layers_per_block": SIZES,
+    "attention_head_dim": SIZES,
+    "cross_attention_dim": SIZE,
+    "use_linear_projection": json_file.BOOLEAN,
+    "norm_num_groups": SIZE,
+    "norm_eps": json_file.POSITIVE,
+    "flip_sin_to_cos": json_file.BOOLEAN,
+    "freq_shift": json_file.NUMBER,
+    "time_cond_proj_dim": json_file.or_none(SIZE),
+    "addition_embed_type": json_file.or_none(json_file.TEXT),
+    "addition_time_embed_dim": json_file.or_none(SIZE),
+    "projection_class_embeddings_input_dim": json_file.or_none(SIZE),
+    # of the latents, one number or height and width: images of 8,192 pixels at most
+    "sample_size": json_file.or_none(json_file.or_list(json_file.up_to(1024), 2)),
+}
+_OFF = (None, False)
 # What this port does not vary: any other value in a config.json is an error that names it.
 FIXED: dict[str, Any] = {
     "act_fn": "silu",
@@ -33,12 +49,29 @@ FIXED: dict[str, Any] = {
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
     "upcast_attention": (False, True, None),  # softmax is float32 anyway; SDXL's file says null
+    "center_input_sample": _OFF,
+    "class_embed_type": _OFF,
+    "class_embeddings_concat": _OFF,
+    "cross_attention_norm": _OFF,
+    "dual_cross_attention": _OFF,
+    "encoder_hid_dim": _OFF,
+    "encoder_hid_dim_type": _OFF,
+    "mid_block_only_cross_attention": _OFF,
+    "num_class_embeds": _OFF,
+    "quantization_config": _OFF,
+    "resnet_skip_time_act": _OFF,
+    "reverse_transformer_layers_per_block": _OFF,
+    "time_embedding_act_fn": _OFF,
+    "time_embedding_dim": _OFF,
+    "timestep_post_act": _OFF,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """The values of a UNet's config.json that its shape depends on; names and defaults are the file format's."""
+
+    KNOWN: ClassVar = {*KINDS, *FIXED, "num_attention_heads"}
 
     in_channels: int = 4
     out_channels: int = 4
@@ -62,24 +95,18 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "UNetConfig":
         """Reads a config.json; raises UserError for a value that isn't supported."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "heads"]
-        if config.get("num_attention_heads") is not None:  # the peer refuses it too
+        if config.get("num_attention_heads") is not None:  # diffusers refuses it too
             raise UserError("num_attention_heads is set; the format gives the number of heads as attention_head_dim")
-        check(config, [*names, "attention_head_dim", "sample_size"], FIXED)
-        values = {name: config[name] for name in names if name in config}
-        added = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-        whole_numbers(values, ("in_channels", "out_channels", "cross_attention_dim", "norm_num_groups"))
-        whole_numbers_or_none(values, ("time_cond_proj_dim", *added))
-        numbers(values, ("norm_eps",), positive=True)
-        numbers(values, ("freq_shift",), positive=False)
+        check_fixed(config, FIXED)
+        values = read_values(config, KINDS)
+        values.pop("sample_size", None)
         values["freq_shift"] = float(values.get("freq_shift", cls.freq_shift))
-        booleans(values, ("use_linear_projection", "flip_sin_to_cos"))
         channels = values.get("block_out_channels", cls.block_out_channels)
         levels = len(channels) if isinstance(channels, (list, tuple)) else 1
-        values["block_out_channels"] = channels = whole_numbers_per_level(channels, levels, "block_out_channels")
-        values["heads"] = whole_numbers_per_level(config.get("attention_head_dim", 8), levels, "attention_head_dim")
+        values["block_out_channels"] = channels = per_level(channels, levels, "block_out_channels")
+        values["heads"] = per_level(values.pop("attention_head_dim", 8), levels, "attention_head_dim")
         for name, default in (("layers_per_block", 2), ("transformer_layers_per_block", 1)):
-            values[name] = whole_numbers_per_level(values.get(name, default), levels, name)
+            values[name] = per_level(values.get(name, default), levels, name)
         for name in ("down_block_types", "up_block_types"):
             values[name] = per_level(values.get(name, getattr(cls, name)), levels, name)
             for block in values[name]:
@@ -87,9 +114,20 @@ class UNetConfig:
         if values.get("addition_embed_type") not in (None, "text_time"):
             raise UserError(f"addition_embed_type is {values['addition_embed_type']!r}; supported: None, 'text_time'")
         if values.get("addition_embed_type"):
-            whole_numbers({name: values.get(name) for name in added}, added)
+            for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+                SIZE.check(name, values.get(name))
         groups = values.get("norm_num_groups", cls.norm_num_groups)
         for c, heads in zip(channels, values["heads"], strict=True):
             if c % heads or c % groups:
                 raise UserError(f"block_out_channels has {c}, no multiple of {heads} heads and of {groups} norm groups")
-        return cls(**values)
+        self = cls(**values)
+        check_size(self.least_tensors)
+        return self
+
+    @property
+    def least_tensors(self) -> int:
+        """A lower bound on the number of tensors: what the residual blocks and transformers of the way down have."""
+        attention = (
+            CROSS[block] * n for block, n in zip(self.down_block_types, self.transformer_layers_per_block, strict=True)
+        )
+        return sum(layers * (8 + 20 * n) for layers, n in zip(self.layers_per_block, attention, strict=True))

@@ -1,32 +1,51 @@
 """AutoencoderKL: pictures to latents and back."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lcm_jax import json_file
 from lcm_jax.errors import UserError, one_of
-from lcm_jax.models.config_json import booleans, check, numbers, per_level, whole_numbers, whole_numbers_per_level
+from lcm_jax.models.config_json import BLOCKS, SIZE, SIZES, check_fixed, check_size, per_level, read_values
 from lcm_jax.models.layers import ResnetBlock2D, conv, enlarge
 from lcm_jax.models.norms import GroupNorm
 from lcm_jax.models.policy import FP32, Policy
 
 EPS = 1e-6  # of every norm in this model
 
+KINDS: dict[str, json_file.Kind] = {
+    "in_channels": SIZE,
+    "out_channels": SIZE,
+    "down_block_types": BLOCKS,
+    "up_block_types": BLOCKS,
+    "block_out_channels": SIZES,
+    "layers_per_block": SIZE,
+    "latent_channels": SIZE,
+    "norm_num_groups": SIZE,
+    "scaling_factor": json_file.POSITIVE,
+    "shift_factor": json_file.or_none(json_file.NUMBER),
+    "use_quant_conv": json_file.BOOLEAN,
+    "use_post_quant_conv": json_file.BOOLEAN,
+    "mid_block_add_attention": json_file.BOOLEAN,
+}
 FIXED: dict[str, Any] = {
     "act_fn": "silu",
     "force_upcast": (True, False),  # which parts are float32 is the policy's matter
     "latents_mean": None,
     "latents_std": None,
+    "quantization_config": None,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """The values of an AutoencoderKL's config.json that matter here; names and defaults are the file format's."""
+
+    KNOWN: ClassVar = {*KINDS, *FIXED, "sample_size"}
 
     in_channels: int = 3
     out_channels: int = 3
@@ -45,17 +64,11 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "VAEConfig":
         """Reads a config.json; raises UserError for a value that isn't supported."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        check(config, [*names, "sample_size"], FIXED)
-        values = {name: config[name] for name in names if name in config}
-        whole_numbers(values, ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"))
-        numbers(values, ("scaling_factor",), positive=True)
-        if values.get("shift_factor") is not None:
-            numbers(values, ("shift_factor",), positive=False)
-        booleans(values, ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"))
+        check_fixed(config, FIXED)
+        values = read_values(config, KINDS)
         channels = values.get("block_out_channels", cls.block_out_channels)
         levels = len(channels) if isinstance(channels, (list, tuple)) else 1
-        values["block_out_channels"] = channels = whole_numbers_per_level(channels, levels, "block_out_channels")
+        values["block_out_channels"] = channels = per_level(channels, levels, "block_out_channels")
         groups = values.get("norm_num_groups", cls.norm_num_groups)
         for c in channels:
             if c % groups:
@@ -64,7 +77,14 @@ class VAEConfig:
             values[name] = per_level(values.get(name, (block,)), levels, name)
             for value in values[name]:
                 one_of(name, value, (block,))
-        return cls(**values)
+        self = cls(**values)
+        check_size(self.least_tensors)
+        return self
+
+    @property
+    def least_tensors(self) -> int:
+        """A lower bound on the number of tensors: what the residual blocks of the encoder and the decoder have."""
+        return 16 * len(self.block_out_channels) * self.layers_per_block
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Returns (h, w, C), the latents of a square picture of `image_size` pixels; raises UserError if none fits."""

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lcm_jax.diffusion.schedule import BETA_SCHEDULES, PREDICTION_TYPES, SCHEDULER_CLASSES, Schedule
+from lcm_jax.diffusion.schedule import BETA_SCHEDULES, PREDICTION_TYPES, Schedule
+from lcm_jax.diffusion.scheduler_config import KNOWN, SCHEDULER_CLASSES
 from lcm_jax.errors import UserError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -67,14 +68,36 @@ def test_where_ddim_ends(to_one, final):
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
         ({"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name is 'FlowMatch"),
-        ({"_class_name": "DDIMScheduler"}, "clip_sample is True"),  # by its default
-        ({"clip_sample": True}, "clip_sample is True"),
+        (
+            {"_class_name": "TCDScheduler"},
+            "_class_name is 'TCDScheduler'; supported, each with Scheduler behind: DDIM, ",
+        ),
+        ({"_class_name": ["diffusers", "DDIMScheduler"]}, r"_class_name is \['diffusers'"),
         ({"thresholding": True}, "thresholding is True"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas is True"),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type is 'continuous'"),
         ({"num_train_timesteps": 1}, "num_train_timesteps is 1"),
         ({"num_train_timesteps": 1000.0}, "num_train_timesteps is 1000.0"),
+        ({"num_train_timesteps": 10**11}, "num_train_timesteps is 100000000000"),
+        ({"num_train_timesteps": 10**7}, "num_train_timesteps is 10000000"),
+        ({"num_train_timesteps": None}, "num_train_timesteps is None"),
+        ({"num_train_timesteps": 10**5}, "beta_end 0.012 and num_train_timesteps 100000 give a schedule that does not"),
+        ({"beta_start": 1e-20}, "beta_start 1e-20, .* give a schedule that does not fall"),
+        ({"beta_start": "0.00085"}, "beta_start is '0.00085'; supported: a positive number"),
+        ({"beta_start": [0.1]}, r"beta_start is \[0.1\]; supported: a positive number"),
+        ({"beta_end": None}, "beta_end is None; supported: a positive number"),
+        ({"steps_offset": "1"}, "steps_offset is '1'; supported: a whole number"),
+        ({"set_alpha_to_one": "false"}, "set_alpha_to_one is 'false'; supported: true, false, or null"),
+        ({"beta_schedule": ["linear"]}, r"beta_schedule is \['linear'\]; supported: a text"),
+        ({"predict_epsilon": False}, "predict_epsilon is False"),
+        ({"original_inference_steps": None}, "original_inference_steps is None; supported: a positive whole number"),
+        ({"original_inference_steps": 0}, "original_inference_steps is 0; supported: a positive whole number"),
+        ({"original_inference_steps": "50"}, "original_inference_steps is '50'; supported: a positive whole number"),
+        ({"original_inference_steps": 2000}, "original_inference_steps is 2000, more than num_train_timesteps, 1000"),
+        ({"num_train_timesteps": 20}, "original_inference_steps is 50, more than num_train_timesteps, 20"),
+        ({"timestep_scaling": None}, "timestep_scaling is None; supported: a positive number"),
+        ({"timestep_scaling": 0}, "timestep_scaling is 0; supported: a positive number"),
         ({"beta_start": 0.0}, "beta_start is 0.0"),
         ({"beta_start": 0.02}, "beta_start is 0.02"),  # above beta_end
         ({"beta_end": 1.0}, "beta_end 1.0"),
@@ -85,6 +108,22 @@ def test_what_is_not_supported_is_named(config, named):
     with pytest.raises(UserError, match=named) as error:
         Schedule.from_config({"_class_name": "LCMScheduler", **config})
     assert "\n" not in str(error.value)
+    assert "_class_name" not in config or "did you mean" not in str(error.value)  # it would sample in another way
+
+
+@pytest.mark.parametrize("name", SCHEDULER_CLASSES)
+def test_all_keys_of_diffusers_are_known(name):
+    assert set(inspect.signature(getattr(diffusers, name)).parameters) <= KNOWN
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler"])
+@pytest.mark.parametrize(
+    "off", [{}, {"clip_sample": True}, {"thresholding": None, "rescale_betas_zero_snr": None}], ids=str
+)
+def test_clipping_is_no_part_of_a_schedule_and_null_is_off(name, off):
+    assert Schedule.from_config({"_class_name": name, **SD, **off}) == Schedule.from_config(
+        {"_class_name": name, **SD, "clip_sample": False}
+    )
 
 
 def test_a_config_without_a_class_is_refused():

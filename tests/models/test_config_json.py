@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import transformers
 
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, plain
 from lcm_jax.models import (
     MODEL_CLASSES,
     CLIPTextConfig,
@@ -17,8 +17,9 @@ from lcm_jax.models import (
     UNetConfig,
     VAEConfig,
 )
+from lcm_jax.models.config_json import warn_of_unknown
 
-NUMBER, OPTION = "; supported: a positive whole number", ", an option that is not supported"
+NUMBER, OPTION = "; supported: a positive whole number", "; supported: None, False"
 POSITIVE, BOOLEAN = "; supported: a positive number", "; supported: true, false"
 REFUSED = [  # class, key, value, what is said after "key is value"
     (UNetConfig, "act_fn", "gelu", "; supported: 'silu'"),
@@ -33,7 +34,11 @@ REFUSED = [  # class, key, value, what is said after "key is value"
     (UNetConfig, "num_class_embeds", 10, OPTION),
     (UNetConfig, "center_input_sample", True, OPTION),
     (UNetConfig, "reverse_transformer_layers_per_block", [[1]], OPTION),
-    (UNetConfig, "an_option_of_tomorrow", 3, OPTION),
+    (UNetConfig, "sample_size", [64, "64"], NUMBER),
+    (UNetConfig, "sample_size", 10**6, NUMBER),
+    (UNetConfig, "block_out_channels", [320] * 10**5, NUMBER),
+    (UNetConfig, "block_out_channels", 10**9, NUMBER),
+    (UNetConfig, "down_block_types", [["DownBlock2D"]] * 4, "; supported: a text"),
     (UNetConfig, "addition_embed_type", "text", "; supported: None, 'text_time'"),
     (UNetConfig, "norm_num_groups", None, NUMBER),
     (UNetConfig, "cross_attention_dim", [768, 768, 768, 768], NUMBER),
@@ -81,9 +86,12 @@ INCONSISTENT = [  # class, config, message
         "down_block_types has 1 values; block_out_channels has 4 levels",
     ),
     (UNetConfig, {"attention_head_dim": [8, 8]}, "attention_head_dim has 2 values; block_out_channels has 4 levels"),
-    (UNetConfig, {"transformer_layers_per_block": [1, [2], 1, 1]}, "transformer_layers_per_block is [2]" + NUMBER),
+    (UNetConfig, {"transformer_layers_per_block": [1, [2], 1, 1]}, "per_block is [1, [2], 1, 1]" + NUMBER),
     (UNetConfig, {"attention_head_dim": 7}, "block_out_channels has 320, no multiple of 7 heads and of 32 norm groups"),
     (UNetConfig, {"norm_num_groups": 48}, "block_out_channels has 320, no multiple of 8 heads and of 48 norm groups"),
+    (UNetConfig, {"layers_per_block": 10**6}, "it describes a network of more than 20000 tensors"),
+    (VAEConfig, {"layers_per_block": 10**6}, "it describes a network of more than 20000 tensors"),
+    (CLIPTextConfig, {"num_hidden_layers": 10**6}, "it describes a network of more than 20000 tensors"),
     (VAEConfig, {"down_block_types": ["AttnDownEncoderBlock2D"]}, "down_block_types is 'AttnDownEncoderBlock2D'; did"),
     (VAEConfig, {"up_block_types": ["UpDecoderBlock2D"] * 2}, "up_block_types has 2 values; block_out_channels has 1"),
     (VAEConfig, {"block_out_channels": [64, 80]}, "block_out_channels has 80, no multiple of 32 norm groups"),
@@ -93,7 +101,7 @@ INCONSISTENT = [  # class, config, message
 
 @pytest.mark.parametrize(
     ("config_class", "config", "message"),
-    [(c, {key: value}, f"{key} is {value!r}{rest}") for c, key, value, rest in REFUSED] + INCONSISTENT,
+    [(c, {key: value}, f"{key} is {plain(repr(value), 100)}{rest}") for c, key, value, rest in REFUSED] + INCONSISTENT,
     ids=lambda value: str(value)[:60],
 )
 def test_what_is_not_supported_is_named(config_class, config, message):
@@ -111,6 +119,17 @@ def test_an_empty_config_takes_the_peers_defaults(class_name):
         signature = inspect.signature(getattr(diffusers, class_name).__init__)
         defaults = {name: p.default for name, p in signature.parameters.items() if name != "self"}
     assert config_class.from_dict({}) == config_class.from_dict(defaults)
+
+
+@pytest.mark.parametrize("class_name", ["UNet2DConditionModel", "AutoencoderKL"])
+def test_all_keys_of_diffusers_are_known(class_name, recwarn):
+    parameters = set(inspect.signature(getattr(diffusers, class_name).__init__).parameters) - {"self"}
+    known = MODEL_CLASSES[class_name][0].KNOWN
+    assert parameters <= known
+    warn_of_unknown({**dict.fromkeys(parameters, 3), "_note": 3, "off": False, "none": None}, known, "x.json")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="^x.json has keys .* ignored: an_option_of_tomorrow, another$"):
+        warn_of_unknown({"an_option_of_tomorrow": 3, "another": [1]}, known, "x.json")
 
 
 def test_notes_and_options_that_are_off_are_read_over():

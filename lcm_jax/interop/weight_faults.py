@@ -1,0 +1,80 @@
+"""What can be wrong with the weights in a file: it is no safetensors file, or they are no finite numbers."""
+
+import concurrent.futures
+import pathlib
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.errors import UserError, few
+
+_CHUNK = 2**22  # numbers that are looked at in one piece, so that little memory is needed beside the tensor
+_START = 512  # bytes of a file that are looked at to say what it is
+# first bytes → what such a file is, for files that are found where weights should be
+_OTHERS = (
+    (b"version https://git-lfs", "a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`"),
+    (b"PK\x03\x04", "a pickle or another zip file, not safetensors"),
+    (b"\x80", "a pickle, not safetensors"),
+    (b"GGUF", "a GGUF file, not safetensors"),
+    (b"\x89HDF", "an HDF5 file, not safetensors"),
+    (b"\x1f\x8b", "a gzip file, not safetensors; unpack it"),
+)
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], file_of: Mapping[str, str]) -> None:
+    """Checks that weights are finite numbers of a floating-point type: 16 and 8 bits, 32 or 64.
+
+    Args: key → array; key → the file that holds it.
+    Raises: UserError names the file, the first keys and what they hold, and how many others there are.
+    """
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # numpy's loops run beside each other
+        faults = {key: fault for key, fault in zip(tensors, pool.map(_fault, tensors.values()), strict=True) if fault}
+    if faults:
+        file = file_of[next(iter(faults))]
+        raise UserError(f"{file}: not finite floating-point numbers: {few(f'{k} ({v})' for k, v in faults.items())}")
+
+
+def _fault(array: np.ndarray) -> str:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return str(array.dtype)
+    flat = array.reshape(-1)
+    wrong = sum(_not_finite(flat[start : start + _CHUNK]) for start in range(0, flat.size, _CHUNK))
+    return f"NaN or infinity in {wrong} of {flat.size}" if wrong else ""
+
+
+def _not_finite(flat: np.ndarray) -> int:
+    if flat.dtype in (np.float16, jnp.bfloat16):  # by the bits of the exponent: ten times faster than numpy's isfinite
+        exponent = np.asarray(np.inf, flat.dtype).view(np.uint16)
+        return int(np.count_nonzero((flat.view(np.uint16) & exponent) == exponent))
+    if flat.dtype == np.float64:  # computed with in float32, in which larger numbers are infinite
+        with np.errstate(over="ignore"):
+            flat = flat.astype(np.float32)
+    return flat.size - int(np.count_nonzero(np.isfinite(flat)))
+
+
+def unreadable(path: pathlib.Path, error: Exception) -> str:
+    """Returns what is wrong with a file that safetensors can't read: what it is, or where it ends too early."""
+    try:
+        with path.open("rb") as file:
+            start, size = file.read(_START), path.stat().st_size
+    except OSError as reason:
+        return f"can't be read: {reason.strerror or reason}"
+    if not size:
+        return "is empty"
+    for magic, what in _OTHERS:
+        if start.startswith(magic):
+            return f"is {what}"
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is a web page, not the file itself; download it again"
+    if text.startswith(b"{"):
+        return "is JSON, not safetensors"
+    header = int.from_bytes(start[:8], "little")
+    if size < 8:
+        return f"can't be read as safetensors: it is cut short, {size} bytes"
+    if start[8:9] not in (b"{", b""):
+        return "can't be read as safetensors: it has no header of such a file"
+    if 8 + header > size:
+        return f"can't be read as safetensors: it is cut short, {size} bytes of at least {8 + header}"
+    return f"can't be read as safetensors, it may be cut short: {error}"
