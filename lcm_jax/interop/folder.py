@@ -15,23 +15,17 @@ from typing import Any
 import numpy as np
 
 from lcm_jax import json_file
+from lcm_jax.diffusion import scheduler_config
 from lcm_jax.diffusion.schedule import Schedule
-from lcm_jax.errors import UserError, nearest
-from lcm_jax.interop import hub, names, weights
+from lcm_jax.errors import UserError
+from lcm_jax.interop import hub, model_index, names, places, weights
+from lcm_jax.interop.fit import check_fit
+from lcm_jax.interop.model_index import NETWORK_CLASSES
+from lcm_jax.interop.weight_faults import check_finite
 from lcm_jax.models import FP32, MODEL_CLASSES, Network, Policy
+from lcm_jax.models.config_json import warn_of_unknown
 
 Flat = dict[str, np.ndarray]
-
-PIPELINE_CLASSES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
-TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
-# These are neither run nor changed: their files are copied.
-COPIED_CLASSES = (
-    "StableDiffusionSafetyChecker",
-    "CLIPImageProcessor",
-    "CLIPFeatureExtractor",
-    "CLIPVisionModelWithProjection",
-)
-_REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +34,7 @@ class Source:
 
     Attributes:
       keys: our path → key in the file.
-      buffers: tensors of the file that are no parameters, by key.
+      buffers: tensors of the file that are no parameters, by key; they are written back as they were.
       arrangement: the files, and which holds which key.
     """
 
@@ -131,50 +125,73 @@ def read_folder(path_or_hub_id: str | os.PathLike[str], *, only: Collection[str]
       only: names of the networks whose weights are read; all by default.
 
     Raises:
-      UserError: no such folder, a missing or broken file, an unsupported class or configuration, weights in pickle
-        files, tensors missing, unexpected or of another shape than config.json says.
+      UserError: no such folder, a missing or broken file, a link that leaves the folder, an unsupported class or
+        configuration, parts that don't fit each other, weights in pickle files, weights that are not finite, tensors
+        missing, unexpected or of another shape than config.json says.
     """
     path = hub.local_folder(path_or_hub_id)
-    model_index = json_file.read(path / "model_index.json", {"_class_name": json_file.TEXT})
-    classes = _check_classes(path, model_index)
-    scheduler = json_file.read(path / "scheduler" / "scheduler_config.json")
+    index, classes = model_index.read(path)
+    for name in classes:
+        if name not in model_index.COPIED:
+            places.part_files(path, name)
+    scheduler = _read_scheduler(path, index["_class_name"])
+    _check_tokenizer(path / "tokenizer")
+    configs = {name: _read_config(path / name, library_class) for name, library_class in NETWORK_CLASSES.items()}
+    check_fit(path, **{name: read for name, (_, read) in configs.items()})
     components = {
-        name: _read_component(path / name, name, library_class)
-        for name, library_class in classes.items()
-        if library_class in MODEL_CLASSES and (only is None or name in only)
+        name: _read_component(path / name, name, config, read.least_tensors)
+        for name, (config, read) in configs.items()
+        if only is None or name in only
     }
-    folder = Folder(path, model_index, scheduler, components)
+    folder = Folder(path, index, scheduler, components)
     _ = folder.schedule  # raises here, not in the middle of a run
     return folder
 
 
-def _check_classes(path: pathlib.Path, model_index: dict[str, Any]) -> dict[str, str]:
-    """Returns component → class; raises UserError for one that this program doesn't know, or that is missing."""
-    where = path / "model_index.json"
-    pipeline_class = str(model_index.get("_class_name"))
-    if pipeline_class not in PIPELINE_CLASSES:
-        raise UserError(f"{where}: _class_name is {pipeline_class}; supported: {', '.join(PIPELINE_CLASSES)}")
-    classes: dict[str, str] = {}
-    for name, value in model_index.items():
-        if not (isinstance(value, list) and len(value) == 2) or value[1] is None:
-            continue
-        known = (*MODEL_CLASSES, *TOKENIZER_CLASSES, *COPIED_CLASSES)
-        if name != "scheduler" and value[1] not in known:  # schedulers are checked with their configuration
-            raise UserError(f"{where}: the class of {name} is {value[1]}; supported: {', '.join(known)}")
-        classes[name] = value[1]
-    for name in _REQUIRED:
-        if name not in classes:
-            raise UserError(f"{where} names no {name}{nearest(name, classes)}")
-    return classes
+def _read_scheduler(path: pathlib.Path, pipeline_class: str) -> dict[str, Any]:
+    where = path / "scheduler" / "scheduler_config.json"
+    scheduler = json_file.read(where, largest=json_file.CONFIG)
+    warn_of_unknown(scheduler, scheduler_config.KNOWN, str(where))
+    if pipeline_class == "LatentConsistencyModelPipeline" and scheduler.get("clip_sample"):
+        raise UserError(f"{where}: clip_sample is on, and {pipeline_class} would clip latents; supported: false")
+    return scheduler
 
 
-def _read_component(directory: pathlib.Path, name: str, library_class: str) -> Component:
-    config = json_file.read(directory / "config.json")
-    network = make_network(library_class, config, where=str(directory))
+def _check_tokenizer(directory: pathlib.Path) -> None:
+    where = directory / "tokenizer_config.json"
+    if where.exists():  # an old folder may hold the vocabulary only
+        whole = json_file.Kind("a positive whole number", lambda value: json_file.INTEGER.test(value) and value > 0)
+        json_file.read(where, {"model_max_length": json_file.or_none(whole)})  # 10^30 is "no limit"
+
+
+def _read_config(directory: pathlib.Path, library_class: str) -> tuple[dict[str, Any], Any]:
+    """Returns config.json as it is, and as it is read for the class; warns of keys that nobody knows."""
+    where = directory / "config.json"
+    config = json_file.read(where, largest=json_file.CONFIG)
+    config_class, _ = MODEL_CLASSES[library_class]
+    try:
+        read = config_class.from_dict(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if config_class.KNOWN is not None:
+        warn_of_unknown(config, config_class.KNOWN, str(where))
+    return config, read
+
+
+def _read_component(directory: pathlib.Path, name: str, config: dict[str, Any], least_tensors: int) -> Component:
+    library_class = NETWORK_CLASSES[name]
     tensors, arrangement = weights.read_weights(directory)
-    wanted = {path: tuple(leaf.shape) for path, leaf in network.shapes.items()}
     where = f"{directory}/{arrangement.index or next(iter(arrangement.metadata))}"
+    if len(tensors) < least_tensors:  # before the network is made, which takes long for a large one
+        raise UserError(
+            f"{where}: its {len(tensors)} tensors don't fit the config.json beside it, which describes at least "
+            f"{least_tensors}"
+        )
+    network = make_network(library_class, config, where=str(directory))
+    wanted = {path: tuple(leaf.shape) for path, leaf in network.shapes.items()}
     found = names.match(library_class, {key: array.shape for key, array in tensors.items()}, wanted, where)
+    files = {key: f"{directory}/{file}" for key, file in arrangement.shard_of.items()}
+    check_finite({key: tensors[key] for key in found.keys.values()}, files)
     params: Flat = {}
     written: dict[str, str] = {}  # old → new spelling, where the two differ
     for path, key in found.keys.items():

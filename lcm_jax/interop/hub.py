@@ -8,9 +8,10 @@ from lcm_jax import unfinished
 from lcm_jax.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# No pickles, no single-file checkpoints of the whole model at the top, and one precision only.
+# No pickles, no single-file checkpoints of the whole model at the top, and the variant without a name only.
 _ALLOW = ["*.json", "*.txt", "*.md", "LICENSE*", "*/*.safetensors"]
-_IGNORE = ["*.fp16.*", "*.fp16-*", "*non_ema*"]
+_IGNORE = [pattern for name in ("fp32", "fp16", "bf16") for pattern in (f"*.{name}.*", f"*.{name}-*")] + ["*non_ema*"]
+_NETWORKS = ("unet", "vae", "text_encoder")
 
 
 def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
@@ -34,7 +35,8 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
 
     try:
         folder = pathlib.Path(snapshot_download(name, allow_patterns=_ALLOW, ignore_patterns=_IGNORE))
-        if not any((folder / "unet").glob("*.safetensors")):  # a model that comes in half precision only
+        # a model that comes as a named variant only, such as half precision
+        if not all(any((folder / name).glob("*.safetensors")) for name in _NETWORKS):
             folder = pathlib.Path(snapshot_download(name, allow_patterns=_ALLOW))
         return folder
     except Exception as error:  # the hub's own errors, and those of an HTTP library that differs between its versions

@@ -21,7 +21,9 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _OLD_ATTENTION_KEY = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 _ATTENTION_WEIGHT = re.compile(r".*attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight")
 _CLIP_PREFIX = "text_model."
-_POSITION_IDS = "embeddings.position_ids"
+# What a CLIP file may hold beside the parameters of CLIPTextModel: a buffer of older versions, and the other parts of a
+# CLIPModel. transformers reads over them.
+_CLIP_OTHERS = re.compile(r".*embeddings\.position_ids|logit_scale|(text|visual)_projection\.weight|vision_model\..+")
 
 
 def file_key(path: str) -> str:
@@ -58,7 +60,7 @@ class Match:
 
     Attributes:
       keys: our path → key in the file, for each parameter of the network, once.
-      buffers: keys in the file that hold no parameter but belong there (CLIP's `position_ids`).
+      buffers: keys in the file that hold no parameter but may be there (CLIP's `position_ids`, its vision tower).
     """
 
     keys: dict[str, str]
@@ -84,9 +86,8 @@ def match(library_class: str, found: Mapping[str, Shape], wanted: Mapping[str, S
     for key, shape in found.items():
         current = current_key(library_class, key, expected)
         if current not in expected:
-            (buffers if library_class.startswith("CLIPText") and key.endswith(_POSITION_IDS) else unexpected).append(
-                key
-            )
+            other = library_class.startswith("CLIPText") and _CLIP_OTHERS.fullmatch(key)
+            (buffers if other else unexpected).append(key)
             continue
         path = expected[current]
         if path in keys:
