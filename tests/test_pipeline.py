@@ -13,6 +13,7 @@ from fixtures_folders import latents
 from safetensors.numpy import load_file, save_file
 
 import lcm_jax
+from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError
 from lcm_jax.generate import generate
 from lcm_jax.interop.verify import injected_noise
@@ -45,16 +46,21 @@ def assert_close(ours, theirs, tolerance=1e-4):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")  # of its DPM-Solver
+@pytest.mark.filterwarnings("ignore:(?s).*has not set the configuration `clip_sample`:FutureWarning")
 @pytest.mark.parametrize(
     ("sampler", "scheduler", "negative"),
     [("ddim", diffusers.DDIMScheduler, None), ("dpmpp", diffusers.DPMSolverMultistepScheduler, "a blue zero")],
 )
 def test_diffusion_model_against_diffusers(teacher, teacher_pipeline, sampler, scheduler, negative):
     z_T = latents(1, *SHAPE)
-    options = {"clip_sample": False} if sampler == "ddim" else {}
-    teacher_pipeline.scheduler = scheduler.from_config(
-        teacher_pipeline.scheduler.config, timestep_spacing="trailing", **options
-    )
+    # diffusers' pipeline turns clip_sample off, which is on in DDIMScheduler, and so is it read here
+    options = {"clip_sample": True} if sampler == "ddim" else {}
+    clipping = scheduler.from_config(teacher_pipeline.scheduler.config, timestep_spacing="trailing", **options)
+    config = {**clipping.config, "set_alpha_to_one": False, "_class_name": scheduler.__name__}
+    assert Schedule.from_config(config) == teacher.schedule
+    parts = {**teacher_pipeline.components, "scheduler": clipping}
+    teacher_pipeline = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    teacher_pipeline.set_progress_bar_config(disable=True)
     arguments = {
         "prompt": PROMPTS,
         "num_inference_steps": 5,
