@@ -44,7 +44,7 @@ def _fault(array: np.ndarray) -> str:
 
 
 def _not_finite(flat: np.ndarray) -> int:
-    if flat.dtype in (np.float16, jnp.bfloat16):  # by the bits of the exponent: ten times faster than numpy's isfinite
+    if flat.dtype in (np.float16, jnp.bfloat16):  # by the bits of the exponent: several times faster than isfinite
         exponent = np.asarray(np.inf, flat.dtype).view(np.uint16)
         return int(np.count_nonzero((flat.view(np.uint16) & exponent) == exponent))
     if flat.dtype == np.float64:  # computed with in float32, in which larger numbers are infinite
