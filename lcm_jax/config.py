@@ -7,6 +7,7 @@ the result into a `Config`; nothing below this file sees a ConfigDict. A run sto
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import sys
@@ -140,6 +141,8 @@ class LogConfig:
     def __post_init__(self) -> None:
         _positive(self, "every", "sample_steps")
         _not_negative(self, "samples_every")
+        if not math.isfinite(self.guidance_scale):
+            raise UserError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +173,8 @@ class Config:
     def __post_init__(self) -> None:
         one_of("objective", self.objective, OBJECTIVES)
         _positive(self, "steps", "batch_size", "accumulate", "max_skipped")
-        _not_negative(self, "seed")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must be in 0 … {2**32 - 1}")
         if self.data.latents and self.objective == "autoencoder":
             raise UserError("data.latents is true, but an autoencoder is trained on pictures")
         if self.lora.rank and self.objective == "autoencoder":

@@ -162,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
         rows = student_rows(student, classifier, prompts, args.steps, args.guidance_scale)
         for row in rows:
             name = f"student, {row.steps} step{'s' * (row.steps != 1)}"
-            drawn[name], _ = draw_all(student, on_sheet, row.steps or 1, row.guidance_scale or 1.0, fill=True)
+            drawn[name], _ = draw_all(student, on_sheet, row.steps or 1, row.guidance_scale, fill=True)
         if in_diffusers:
             rows.append(diffusers_row(in_diffusers, student, classifier, prompts, rows[-1]))
     if args.teacher:
@@ -174,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
     for row in shipped:
         if row.name == teacher_rows.SAMPLERS["ddim"] and row.steps in (4, 50):
             name = f"teacher, {row.steps} steps"
-            pictures[name], _ = draw_all(teacher, on_sheet, row.steps, row.guidance_scale or 1.0, "ddim")
+            pictures[name], _ = draw_all(teacher, on_sheet, row.steps, row.guidance_scale, "ddim")
     drawn = {**pictures, **drawn}
     rows = [*ceilings(teacher, classifier, prompts), *shipped, *rows]
 

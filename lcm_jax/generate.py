@@ -89,6 +89,16 @@ def generate(
     return networks["vae"].apply(params["vae"], z_0, method="to_images") if sampler.decode else z_0
 
 
+def seed_key(seed: int) -> jax.Array:
+    """Returns the random key of a seed in 0 … 2^64 - 1; no two seeds have the same.
+
+    `jax.random.key` drops the upper half of a seed unless 64-bit numbers are enabled; seeds below 2^32 have the same
+    key either way.
+    """
+    with jax.enable_x64(True):
+        return jax.random.key(np.uint64(seed))
+
+
 def to_unit(images: np.ndarray) -> np.ndarray:
     """Returns pictures from [-1, 1] in [0, 1], clipped."""
     return np.clip(images * 0.5 + 0.5, 0.0, 1.0)

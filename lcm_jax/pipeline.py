@@ -14,6 +14,7 @@ the default beside one that this project trained; other files don't say what the
 import functools
 import os
 import pathlib
+import secrets
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,9 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from lcm_jax import arguments
 from lcm_jax.diffusion import sampling
-from lcm_jax.errors import UserError, one_of
-from lcm_jax.generate import Sampler, generate, to_unit
+from lcm_jax.diffusion.guidance import is_guided
+from lcm_jax.errors import UserError, one_of, plain
+from lcm_jax.generate import Sampler, generate, seed_key, to_unit
 from lcm_jax.interop.folder import Component, Folder, read_folder
 from lcm_jax.interop.folder_writing import write_folder
 from lcm_jax.interop.lora_merge import Loras, check, lcm_recipe, merged_kernels, with_kernels
@@ -75,56 +78,63 @@ class Pipeline:
         prompts: str | Sequence[str],
         steps: int | None = None,
         guidance_scale: float | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         *,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        timesteps: Sequence[int] | None = None,
+        timesteps: int | Sequence[int] | None = None,
         latents: Float[np.ndarray, "b h w c"] | None = None,
         noise: Float[np.ndarray, "n b h w c"] | None = None,
         output: str = "uint8",
         sampler: str | None = None,
     ) -> np.ndarray:
-        """Draws one picture for each prompt.
+        """Samples one image per prompt.
 
-        One program is compiled for each (number of prompts, steps, size), and kept.
+        One program is compiled for each (number of prompts, steps, size), and kept. Numbers may be of any library's
+        types, or text ("4").
 
         Args:
-          prompts: too long ones are cut with a warning.
+          prompts: a text, or several; too long ones are cut with a warning. The word of a multi-vector textual
+            inversion stands for all its vectors, as in diffusers.
           steps: network steps; 4 for a consistency model, else 50.
           guidance_scale: w + 1. By default the middle of the range that a consistency model was trained for (8.5 where
             that is unknown; 1, which is none, for one without w-embedding, as an LCM-LoRA makes it), 7.5 for a
             diffusion model. Outside the trained range: a warning. Without w-embedding each step calls the UNet with
-            and without the prompt, at 1 with the prompt only.
-          seed: picture i depends on seed, i and, between the steps of a consistency model, the number of prompts.
-          negative_prompt: what guidance leads away from. A consistency model with a w-embedding takes none.
+            and without the prompt; up to 1 (0 and negative values too, as in diffusers) there is no guidance, and the
+            UNet is called with the prompt only.
+          seed: in 0 … 2^64 - 1; image i depends on seed, i and, between the steps of a consistency model, the number of
+            prompts. None: another seed in each call.
+          negative_prompt: what guidance leads away from: one text for all prompts, or a list with one per prompt. A
+            consistency model with a w-embedding takes none, and without guidance it would have no effect.
           height, width: in pixels; the size that the UNet was trained for by default.
-          timesteps: in place of `steps`, a falling list of training timesteps.
-          latents: the first noise, NHWC, in place of one drawn from the seed.
+          timesteps: instead of `steps`, a falling list of training timesteps, or a single one.
+          latents: the first noise, NHWC, instead of noise from the seed.
           noise: (n-1, …) what a consistency model adds between its n steps, likewise.
           output: "uint8" (B, H, W, 3), "float" (the same in [0, 1]) or "latents" (B, h, w, C), scaled.
           sampler: "ddim" (default) or "dpmpp" for a diffusion model, "lcm" with an LCM-LoRA (default, if it says so).
 
         Raises:
-          UserError: a value out of range, or one that this kind of model doesn't take.
+          UserError: a value of another type or out of range, or one that this kind of model doesn't take; a word that
+            the text encoder has no row for.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = arguments.texts("prompts", prompts)
         if not prompts:
             raise UserError("prompts is empty; give at least one prompt")
         one_of("output", output, OUTPUTS)
         kind = self._kind(sampler)
         grid = self._timesteps(kind, steps, timesteps)
         scale = self._guidance(kind, guidance_scale)
-        guided = not self.has_w_embedding and scale != 1.0
-        if negative_prompt and self.has_w_embedding:
+        guided = is_guided(scale, self.unet.network.config.time_cond_proj_dim)
+        negatives = _negatives(negative_prompt, len(prompts))
+        if any(negatives) and self.has_w_embedding:
             raise UserError(
                 "a consistency model with a w-embedding takes no negative_prompt: it has learnt guidance away from the "
                 "empty prompt; leave it out"
             )
-        if negative_prompt and not guided:
+        if any(negatives) and not guided:
             raise UserError(f"negative_prompt has no effect at guidance_scale {scale:g}; choose one above 1")
-        for prompt in [*prompts, negative_prompt or ""]:
+        for prompt in dict.fromkeys([*prompts, *negatives]):
             if cut := self.tokenizer.cut(prompt):
                 warnings.warn(
                     f"the prompt {_short(prompt)!r} is longer than {self.tokenizer.max_length} tokens; "
@@ -134,21 +144,23 @@ class Pipeline:
                 )
 
         shape = self.latent_shape(len(prompts), height, width)
-        latent_key, noise_key = jax.random.split(jax.random.key(seed))
+        latent_key, noise_key = jax.random.split(
+            seed_key(secrets.randbits(64) if seed is None else arguments.seed(seed))
+        )
         if latents is None:
             keys = jax.vmap(functools.partial(jax.random.fold_in, latent_key))(jnp.arange(shape[0]))
             z_T = jax.vmap(functools.partial(jax.random.normal, shape=shape[1:]))(keys)
         else:
-            z_T = _injected("latents", latents, shape)
+            z_T = arguments.array("latents", latents, shape)
         if noise is not None and kind != "lcm":
             raise UserError(f"noise has no effect with the sampler {kind}, which adds none; leave it out")
-        between = noise_key if noise is None else _injected("noise", noise, (len(grid) - 1, *shape))
+        between = noise_key if noise is None else arguments.array("noise", noise, (len(grid) - 1, *shape))
 
         program = self._program(kind, guided, output != "latents")
         result = program(
             {"unet": self.unet.params, "vae": self.vae.params, "text_encoder": self.text_encoder.params},
             self.tokenizer(prompts),
-            self.tokenizer([negative_prompt or ""] * len(prompts)),
+            self.tokenizer(negatives),
             jnp.full(len(prompts), scale - 1.0, jnp.float32),
             grid,
             z_T,
@@ -185,8 +197,8 @@ class Pipeline:
         sample = self.folder.components["unet"].config.get("sample_size") or 64
         default = (sample, sample) if isinstance(sample, int) else tuple(sample)
         sizes = []
-        for name, pixels, latent in (("height", height, default[0]), ("width", width, default[1])):
-            pixels = latent * factor if pixels is None else pixels
+        for name, given, latent in (("height", height, default[0]), ("width", width, default[1])):
+            pixels = latent * factor if given is None else arguments.whole(name, given)
             if pixels < factor or pixels % factor:
                 raise UserError(f"{name} is {pixels}; it must be a positive multiple of {factor}")
             sizes.append(pixels // factor)
@@ -226,14 +238,17 @@ class Pipeline:
         trained for. Raises UserError where there are fewer of them.
         """
         original, _ = self._lcm_grid
-        return sampling.lcm_timesteps(steps, original, self.schedule.num_train_timesteps)
+        return sampling.lcm_timesteps(arguments.whole("steps", steps), original, self.schedule.num_train_timesteps)
 
     def _kind(self, sampler: str | None) -> str:
         if self.is_lcm:
-            if sampler not in (None, "lcm"):
-                raise UserError(f"sampler is {sampler!r}, but the folder holds a consistency model; leave it out")
+            if sampler is not None and str(sampler) != "lcm":
+                raise UserError(
+                    f"sampler is {plain(repr(sampler), 60)}, but the folder holds a consistency model; leave it out"
+                )
             return "lcm"
-        sampler = sampler or ("lcm" if self.lora_recipe else SAMPLERS[0])
+        if sampler is None:
+            return "lcm" if self.lora_recipe else SAMPLERS[0]
         one_of("sampler", sampler, SAMPLERS)
         return sampler
 
@@ -245,19 +260,20 @@ class Pipeline:
             return scheduler.get("original_inference_steps", 50), float(scheduler.get("timestep_scaling", 10.0))
         return recipe.original_inference_steps, recipe.timestep_scaling
 
-    def _timesteps(self, kind: str, steps: int | None, timesteps: Sequence[int] | None) -> np.ndarray:
+    def _timesteps(self, kind: str, steps: int | None, timesteps: int | Sequence[int] | None) -> np.ndarray:
         total = self.schedule.num_train_timesteps
         if timesteps is not None:
             if steps is not None:
                 raise UserError("give steps or timesteps, not both")
-            return sampling.check_timesteps(timesteps, total)
+            return sampling.check_timesteps(arguments.wholes("timesteps", timesteps), total)
         if kind == "lcm":
             return self.lcm_timesteps(LCM_STEPS if steps is None else steps)
-        return sampling.trailing_timesteps(TEACHER_STEPS if steps is None else steps, total)
+        return sampling.trailing_timesteps(TEACHER_STEPS if steps is None else arguments.whole("steps", steps), total)
 
     def _guidance(self, kind: str, guidance_scale: float | None) -> float:
         if guidance_scale is None:
             return self._default_guidance(kind)
+        guidance_scale = arguments.number("guidance_scale", guidance_scale)
         if self.has_w_embedding and self.recipe:
             low, high = self.recipe.guidance_min, self.recipe.guidance_max
             if not low <= guidance_scale <= high:
@@ -267,7 +283,7 @@ class Pipeline:
                     UserWarning,
                     stacklevel=3,
                 )
-        return float(guidance_scale)
+        return guidance_scale
 
     def _program(self, kind: str, guided: bool, decode: bool) -> Callable[..., jax.Array]:
         _, timestep_scaling = self._lcm_grid
@@ -322,11 +338,18 @@ def _put(array: np.ndarray, policy: Policy) -> jax.Array:
     return jnp.asarray(array, policy.compute if smaller else array.dtype)
 
 
-def _injected(name: str, array: Any, shape: tuple[int, ...]) -> jax.Array:
-    array = jnp.asarray(array, jnp.float32)
-    if array.shape != shape:
-        raise UserError(f"{name} has the shape {array.shape}; these prompts, steps and sizes need {shape} (NHWC)")
-    return array
+def _negatives(given: Any, count: int) -> list[str]:
+    """Returns what each of `count` prompts is led away from: a single text serves all, and none is the empty text."""
+    if given is None:
+        return [""] * count
+    negatives = arguments.texts("negative_prompt", given)
+    if isinstance(given, (str, bytes)):
+        return negatives * count
+    if len(negatives) != count:
+        raise UserError(
+            f"negative_prompt has {len(negatives)} texts for {count} prompts; give one per prompt, or a single text"
+        )
+    return negatives
 
 
 def _short(prompt: str) -> str:

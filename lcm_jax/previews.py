@@ -9,6 +9,7 @@ import numpy as np
 from lcm_jax import lora
 from lcm_jax.config import Config
 from lcm_jax.data.pipeline import batches
+from lcm_jax.diffusion.guidance import is_guided
 from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
 from lcm_jax.generate import Sampler, generate
 from lcm_jax.state import Parts
@@ -41,7 +42,7 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
         networks=parts.networks,
         schedule=parts.schedule,
         kind="lcm" if config.objective == "lcd" else "ddim",
-        guided=config.objective == "denoising" or (not config.lcd.w_embedding_dim and config.log.guidance_scale != 1),
+        guided=is_guided(config.log.guidance_scale, parts.networks["unet"].config.time_cond_proj_dim),
         timestep_scaling=config.lcd.timestep_scaling,
     )
     total = parts.schedule.num_train_timesteps

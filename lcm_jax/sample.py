@@ -11,7 +11,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from lcm_jax import cli, compile_cache
+from lcm_jax import arguments, cli, compile_cache
 from lcm_jax.errors import UserError
 from lcm_jax.grids import grid, write_png
 from lcm_jax.pipeline import SAMPLERS, load_pipeline
@@ -28,9 +28,9 @@ def main(argv: Sequence[str]) -> int:
         "--guidance_scale",
         type=float,
         help="default: the middle of the range that a consistency model was trained for, 7.5 for a diffusion model, "
-        "1 (none) with --sampler=lcm",
+        "1 with --sampler=lcm; without w-embedding, up to 1 is no guidance",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="in 0 … 2^64 - 1 (default: 0)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("sample.png"), help="default: sample.png")
     parser.add_argument("--scale", type=int, default=1, help="enlarge small pictures so many times (default: 1)")
     parser.add_argument("--label", action="store_true", help="write each prompt under its picture")
@@ -47,10 +47,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--out={args.out} should end in .png")
     if args.scale < 1:
         raise UserError(f"--scale={args.scale} must be at least 1")
+    prompts = [arguments.text("--prompt", prompt) for prompt in args.prompt]
     compile_cache.enable()
     pipe = load_pipeline(args.model, loras=cli.loras(args.lora), dtype=args.dtype)
     pictures = pipe(
-        args.prompt,
+        prompts,
         steps=args.steps,
         guidance_scale=args.guidance_scale,
         seed=args.seed,
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         timesteps=args.timesteps,
         sampler=args.sampler,
     )
-    columns, labels = math.ceil(math.sqrt(len(pictures))), args.prompt if args.label else None
+    columns, labels = math.ceil(math.sqrt(len(pictures))), prompts if args.label else None
     write_png(args.out, grid(pictures, columns=columns, scale=args.scale, labels=labels))
     what = "picture is" if len(pictures) == 1 else f"{len(pictures)} pictures are"
     print(f"The {what} in {args.out}")

@@ -195,6 +195,24 @@ def test_a_preview_follows_its_options(folder):
     assert preview(folder, {**base, "log.prompts": ("a red seven", "a blue two")}).shape[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "guided"),
+    [
+        ({"lcd.w_embedding_dim": 0, "log.guidance_scale": 1.5}, True),
+        ({"lcd.w_embedding_dim": 0, "log.guidance_scale": 0.5}, False),
+        ({"lcd.w_embedding_dim": 256, "log.guidance_scale": 1.5}, False),
+        ({"objective": "denoising", "log.guidance_scale": 1.5}, True),
+        ({"objective": "denoising", "log.guidance_scale": 0.0}, False),
+    ],
+)
+def test_a_preview_is_guided_as_a_pipeline_is(folder, changes, guided, monkeypatch):
+    made = []
+    monkeypatch.setattr("lcm_jax.previews.Sampler", lambda **options: made.append(options))
+    config = configure(folder, changes)
+    make_preview(config, make_parts(config, folder, load_tokenizer(folder)), load_tokenizer(folder))
+    assert [options["guided"] for options in made] == [guided]
+
+
 def leavings(folder, workdir, digits_data_dir, changes):
     """The names in the workdir after a run of a few steps, and the steps in its TensorBoard file."""
     config = configure(

@@ -1,5 +1,6 @@
 """Whole pipelines against diffusers, from prompts to pixels; and what a user may get wrong."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import lcm_jax
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError
-from lcm_jax.generate import generate
+from lcm_jax.generate import generate, seed_key
 from lcm_jax.interop.verify import injected_noise
 
 PROMPTS = ["a red seven", "red red words"]
@@ -49,7 +50,10 @@ def assert_close(ours, theirs, tolerance=1e-4):
 @pytest.mark.filterwarnings("ignore:(?s).*has not set the configuration `clip_sample`:FutureWarning")
 @pytest.mark.parametrize(
     ("sampler", "scheduler", "negative"),
-    [("ddim", diffusers.DDIMScheduler, None), ("dpmpp", diffusers.DPMSolverMultistepScheduler, "a blue zero")],
+    [
+        ("ddim", diffusers.DDIMScheduler, None),
+        ("dpmpp", diffusers.DPMSolverMultistepScheduler, ["a blue zero", "words"]),
+    ],
 )
 def test_diffusion_model_against_diffusers(teacher, teacher_pipeline, sampler, scheduler, negative):
     z_T = latents(1, *SHAPE)
@@ -65,7 +69,7 @@ def test_diffusion_model_against_diffusers(teacher, teacher_pipeline, sampler, s
         "prompt": PROMPTS,
         "num_inference_steps": 5,
         "guidance_scale": 3.0,
-        "negative_prompt": negative and [negative] * 2,
+        "negative_prompt": negative,
     }
     theirs = teacher_pipeline(**arguments, latents=nchw(z_T), output_type="np").images
     ours = {"steps": 5, "guidance_scale": 3.0, "negative_prompt": negative, "latents": z_T, "sampler": sampler}
@@ -128,7 +132,7 @@ def test_consistency_model_without_w_embedding_takes_real_guidance(teacher_folde
     peer.save_pretrained(tmp_path / "model")
     pipe = lcm_jax.load_pipeline(tmp_path / "model")
     z_T, noise = latents(1, *SHAPE), latents(2, 1, *SHAPE)
-    for scale in (1.0, 1.5):
+    for scale in (-1.0, 0.0, 0.5, 1.0, 1.5):  # up to 1 without guidance, above with it
         with injected_noise(list(nchw(noise))):
             theirs = peer(
                 PROMPTS, num_inference_steps=2, guidance_scale=scale, latents=nchw(z_T), output_type="latent"
@@ -146,6 +150,33 @@ def test_seed_decides_the_picture(lcm):
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
     assert not np.allclose(first[0], first[1])
+
+
+def test_every_seed_has_its_own_image(lcm):
+    seeds = (0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1, None, None)
+    images = [lcm(PROMPTS, steps=1, seed=seed, output="latents") for seed in seeds]
+    for a, b in itertools.combinations(images, 2):
+        assert not np.allclose(a, b)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1])
+def test_small_seeds_have_the_key_of_jax(seed):
+    np.testing.assert_array_equal(*(jax.random.key_data(key) for key in (seed_key(seed), jax.random.key(seed))))
+
+
+def test_arguments_of_other_types(lcm):
+    expected = lcm(PROMPTS, 1, 5.0, 3, height=16)
+    others = {"guidance_scale": "5", "seed": np.uint8(3), "height": "16"}
+    np.testing.assert_array_equal(lcm(tuple(PROMPTS), "1", **others), expected)
+    np.testing.assert_array_equal(lcm((p for p in PROMPTS), timesteps=999, **others), expected)
+
+
+def test_a_single_negative_prompt_serves_all(teacher):
+    single, one_each = (
+        teacher(PROMPTS, 5, 3.0, negative_prompt=negative, sampler="dpmpp", output="float")
+        for negative in ("words", ["words"] * 2)
+    )
+    np.testing.assert_array_equal(single, one_each)
 
 
 def test_first_noise_of_a_picture_does_not_depend_on_the_others(lcm):
@@ -220,7 +251,14 @@ def test_saved_pipeline_draws_the_same(lcm, tmp_path):
     ("arguments", "message"),
     [
         ({"prompts": []}, "prompts is empty"),
+        ({"prompts": [b"caf\xe9"]}, r"prompts\[0\] is .*, which is not UTF-8"),
         ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps is 2.5; supported: a whole number"),
+        ({"timesteps": [999, None]}, r"timesteps\[1\] is None; supported: a whole number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; supported: a finite number"),
+        ({"seed": -1}, "seed is -1; it must be in 0 … 18446744073709551615"),
+        ({"sampler": np.zeros(2)}, "but the folder holds a consistency model"),
+        ({"latents": "noise"}, "latents is 'noise'; supported: an array of real numbers"),
         ({"steps": 51}, "50"),
         ({"steps": 4, "timesteps": [999]}, "steps or timesteps, not both"),
         ({"timesteps": [499, 999]}, "must be strictly falling"),
@@ -249,6 +287,8 @@ def test_wrong_arguments_of_a_consistency_model(lcm, arguments, message):
         ({"sampler": "euler"}, "sampler is 'euler'; choose from ddim, dpmpp"),
         ({"noise": np.zeros((3, *SHAPE))}, "noise has no effect with the sampler ddim"),
         ({"negative_prompt": "ugly", "guidance_scale": 1.0}, "negative_prompt has no effect"),
+        ({"negative_prompt": ["ugly"]}, "negative_prompt has 1 texts for 2 prompts; give one per prompt"),
+        ({"negative_prompt": ["ugly", 7]}, r"negative_prompt\[1\] is 7; supported: a text"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -50,6 +50,8 @@ def test_options_of_a_diffusion_model(teacher_folder, tmp_path):
         (["--steps=0"], "steps"),
         (["--timesteps=9,x"], "'9,x' is no list of whole numbers like 999,759"),
         (["--negative_prompt=ugly"], "takes no negative_prompt"),
+        (["--prompt=caf\udce9"], r"--prompt is 'caf.udce9', which is not UTF-8; give it in UTF-8"),
+        (["--seed=18446744073709551616"], r"seed is 18446744073709551616; it must be in 0 … 18446744073709551615"),
         (["--out=picture.jpg"], "should end in .png"),
         (["--step=4"], "there is no option --step=4; did you mean '--steps'"),
         (["--steps=1", "--out=/proc/nowhere/x.png"], "/proc/nowhere"),

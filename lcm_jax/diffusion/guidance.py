@@ -22,6 +22,15 @@ def guide(cond: Latent, uncond: Latent, w: Float[Array, " b"]) -> Latent:
     return (1 + w) * cond - w * uncond
 
 
+def is_guided(guidance_scale: float, w_embedding_dim: int | None) -> bool:
+    """Returns whether each step mixes predictions with and without the prompt, by the same rule as diffusers.
+
+    A guidance_scale up to 1 is no guidance: also 0 and negative values, which the formula would take for the empty
+    prompt and beyond. A network with a w-embedding gets the guidance as an input instead.
+    """
+    return guidance_scale > 1 and not w_embedding_dim
+
+
 def w_embedding(w: Float[Array, " b"], dim: int) -> Float[Array, "b {dim}"]:
     """What a student is told of w: [sin, cos] of 1000 w exp(-ln(1e4) i / (dim/2 - 1)), i = 0 … dim/2 - 1.
 

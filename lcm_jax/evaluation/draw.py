@@ -17,7 +17,7 @@ def draw_all(
     pipe: Pipeline,
     prompts: Sequence[Prompt],
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     sampler: str | None = None,
     *,
     fill: bool = False,
@@ -26,6 +26,7 @@ def draw_all(
     """Draws one picture for each prompt; that of prompt i starts from the noise i, whatever draws it.
 
     Args:
+      guidance_scale: None for the pipeline's default.
       sampler: of a diffusion model, "ddim" or "dpmpp", or "lcm" with an LCM-LoRA.
       fill: draw more than is asked for in the last batch, so that it takes the program of a full one, which may be
         compiled already.

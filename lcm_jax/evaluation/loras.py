@@ -64,8 +64,8 @@ class Measured:
             lora = row.name == WITH
             self._attach(self._lcm[1] if lora else 0.0)
             name = f"{row.name}, {row.steps} step{'s' * (row.steps != 1)}"
-            steps, guidance = row.steps or 1, row.guidance_scale or 1.0
-            drawn[name], _ = draw_all(self.pipe, prompts, steps, guidance, "lcm" if lora else "ddim", fill=True)
+            sampler = "lcm" if lora else "ddim"
+            drawn[name], _ = draw_all(self.pipe, prompts, row.steps or 1, row.guidance_scale, sampler, fill=True)
         return drawn
 
     def _attach(self, weight: float) -> None:

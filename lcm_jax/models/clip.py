@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from lcm_jax import json_file
 from lcm_jax.errors import UserError, one_of
-from lcm_jax.models.config_json import SIZE, check_size, read_values
+from lcm_jax.models.config_json import SIZE, check_fixed, check_size, read_values
 from lcm_jax.models.policy import FP32, Policy
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -29,6 +29,16 @@ KINDS: dict[str, json_file.Kind] = {
     "hidden_act": json_file.TEXT,
     "layer_norm_eps": json_file.POSITIVE,
     "eos_token_id": json_file.Kind("one token id", json_file.INTEGER.test),
+}
+# Keys by which transformers or diffusers change the result, or the weights, and the values that change nothing. Its
+# other keys do not: they are about training, the first weights, and what is returned beside the last hidden state.
+FIXED: dict[str, Any] = {
+    "use_attention_mask": (False, None),  # diffusers' pipelines: padding is then masked
+    "is_causal": True,
+    "pruned_heads": ({}, None),
+    "quantization_config": None,
+    "fusion_config": None,
+    "transformers_weights": None,  # the name of another weight file
 }
 
 
@@ -51,8 +61,16 @@ class CLIPTextConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "CLIPTextConfig":
-        """Reads a config.json; transformers' other keys there do not change the network. Raises UserError."""
+        """Reads a config.json, or its `text_config`, as transformers does where a config describes a vision tower too.
+
+        Raises:
+          UserError: a value that can't be, or that changes the result in a way that isn't implemented.
+        """
+        if "text_config" in config:
+            json_file.OBJECT.check("text_config", config["text_config"])
+            config = config["text_config"]
         one_of("model_type", config.get("model_type", "clip_text_model"), ("clip_text_model",))
+        check_fixed(config, FIXED)
         values = read_values(config, KINDS)
         one_of("hidden_act", values.get("hidden_act", cls.hidden_act), ACTIVATIONS)
         self = cls(**values)

@@ -1,5 +1,6 @@
 """Guidance: the mix, what the student is told of it, and the one batched call."""
 
+import copy
 import re
 
 import diffusers
@@ -11,7 +12,7 @@ import torch
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lcm_jax.diffusion.guidance import cfg_denoiser, drop_condition, guide, w_embedding
+from lcm_jax.diffusion.guidance import cfg_denoiser, drop_condition, guide, is_guided, w_embedding
 from lcm_jax.diffusion.schedule import PREDICTION_TYPES, Schedule
 
 
@@ -22,6 +23,15 @@ def normal(seed, *shape):
 def network(z, t, context):
     """Different at every sample, timestep and context."""
     return jnp.tanh(z * context.mean((1, 2))[:, None, None, None] + jnp.sin(t / 100.0)[:, None, None, None])
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5, 1.0, 1.01, 7.5])
+@pytest.mark.parametrize("lcm", [False, True])
+def test_guidance_is_on_where_diffusers_has_it_on(teacher_pipeline, lcm_pipeline, scale, lcm):
+    unet = (lcm_pipeline if lcm else teacher_pipeline).unet
+    pipeline = copy.copy(teacher_pipeline)  # one class for both: the other has no such property to ask
+    pipeline.__dict__.update(unet=unet, _guidance_scale=scale)
+    assert is_guided(scale, unet.config.time_cond_proj_dim) == pipeline.do_classifier_free_guidance
 
 
 def test_guide():

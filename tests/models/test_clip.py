@@ -11,7 +11,7 @@ from compiling import QUICK
 from torch_weights import assert_close, network, random_weights
 
 from lcm_jax.errors import UserError
-from lcm_jax.models import Policy
+from lcm_jax.models import CLIPTextConfig, Policy
 
 VOCABULARY, LENGTH, END = 40, 11, 39
 CONFIG = {
@@ -76,6 +76,37 @@ def test_bfloat16_is_close():
     exact, half = apply["float32"](params, ids), apply["bfloat16"](params, ids)
     assert half.dtype == "bfloat16"
     assert_close(half.astype("float32"), exact, tolerance=5e-2)
+
+
+def test_the_config_of_a_text_encoder_in_a_larger_one():
+    """transformers reads the inner object, whatever stands around it."""
+    whole = {"model_type": "clip", "hidden_size": 99, "use_attention_mask": True, "text_config": CONFIG}
+    assert CLIPTextConfig.from_dict(whole) == CLIPTextConfig.from_dict(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "supported"),
+    [
+        ("use_attention_mask", True, "False, None"),
+        ("is_causal", False, "True"),
+        ("is_causal", None, "True"),
+        ("pruned_heads", {"0": [1]}, "{}, None"),
+        ("quantization_config", {"load_in_8bit": True}, "None"),
+        ("transformers_weights", "other.safetensors", "None"),
+        ("text_config", None, "an object"),
+        ("hidden_act", "gelu_new", None),
+    ],
+)
+def test_a_key_that_changes_the_result_is_refused(key, value, supported):
+    with pytest.raises(UserError) as error:
+        CLIPTextConfig.from_dict({**CONFIG, key: value})
+    assert str(error.value).startswith(f"{key} is {value!r}; ")
+    assert supported is None or str(error.value).endswith(f"; supported: {supported}")
+
+
+def test_keys_about_training_and_outputs_are_taken():
+    others = {"attention_dropout": 0.5, "initializer_range": 1.0, "use_attention_mask": False, "return_dict": False}
+    assert CLIPTextConfig.from_dict({**CONFIG, **others}) == CLIPTextConfig.from_dict(CONFIG)
 
 
 def test_a_prompt_that_is_too_long_is_an_error():
