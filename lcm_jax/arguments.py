@@ -4,6 +4,7 @@
 import contextlib
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, NoReturn
 
@@ -82,6 +83,13 @@ def texts(name: str, value: Any) -> list[str]:
     if not _is_iterable(value):
         _refuse(name, value, "a text, or a list of texts")
     return [text(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+def path(name: str, value: Any) -> str:
+    """Returns a path, or the name of a model, as text. Raises UserError for what is neither text nor a path."""
+    if isinstance(value, (str, os.PathLike)) and isinstance(found := os.fspath(value), str):
+        return found
+    _refuse(name, value, "a path")
 
 
 def array(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:

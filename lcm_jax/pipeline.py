@@ -231,7 +231,7 @@ class Pipeline:
         Raises:
           UserError: the target is no place to write, is where it was loaded from, or holds something that is no model.
         """
-        return write_folder(with_kernels(self.folder, self._merged), folder)
+        return write_folder(with_kernels(self.folder, self._merged), arguments.path("folder", folder))
 
     def lcm_timesteps(self, steps: int) -> Int[np.ndarray, " steps"]:
         """Returns the timesteps of the sampler "lcm": `steps` of those that the folder, or an attached LCM-LoRA, was
@@ -321,7 +321,7 @@ def load_pipeline(
     """
     policy = Policy.named(dtype)
     check(loras or {})
-    folder = read_folder(path_or_hub_id)
+    folder = read_folder(arguments.path("path_or_hub_id", path_or_hub_id))
     pipe = Pipeline(folder, load_tokenizer(folder), policy)
     pipe.set_loras(loras or {})
     return pipe

@@ -1,9 +1,12 @@
 """Values that users pass: what is plainly meant is taken, anything else is one line that names the argument."""
 
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lcm_jax
 from lcm_jax import arguments
 from lcm_jax.errors import UserError
 
@@ -134,3 +137,10 @@ def test_what_is_no_text(value, message):
 def test_what_is_no_array(value):
     with pytest.raises(UserError, match="latents is .*; supported: an array of real numbers"):
         arguments.array("latents", value, (2,))
+
+
+def test_paths():
+    assert arguments.path("folder", pathlib.Path("a/b")) == arguments.path("folder", "a/b") == "a/b"
+    for value in (None, 7, b"a/b", ["a"]):
+        with pytest.raises(UserError, match=r"path_or_hub_id is .*; supported: a path"):
+            lcm_jax.load_pipeline(value)
