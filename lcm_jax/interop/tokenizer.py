@@ -118,6 +118,8 @@ def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = 
         raise UserError(
             f"{directory} can't be read as a CLIP tokenizer: {' '.join(str(error).split())[:200]}"
         ) from None
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{directory} names no pad_token that its vocabulary has, which fills short prompts up")
     where = folder.path / text_encoder
     try:
         config = CLIPTextConfig.from_dict(json_file.read(where / "config.json"))

@@ -86,6 +86,15 @@ WITH_ADDED = [
 ]
 
 
+def test_without_a_padding_token(teacher_folder, tmp_path):
+    copy = shutil.copytree(teacher_folder, tmp_path / "model")
+    shutil.rmtree(copy / "tokenizer")
+    write_tokenizer(copy / "tokenizer")
+    (copy / "tokenizer/special_tokens_map.json").write_text('{"pad_token": null}')
+    with pytest.raises(UserError, match="tokenizer names no pad_token"):
+        load_tokenizer(read_folder(copy, only=()))
+
+
 @pytest.fixture(scope="module")
 def inverted(tmp_path_factory):
     """A pipeline of diffusers with textual inversions, and its folder."""
