@@ -195,6 +195,8 @@ _SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) 
 # these don't change what a step computes, or by rounding only
 _FREE_ON_RESUME = ("steps", "accumulate", "max_skipped", "mesh", "checkpoint", "log", "profile")
 _FREE_DATA = ("data.threads", "data.max_pixels")  # so that a run that met a larger image can resume with more
+# where inputs lie, which may differ from host to host: that their content is the same is for identity.py to say
+PLACES = ("model.folder", "data.directory", "data.data_dir")
 
 
 def default_config() -> ConfigDict:
@@ -317,8 +319,21 @@ def load_resolved(workdir: epath.PathLike) -> Config:
         raise UserError(f"{path} can't be read: {error}") from None
 
 
-def check_same_run(config: Config, stored: Config, workdir: epath.PathLike) -> None:
-    """Raises UserError if `config` would compute other steps than the run that `stored` began in `workdir`."""
+def facts(config: Config) -> dict[str, str]:
+    """Returns option → value of all that processes of one run must have alike: not their paths, nor their threads."""
+    found = {}
+    for name, value in dataclasses.asdict(config).items():
+        options = {f"{name}.{key}": of for key, of in value.items()} if name in _SECTIONS else {name: value}
+        found |= {f"config.{key}": repr(of) for key, of in options.items() if key not in (*PLACES, "data.threads")}
+    return found
+
+
+def check_same_run(config: Config, stored: Config, workdir: epath.PathLike, *, places: bool = True) -> None:
+    """Raises UserError if `config` would compute other steps than the run that `stored` began in `workdir`.
+
+    Args: places: whether inputs must lie where they lay; False where their content is compared.
+    """
+    free = (*_FREE_DATA, *(() if places else PLACES))
     new, old = dataclasses.asdict(config), dataclasses.asdict(stored)
     for name in new:
         if name in _FREE_ON_RESUME and not (name == "steps" and config.optimizer.decay == "cosine"):
@@ -329,7 +344,7 @@ def check_same_run(config: Config, stored: Config, workdir: epath.PathLike) -> N
             else [(name, new[name], old[name])]
         )
         for key, now, then in pairs:
-            if now != then and key not in _FREE_DATA:
+            if now != then and key not in free:
                 raise UserError(
                     f"{workdir} holds a run with config.{key}={then!r}, not {now!r}; "
                     "choose another --workdir, or delete this one to start anew"

@@ -22,8 +22,8 @@ from lcm_jax import config as config_lib
 from lcm_jax.config import Config
 from lcm_jax.data import latents
 from lcm_jax.data.images import BadImage
-from lcm_jax.data.pipeline import prepare_image
-from lcm_jax.data.sources import Source, open_source, prepare
+from lcm_jax.data.pipeline import open_data, prepare_image
+from lcm_jax.data.sources import Source, prepare
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.models import Policy
@@ -87,14 +87,7 @@ def main(argv: Sequence[str]) -> int:
     compile_cache.enable()
     cli.make_folder("--out", args.out)
     folder = read_folder(config.model.folder)
-    source = open_source(
-        config.data.dataset,
-        directory=config.data.directory,
-        data_dir=config.data.data_dir,
-        split=config.data.split,
-        image_key=config.data.image_key,
-        caption_key=config.data.caption_key,
-    )
+    source = open_data(config.data)
     vae, size = folder.components["vae"], config.data.image_size
     height, width, channels = vae.network().config.latent_shape(size)
     done = encode(config, folder, source, args.batch)
@@ -103,6 +96,7 @@ def main(argv: Sequence[str]) -> int:
         shape=(height, width, 2 * channels),
         made={
             "vae": latents.fingerprint(vae.params),
+            "vae_config": latents.config_fingerprint(vae.config),
             "image_size": size,
             **{name: getattr(config.data, name) for name in ("resize", "crop", "flip")},
             "seed": config.seed,  # of random crops and of which half is mirrored

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lcm_jax import checkpoint, cli, compile_cache, lora
+from lcm_jax import checkpoint, cli, compile_cache, identity, lora
 from lcm_jax.config import Config, load_resolved
-from lcm_jax.data.pipeline import batches
+from lcm_jax.data.pipeline import batches, open_data
+from lcm_jax.data.sources import Source
 from lcm_jax.errors import UserError
 from lcm_jax.interop.export import DTYPES, with_lcm_scheduler, write_lcm_folder, write_trained_folder
 from lcm_jax.interop.folder import Folder, read_folder
@@ -55,7 +56,8 @@ def export(
       The checkpoint's step, and which weights were written.
 
     Raises:
-      UserError: no such run, no such checkpoint, no EMA in it, `out` can't be written.
+      UserError: no such run, no such checkpoint, no EMA in it, a model folder that changed since the run began, `out`
+        can't be written.
     """
     config = load_resolved(workdir)
     if dialect and not config.lora.rank:
@@ -67,6 +69,8 @@ def export(
     if which == "ema" and not config.ema.decay:
         raise UserError(f"{workdir} has no EMA (its config.ema.decay is 0); export --which=student")
     source = read_folder(config.model.folder)
+    if changed := identity.changed(workdir, {"model": identity.of_folder(source)}):
+        raise UserError(changed)
     params, step = checkpoint.restore_params(workdir, which, step)
     if config.lora.rank:
         networks = {name: source.components[name].network() for name in trained_components(config)}
@@ -84,9 +88,12 @@ def export(
     elif config.objective == "lcd":
         write_lcm_folder(source, params["unet"], out, recipe=recipe_of(config, source, which, step), dtype=dtype)
     else:
-        updates = (
-            {"vae": {"scaling_factor": measured_scaling(config, source, params["vae"])}} if "vae" in params else {}
-        )
+        updates = {}
+        if "vae" in params:
+            data = open_data(config.data)
+            if changed := identity.changed(workdir, {"data": identity.of_data(data)}):
+                raise UserError(changed)
+            updates = {"vae": {"scaling_factor": measured_scaling(config, source, params["vae"], data)}}
         write_trained_folder(source, params, out, config_updates=updates, dtype=dtype)
     return step, which
 
@@ -131,7 +138,7 @@ def recipe_of(config: Config, teacher: Folder, which: str, step: int) -> Recipe:
     )
 
 
-def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarray]) -> float:
+def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarray], data_set: Source) -> float:
     """Returns the VAE's scaling_factor: latent_std / the standard deviation of its latents over some training pictures.
 
     All channels and places together, draws from the posterior included (arXiv 2112.10752, appendix G).
@@ -147,7 +154,8 @@ def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarra
         return np.zeros((len(texts), 1), np.int32)
 
     device_params = jax.tree.map(jnp.asarray, params)
-    with contextlib.closing(batches(config.data, tokenize=no_tokens, batch_size=PICTURES, seed=config.seed)) as data:
+    read = batches(config.data, tokenize=no_tokens, batch_size=PICTURES, seed=config.seed, source=data_set)
+    with contextlib.closing(read) as data:
         seen = [moments(device_params, next(data)["image"]) for _ in range(BATCHES)]
     first, second = np.mean(np.asarray(seen, np.float64), axis=0)
     return float(config.autoencoder.latent_std / np.sqrt(second - first**2))

@@ -20,18 +20,19 @@ import jax
 from etils import epath
 from rich.console import Console
 
-from lcm_jax import cli, compile_cache, compiled_step, files
+from lcm_jax import cli, compile_cache, compiled_step, files, identity
 from lcm_jax import config as config_lib
 from lcm_jax.checkpoint import FOLDER, Checkpoints, good_steps
 from lcm_jax.compiled_step import Ahead
 from lcm_jax.config import Config
-from lcm_jax.data.pipeline import batches
+from lcm_jax.data.pipeline import batches, open_data
+from lcm_jax.data.sources import Source
 from lcm_jax.errors import UserError
 from lcm_jax.grids import grid, write_png
-from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.metrics import Metrics
-from lcm_jax.parallel import processes
+from lcm_jax.parallel import agreement, processes
 from lcm_jax.parallel.mesh import check_batch, make_mesh, split_cpu
 from lcm_jax.parallel.partition import place
 from lcm_jax.parallel.processes import is_first, meet
@@ -58,19 +59,23 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
       compiled: a file of `plan --save`, from which the step is taken if it fits.
 
     Raises:
-      UserError: a mistake in the configuration, the folder, the data or the workdir; a loss that stays non-finite.
+      UserError: a mistake in the configuration, the folder, the data or the workdir; processes that differ in these; a
+        folder or data that changed since the run began; a loss that stays non-finite.
     """
     workdir = epath.Path(workdir)
     # ---- the machine
+    # before anything in which processes that differ would wait for each other
+    agreement.agree(config_lib.facts(config) | identity.of_code() | agreement.settings())
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)
     if config.profile.steps and config.profile.steps[1] > config.steps:
         raise UserError(f"config.profile.steps={config.profile.steps} goes beyond the last step, {config.steps}")
-    _claim(workdir, config)
+    begun = _claim(workdir, config)
     ahead = Ahead(config, mesh, compiled)
 
     # ---- models and state
-    folder = read_folder(config.model.folder)
+    folder, source = read_folder(config.model.folder), open_data(config.data)
+    _check_inputs(workdir, config, folder, source, begun)
     tokenizer = load_tokenizer(folder)
     parts = make_parts(config, folder, tokenizer)
     program = make_program(config, parts, mesh)
@@ -98,6 +103,8 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
         seed=config.seed,
         rows=program.rows,
         vae=folder.components["vae"].params,
+        vae_config=folder.components["vae"].config,
+        source=source,
     )
     if data_state is not None:
         data.set_state(data_state)
@@ -164,20 +171,42 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
     return Result(done, received if done < config.steps else 0)
 
 
-def _claim(workdir: epath.Path, config: Config) -> None:
-    """Makes the workdir this run's own, or checks that it is; one without a checkpoint has nothing to lose."""
+def _claim(workdir: epath.Path, config: Config) -> bool:
+    """Makes the workdir this run's own, or checks that it is; one without a checkpoint has nothing to lose.
+
+    Returns: whether the run has begun already. Then config.json is not written before its inputs are checked.
+    """
     for name in () if files.in_bucket(workdir) else (FOLDER, "samples", "tensorboard"):
         if (workdir / name).exists() and not (workdir / name).is_dir():
             raise UserError(f"--workdir={workdir}: {workdir / name} is a file; move it away, or choose another folder")
-    if good_steps(workdir / FOLDER):
-        config_lib.check_same_run(config, config_lib.load_resolved(workdir), workdir)
+    begun = bool(good_steps(workdir / FOLDER))
+    if begun:
+        stored = config_lib.load_resolved(workdir)
+        config_lib.check_same_run(config, stored, workdir, places=not identity.recorded(workdir))
     meet("config.json read")
+    if not begun:
+        _write_config(workdir, config)
+    return begun
+
+
+def _write_config(workdir: epath.Path, config: Config) -> None:
     if not is_first():
         return
     try:
         files.write(workdir / "config.json", config_lib.resolved(config))
     except UserError as error:
         raise type(error)(f"--workdir={workdir}: {error}") from None
+
+
+def _check_inputs(workdir: epath.Path, config: Config, folder: Folder, source: Source, begun: bool) -> None:
+    """Raises UserError unless folder and data are the same on all processes, and those that the run began with."""
+    now = {"model": identity.of_folder(folder), "data": identity.of_data(source)}
+    problem = identity.changed(workdir, now) if begun else ""
+    agreement.agree(now["model"].facts | now["data"].facts, problem)
+    if is_first():
+        identity.record(workdir, now)
+    if begun:
+        _write_config(workdir, config)
 
 
 def _diverged(workdir: epath.Path, config: Config, step: int, good: int | None) -> str:
@@ -226,8 +255,12 @@ def main(argv: Sequence[str]) -> int:
     )
     processes.add_options(parser)
     args, overrides = parser.parse_with_config(argv)
-    config = config_lib.load(args.config, overrides)
     where = processes.find(args.coordinator, args.num_processes, args.process_id, args.wait)
+    try:
+        config = config_lib.load(args.config, overrides)
+    except UserError as error:
+        processes.tell(where, error)
+        raise
     split_cpu(config.mesh.cpu_devices)
     compile_cache.enable()
     with processes.Processes(where, args.wait):

@@ -6,6 +6,7 @@ reader, how they were resized, cropped and mirrored.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -27,7 +28,20 @@ def fingerprint(vae: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check(metadata: Mapping[str, Any] | None, vae: Mapping[str, Any], image_size: int, where: str) -> None:
+def config_fingerprint(config: Mapping[str, Any]) -> str:
+    """Returns a hash of what config.json says of the encoder; how latents are scaled comes after it."""
+    beside = ("scaling_factor", "shift_factor", "sample_size", "force_upcast")
+    meant = {key: value for key, value in config.items() if not key.startswith("_") and key not in beside}
+    return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check(
+    metadata: Mapping[str, Any] | None,
+    vae: Mapping[str, Any],
+    image_size: int,
+    where: str,
+    config: Mapping[str, Any] | None = None,
+) -> None:
     """Raises UserError unless the data set was made by this VAE, of pictures of this size."""
     made = dict(metadata or {})
     if not {"image_size", "vae"} <= made.keys():
@@ -36,6 +50,11 @@ def check(metadata: Mapping[str, Any] | None, vae: Mapping[str, Any], image_size
         raise UserError(f"{where} is of {made.get('image_size')} px, config.data.image_size is {image_size}")
     if made.get("vae") != fingerprint(vae):
         raise UserError(f"{where} was encoded by another VAE than this folder's; run lcm_jax.encode with this one")
+    if config is not None and made.get("vae_config", config_fingerprint(config)) != config_fingerprint(config):
+        raise UserError(
+            f"{where} was encoded by a VAE with another vae/config.json than this folder's; run lcm_jax.encode with "
+            "this one"
+        )
 
 
 class Encoded(tfds.core.GeneratorBasedBuilder, skip_registration=True):

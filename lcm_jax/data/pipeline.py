@@ -125,6 +125,19 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self._batches.close()
 
 
+def open_data(config: DataConfig) -> Source:
+    """Opens the data set that the config names; raises UserError as `open_source` does."""
+    return open_source(
+        config.dataset,
+        directory=config.directory,
+        data_dir=config.data_dir,
+        split=config.split,
+        image_key=config.image_key,
+        caption_key=config.caption_key,
+        encoded=config.latents,
+    )
+
+
 def batches(
     config: DataConfig,
     *,
@@ -134,6 +147,8 @@ def batches(
     start_step: int = 0,
     rows: Sequence[int] | np.ndarray | None = None,
     vae: Mapping[str, Any] | None = None,
+    vae_config: Mapping[str, Any] | None = None,
+    source: Source | None = None,
 ) -> Batches:
     """Iterates over one process's part of the batches, without end.
 
@@ -145,6 +160,8 @@ def batches(
       seed: 0 <= seed < 2**32. Batch n depends on (config, seed, batch_size, n) only.
       start_step: number of the first batch.
       vae: {path: array}; that which must have encoded the data set, where it holds encoded pictures.
+      vae_config: its config.json.
+      source: the data set, where it is open already.
 
     Returns: iterator of {'image': uint8 (B, S, S, 3), 'input_ids': int32 (B, L)} with get_state, set_state and close;
       B = the number of rows, S = config.image_size. With config.latents there is 'moments', float16 (B, h, w, 2C), in
@@ -156,17 +173,9 @@ def batches(
         raise UserError(f"batch_size is {batch_size}; it must be positive")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must be in 0..{2**32 - 1}")
-    source = open_source(
-        config.dataset,
-        directory=config.directory,
-        data_dir=config.data_dir,
-        split=config.split,
-        image_key=config.image_key,
-        caption_key=config.caption_key,
-        encoded=config.latents,
-    )
+    source = source or open_data(config)
     if config.latents and vae is not None:
-        latents.check(source.metadata, vae, config.image_size, source.where)
+        latents.check(source.metadata, vae, config.image_size, source.where, vae_config)
     numbers = grain.MapDataset.range(len(source)).seed(seed)
     if config.shuffle:
         numbers = numbers.shuffle()

@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import contextlib
 import os
 import socket
 import sys
@@ -14,9 +15,12 @@ from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itse
 from jax.experimental import multihost_utils
 
 from lcm_jax.errors import Unavailable, UserError
+from lcm_jax.parallel.agreement import Disagreement, agree
 from lcm_jax.parallel.roll_call import RollCall
+from lcm_jax.parallel.roll_list import TOKEN
 
 WAIT = 300.0  # seconds for processes that are missing
+TELL = 20.0  # seconds for others to come, to hear of a mistake that this one alone may have made
 LATER = 30  # JAX's own wait, which ends in a stack dump, is so many seconds longer than that for its port
 # The roll call's port is so far below the coordinator's: of the ports that Google Cloud's own firewall rule opens among
 # the hosts of a TPU pod, 8474 is the neighbour of JAX's 8476.
@@ -129,6 +133,7 @@ class Processes:
             say=_say,
             how=how,
             on_loss=self._end,
+            token=os.environ.get(TOKEN, "").strip(),
         )
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the training loop
         try:
@@ -141,6 +146,7 @@ class Processes:
                 local_device_ids=place.local_devices,
                 initialization_timeout=int(wait) + LATER,
                 cluster_detection_method="deactivate",
+                coordinator_bind_address=f"{at}:{port}" if (at := self._roll_call.interface) else None,
             )
         except (RuntimeError, OSError) as error:
             why = f"JAX can't connect to {place.coordinator}: {str(error).strip().splitlines()[-1]}"
@@ -155,7 +161,7 @@ class Processes:
     ) -> None:
         if not self._roll_call:
             return
-        if error is None:
+        if error is None or isinstance(error, Disagreement):  # which all others raise as well
             jax.distributed.shutdown()  # when all others are here
             self._roll_call.leave()
             return
@@ -168,6 +174,15 @@ class Processes:
         """Ends a process whose main thread waits for a lost one inside JAX, and would for ever."""
         _say(f"error: {why}; all processes end. Start them again: the run goes on from its last checkpoint.")
         _exit(1)
+
+
+def tell(place: Place | None, problem: UserError) -> None:
+    """Tells the other processes why this one can't start, if they come within `TELL` seconds; then raises Disagreement.
+
+    They are told at the first `agree` of theirs, and all end with the same message.
+    """
+    with contextlib.suppress(Unavailable), Processes(place, TELL):
+        agree({}, str(problem))
 
 
 def _reach(host: str, port: int, wait: float) -> None:

@@ -1,5 +1,6 @@
 """Processes that wait for each other, refuse each other, and notice who is lost; here in threads."""
 
+import contextlib
 import re
 import socket
 import threading
@@ -8,9 +9,10 @@ import time
 import pytest
 
 from lcm_jax.errors import Unavailable, UserError
-from lcm_jax.parallel import roll_call
+from lcm_jax.parallel import roll_call, roll_list
 from lcm_jax.parallel.processes import ROLL_CALL, Place, Processes
 from lcm_jax.parallel.roll_call import RollCall
+from lcm_jax.parallel.roll_list import proof
 
 
 @pytest.fixture
@@ -22,17 +24,22 @@ def address():
 class Member(threading.Thread):
     """One process: what it said, how it got on, and what it heard of lost ones."""
 
-    def __init__(self, address, process, count, wait=20.0):
+    def __init__(self, address, process, count, wait=20.0, token=""):
         super().__init__(daemon=True)
         self.given = (address, process, count)
-        self.wait, self.said, self.lost, self.error, self.call = wait, [], [], None, None
+        self.wait, self.said, self.lost, self.error, self.call, self.token = wait, [], [], None, None, token
         self.heard = threading.Event()
         self.start()
 
     def run(self):
         try:
             self.call = RollCall(
-                *self.given, wait=self.wait, say=self.said.append, how="Start it.", on_loss=self.on_loss
+                *self.given,
+                wait=self.wait,
+                say=self.said.append,
+                how="Start it.",
+                on_loss=self.on_loss,
+                token=self.token,
             )
         except UserError as error:
             self.error = str(error)
@@ -109,27 +116,98 @@ def test_a_port_that_is_taken_is_one_line(address):
 
 @pytest.mark.parametrize(
     ("process", "count", "said"),
-    [(1, 3, "it is one of 3 processes, process 0 one of 2; give all the same number"), (0, 2, "another one of that")],
+    [
+        (1, 3, "it is one of 3 processes, process 0 one of 2; give all the same number"),
+        (0, 2, "another one of that"),
+        (99, 2, "process 99 on .* is refused by process 0: the numbers of 2 processes are 0 to 1"),
+        (1.0, 2, "process 0 refuses what it was sent: a message: process is 1.0; supported: a whole number"),
+        ("1", 2, "process is '1'; supported: a whole number"),
+    ],
 )
 def test_one_that_does_not_belong_there_is_refused(address, monkeypatch, process, count, said):
     Member(address, 0, 2)
     time.sleep(0.3)
-    monkeypatch.setattr(roll_call, "_List", lambda *_: None)  # a second process 0 is on another host
+    monkeypatch.setattr(roll_call, "RollList", lambda *_: None)  # a second process 0 is on another host
     stranger = Member(address, process, count)
     stranger.join(20)
-    assert said in stranger.error
+    assert re.search(said, stranger.error)
 
 
-def test_whatever_else_connects_does_no_harm(address):
+def test_whatever_else_connects_does_no_harm(address, monkeypatch):
+    monkeypatch.setattr(roll_list, "INTRODUCE", 0.5)
+    monkeypatch.setattr(roll_list, "STRANGERS", 8)
     first = Member(address, 0, 2)
     time.sleep(0.3)
-    for sent in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}\n', b"[]\n", b""):
-        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+    deep = b"[" * 100_000
+    named = b'{"process": 1, "of": 2, "host": "%s", "proof": "%s"}\n'
+    idle = []
+    for sent in (
+        *(b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}\n', b"[]\n", b"", b"\xff\n", b"{}\n", b'{"done": true}\n'),
+        *(deep, deep + b"\n", b"x" * 2**20, b"\n" * 5000, b"[" * 3000 + b"\n", b'{"process": 1e999}\n'),
+        *(named % (b"\\ud800\\u001b", b"x"), named % (b"h" * 5000, b"x"), b'{"process": %s}\n' % (b"9" * 1000)),
+    ):
+        connection = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])))
+        with connection, contextlib.suppress(ConnectionError):
             connection.sendall(sent)
+        idle.append(socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))))
+    for connection in idle:  # as soon as they are too many, or are silent for too long
+        connection.settimeout(20)
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(4096):
+                pass
+        connection.close()
     second = Member(address, 1, 2)
     for member in (first, second):
         member.join(20)
         assert member.call, member.error
+    for junk in (b"junk", b"[" * 100_000):  # when all are there, neither a stranger nor a broken process ends the list
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+            connection.sendall(junk + b"\n")
+    assert not first.lost
+    assert first.call._list.is_alive()
+    second.call._socket.sendall(b'{"else": 1}\n')
+    assert first.heard.wait(20)
+    assert first.lost[0].startswith("process 1 on ")
+
+
+@pytest.mark.parametrize(("token", "its"), [("secret", ""), ("", "secret"), ("secret", "Secret")])
+def test_one_without_the_token_of_the_job_is_refused(address, token, its):
+    first = Member(address, 0, 2, token=token)
+    time.sleep(0.3)
+    stranger = Member(address, 1, 2, token=its)
+    stranger.join(20)
+    assert "its LCM_JAX_JOB_TOKEN is not that of process 0; give all processes of a run the same" in stranger.error
+    assert "ecret" not in stranger.error
+    second = Member(address, 1, 2, token=token)
+    for member in (first, second):
+        member.join(20)
+        assert member.call, member.error
+
+
+def test_a_proof_is_good_for_one_challenge_and_one_introduction():
+    given = ("secret", "challenge", 1, 2, "host")
+    proofs = {proof(*given)} | {proof(*given[:i], other, *given[i + 1 :]) for i, other in enumerate("abcde")}
+    assert len(proofs) == 6
+
+
+@pytest.mark.parametrize(
+    ("host", "where", "why"),
+    [
+        ("127.0.0.1", ["127.0.0.1"], ""),
+        ("192.0.2.1", ["0.0.0.0"], "192.0.2.1 is no address of this machine (NAT, a container?)"),
+        ("no-such-host.invalid", ["0.0.0.0"], "no-such-host.invalid has no address here"),
+        ("me", ["0.0.0.0"], "me is an address of this machine alone, by its own name service"),
+    ],
+)
+def test_it_listens_where_the_coordinator_is(monkeypatch, host, where, why):
+    if host == "me":  # /etc/hosts of Debian
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    servers, reason = roll_list.listen(host, 0)
+    assert [server.getsockname()[0] for server in servers] == where
+    assert reason == why
+    for server in servers:
+        server.close()
 
 
 def test_a_lost_process_is_told_to_all_others(address):

@@ -1,0 +1,105 @@
+"""The processes of a run compare what they were started with, and end together where they differ.
+
+They do so in the key-value store of JAX's coordinator. That needs no device, so processes can compare before anything
+in which different ones would wait for each other without end. Each of N processes sends one short text and reads two;
+facts are exchanged as one hash, and in full only with a process whose hash differs.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax._src import distributed  # the store has no public name; Orbax takes it from here too
+
+from lcm_jax.errors import UserError, plain
+
+PATIENCE = 60_000  # milliseconds of one request; a lost process is noticed by the roll call
+_call = itertools.count()  # processes come here in the same order
+
+
+class Disagreement(UserError):
+    """A mistake that every process of the run raises, at the same place and with the same message."""
+
+
+def agree(facts: Mapping[str, str], problem: str = "") -> None:
+    """Returns when all processes are here, with the same facts and without a problem; all of them must ask.
+
+    Args:
+      facts: name → value of what must be the same everywhere.
+      problem: why this process can't go on; that of one process ends all.
+
+    Raises: Disagreement, in all processes; where this is the only process, UserError for its problem.
+    """
+    run = distributed.global_state
+    if run.client is None or (run.num_processes or 1) == 1:
+        if problem:
+            raise UserError(problem)
+        return
+    key, me = f"lcm_jax/agree/{next(_call)}", run.process_id
+    here = json.dumps(dict(facts), sort_keys=True)
+    host = socket.gethostname()
+    if me == 0:
+        run.client.key_value_set(f"{key}/facts", json.dumps({"host": host, "facts": here}))
+        run.client.key_value_set(f"{key}/hash", _hash(here))
+    report = {"process": f"process {me} on {host}", "problem": problem, "difference": ""}
+    if me and not problem and _get(run.client, f"{key}/hash") != _hash(here):
+        first = json.loads(_get(run.client, f"{key}/facts"))
+        report["difference"] = _difference(
+            facts, json.loads(first["facts"]), f"{me} on {host}", f"0 on {first['host']}"
+        )
+    if me:
+        run.client.key_value_set(f"{key}/{me}", json.dumps(report))
+    else:
+        others = [json.loads(_get(run.client, f"{key}/{i}")) for i in range(1, run.num_processes)]
+        run.client.key_value_set(f"{key}/verdict", json.dumps(_verdict([report, *others])))
+    if verdict := json.loads(_get(run.client, f"{key}/verdict")):
+        raise Disagreement(verdict)
+
+
+def settings() -> dict[str, str]:
+    """Returns what JAX and its compilers were told outside of the config, without paths, which are a host's own."""
+    names = ("enable_x64", "default_matmul_precision", "default_prng_impl", "threefry_partitionable")
+    flags = {name: os.environ.get(name, "").split() for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    own = "--xla_force_host_platform_device_count"
+    return {f"jax_{name}": str(getattr(jax.config, f"jax_{name}")) for name in names} | {
+        name: " ".join(flag for flag in given if "/" not in flag and not flag.startswith(own))
+        for name, given in flags.items()
+    }
+
+
+def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], me: str, first: str) -> str:
+    """Names the first fact that differs, with both values, and the number of the others."""
+    names = [name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name)]
+    name, more = names[0], f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    here, there = (plain(of.get(name, "nothing"), 80) for of in (mine, theirs))
+    return f"{plain(name, 100)} differs{more}: process {me} has {here}, process {first} has {there}"
+
+
+def _verdict(reports: list[dict[str, str]]) -> str:
+    """Returns what all processes raise: a problem before a difference, that of the first process; "" for neither."""
+    if problems := [report for report in reports if report["problem"]]:
+        why = problems[0]["problem"]
+        of_all = all(report["problem"] == why for report in reports)
+        return why if of_all else f"{problems[0]['process']}: {why}"
+    if differences := [report["difference"] for report in reports if report["difference"]]:
+        more = f"; {len(differences) - 1} more processes differ" if len(differences) > 1 else ""
+        return f"{differences[0]}{more}; start all with the same options, code, model and data"
+    return ""
+
+
+def _get(client: Any, key: str) -> str:
+    while True:
+        try:
+            return client.blocking_key_value_get(key, PATIENCE)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

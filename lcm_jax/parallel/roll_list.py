@@ -1,0 +1,267 @@
+"""The list that process 0 keeps of the processes of a run, for `roll_call.py`.
+
+Its port is open to whatever reaches it, so nothing that comes in is trusted: a line has a largest length, a message has
+its kinds of values, and a connection that does not introduce itself is closed. None of this disturbs the run. Where the
+launcher gives a token, a process proves that it knows it; the token itself is never sent.
+"""
+
+import contextlib
+import errno
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import secrets
+import selectors
+import socket
+import threading
+import time
+from typing import Any
+
+from lcm_jax import json_file
+from lcm_jax.errors import Unavailable, UserError, plain
+
+TOKEN = "LCM_JAX_JOB_TOKEN"  # an environment variable, the same for all processes of a run, or set for none
+LINE = 4096  # bytes of a message
+INTRODUCE = 10.0  # seconds in which a connection must say which process it is
+STRANGERS = 64  # connections that have not said so yet, beside those of the processes that are missing
+KINDS = {
+    **{"process": json_file.INTEGER, "of": json_file.INTEGER, "host": json_file.TEXT, "proof": json_file.TEXT},
+    **{"failed": json_file.TEXT, "done": json_file.BOOLEAN, "all": json_file.BOOLEAN},
+    **dict.fromkeys(("challenge", "refused", "busy", "lost"), json_file.TEXT),
+}
+
+
+def proof(token: str, challenge: str, process: int, count: int, host: str) -> str:
+    """Returns what shows the list that a process knows the token, for this challenge and this introduction alone."""
+    text = json.dumps([challenge, process, count, host])
+    return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """Returns the message of a line; raises UserError for what is none."""
+    if len(line) > LINE:
+        raise UserError(f"a message is longer than {LINE} bytes")
+    return json_file.parse(line, "a message", KINDS)
+
+
+def send(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Sends a message as one line; raises OSError."""
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """A host that is gone without a word is noticed after 45 seconds of silence."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6)):
+        if hasattr(socket, name):  # not on every system
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def listen(host: str, port: int) -> tuple[list[socket.socket], str]:
+    """Opens a port on the interfaces that have the addresses of `host`.
+
+    Returns: the sockets; and, where all interfaces had to be taken, why.
+    Raises: Unavailable if the port is taken.
+    """
+    try:
+        found = {info[4][0]: info[0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError:
+        return [_open("", port)], f"{host} has no address here"
+    local = all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
+    if local and host != "localhost" and host not in found:  # as Debian's /etc/hosts has the machine's own name
+        return [_open("", port)], f"{host} is an address of this machine alone, by its own name service"
+    opened = []
+    for address, family in found.items():
+        try:
+            opened.append(_open(str(address), port, family))
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+    if not opened or (len(opened) < len(found) and not local):
+        for server in opened:
+            server.close()
+        return [_open("", port)], f"{host} is no address of this machine (NAT, a container?)"
+    return opened, ""
+
+
+def _open(address: str, port: int, family: int = socket.AF_INET) -> socket.socket:
+    try:
+        server = socket.create_server((address, port), family=family, backlog=1024)
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise
+        why = os.strerror(error.errno or 0)
+        raise Unavailable(f"port {port} can't be opened here: {why}; is an old run alive?") from None
+    server.setblocking(False)
+    return server
+
+
+class RollList(threading.Thread):
+    """Who is there, who has left; one thread that waits for what they say.
+
+    Attributes:
+      everywhere: why it listens on all interfaces; "" where it does not.
+      interface: the one address that it listens on; "" where there are several.
+    """
+
+    def __init__(self, address: str, count: int, how: str, token: str = "") -> None:
+        """Args: HOST:PORT; the number of processes; how to start one that is missing; the job's token."""
+        super().__init__(daemon=True)
+        self._count, self._how, self._token = count, how, token
+        self._selector = selectors.DefaultSelector()
+        self._hosts: dict[int, str] = {}
+        self._left: set[int] = set()
+        self._strangers: dict[_Peer, float] = {}  # until when they may stay so, oldest first
+        self._called = self._over = False
+        host, _, port = address.rpartition(":")
+        self._servers, self.everywhere = listen(host, int(port))
+        one = len(self._servers) == 1 and self._servers[0].family == socket.AF_INET and not self.everywhere
+        self.interface = self._servers[0].getsockname()[0] if one else ""
+        for server in self._servers:
+            self._selector.register(server, selectors.EVENT_READ)
+
+    def missing(self) -> str:
+        """Which processes are missing, who is there, and how to start one."""
+        missing = [i for i in range(self._count) if i not in self._hosts]
+        here = ", ".join(f"{i} on {host}" for i, host in sorted(self._hosts.items())[:8])
+        more = ", …" if len(self._hosts) > 8 else ""
+        numbers = ", ".join(map(str, missing[:16])) + (", …" if len(missing) > 16 else "")
+        return f"{len(missing)} of {self._count} processes: {numbers} (here: {here}{more}). {self._how}"
+
+    def run(self) -> None:
+        """Ends when all have left, or process 0 has, before all were there."""
+        while len(self._left) < self._count and not self._over:
+            for key, _ in self._selector.select(self._patience()):
+                if key.data is None:
+                    self._accept(key.fileobj)
+                elif key.data.open:
+                    self._read(key.data)
+            while self._patience() == 0:
+                self._close(next(iter(self._strangers)))
+        for peer in self._peers():
+            peer.socket.close()
+        for server in self._servers:
+            server.close()
+        self._selector.close()
+
+    def _patience(self) -> float | None:
+        """Seconds until a connection has been a stranger for too long."""
+        return max(0.0, next(iter(self._strangers.values())) - time.monotonic()) if self._strangers else None
+
+    def _peers(self) -> list["_Peer"]:
+        return [key.data for key in list(self._selector.get_map().values()) if key.data]
+
+    def _accept(self, server: Any) -> None:
+        if len(self._strangers) >= STRANGERS + self._count - len(self._hosts):
+            self._close(next(iter(self._strangers)))  # a process introduces itself at once
+        try:
+            connection, _ = server.accept()
+            connection.setblocking(False)  # its buffer holds all that it is ever sent
+            keep_alive(connection)
+        except OSError:  # gone again, or this process may open no more files
+            time.sleep(0.01)
+            return
+        peer = _Peer(connection)
+        self._strangers[peer] = time.monotonic() + INTRODUCE
+        self._selector.register(connection, selectors.EVENT_READ, peer)
+        peer.send({"challenge": peer.challenge})
+
+    def _read(self, peer: "_Peer") -> None:
+        try:
+            for message in peer.read():
+                if peer.process is None:
+                    if not self._enter(peer, message):
+                        break
+                elif "failed" in message:
+                    peer.reason = plain(message["failed"])
+                elif message.get("done"):
+                    self._left.add(peer.process)
+                else:
+                    raise UserError("it says nothing that a process says")
+        except UserError as error:  # none of ours: whatever looks for open ports
+            peer.refuse(f"process 0 refuses what it was sent: {error}")
+        if not peer.open:
+            self._close(peer)
+
+    def _close(self, peer: "_Peer") -> None:
+        peer.open = False
+        self._strangers.pop(peer, None)
+        self._selector.unregister(peer.socket)
+        peer.socket.close()
+        if peer.process is None or peer.process in self._left:
+            return
+        host = self._hosts.pop(peer.process)
+        self._over = peer.process == 0 and not self._called
+        if self._called:
+            self._left.add(peer.process)
+            why = f"has ended: {peer.reason}" if peer.reason else "is gone, without a word (killed?)"
+            self._tell_all({"lost": f"process {peer.process} on {host} {why}"})
+
+    def _tell_all(self, message: dict[str, Any]) -> None:
+        for peer in self._peers():
+            if peer.process is not None:
+                peer.send(message)
+
+    def _enter(self, peer: "_Peer", message: dict[str, Any]) -> bool:
+        """Puts a process on the list, or refuses it; returns whether it is there."""
+        if missing := {"process", "of", "host", "proof"} - message.keys():
+            raise UserError(f"an introduction lacks {min(missing)!r}")
+        process, count, host = message["process"], message["of"], message["host"]
+        shown, expected = plain(host, 64), proof(self._token, peer.challenge, process, count, host)
+        answer, why = "refused", ""
+        if not hmac.compare_digest(expected.encode(), message["proof"].encode(errors="replace")):
+            why = f"its {TOKEN} is not that of process 0; give all processes of a run the same, or none"
+        elif count != self._count:
+            why = f"it is one of {count} processes, process 0 one of {self._count}; give all the same number"
+        elif not 0 <= process < self._count:
+            why = f"the numbers of {self._count} processes are 0 to {self._count - 1}"
+        elif process in self._hosts:
+            why = f"there is another one of that number, on {self._hosts[process]}; give each its own"
+        elif self._called:
+            answer, why = "busy", "the run has lost that process and is ending; start it again"
+        if why:
+            peer.refuse(f"process {plain(process, 20)} on {shown} is refused by process 0: {why}", answer)
+            return False
+        peer.process = process
+        self._strangers.pop(peer)
+        self._hosts[process] = shown
+        if len(self._hosts) == self._count:
+            self._called = True
+            self._tell_all({"all": True})
+        return True
+
+
+class _Peer:
+    """A connection of the list."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket, self.open = connection, True
+        self.challenge = secrets.token_hex(16)
+        self.process: int | None = None
+        self.reason = ""
+        self._rest = b""
+
+    def read(self) -> list[dict[str, Any]]:
+        """The whole lines that are there; raises UserError for one that is no message."""
+        try:
+            received = self.socket.recv(LINE)
+        except BlockingIOError:
+            return []
+        except OSError:
+            received = b""
+        self.open = bool(received)
+        *lines, self._rest = (self._rest + received).split(b"\n")
+        if len(self._rest) > LINE:
+            raise UserError(f"a message is longer than {LINE} bytes")
+        return [parse(line) for line in lines]
+
+    def refuse(self, why: str, answer: str = "refused") -> None:
+        """Answers, and marks the connection as one to be closed."""
+        self.send({answer: why})
+        self.open = False
+
+    def send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # a lost one is noticed where it is read from
+            send(self.socket, message)
