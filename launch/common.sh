@@ -49,6 +49,13 @@ whole() { [[ $2 =~ ^[1-9][0-9]*$ ]] || die "$1=$2 is not a whole number from 1 u
 whole TRIES "$TRIES"
 [[ $RETRY_SECONDS =~ ^[0-9]+$ ]] || die "RETRY_SECONDS=$RETRY_SECONDS is not a whole number"
 
+# A secret by which the processes of a run know each other: LCM_JAX_JOB_TOKEN where it is set, else a new one.
+job_token() {
+  local random
+  random=$(od -An -N16 -tx1 /dev/urandom)
+  echo "${LCM_JAX_JOB_TOKEN:-${random//[[:space:]]/}}"
+}
+
 # take_command WORD…: sets COMMAND, WORKDIR and CACHE from what stands after `--`.
 take_command() {
   (($#)) || die "nothing to run: put the command last, as in -- python -m lcm_jax.train --config=configs/sd15.py --workdir=DIR"

@@ -209,6 +209,7 @@ $(when "$SPOT" '                - {key: cloud.google.com/gke-spot, operator: Equ
                     - {name: JAX_COORDINATOR_PORT, value: "$COORDINATOR_PORT"}
                     - {name: JAX_COMPILATION_CACHE_DIR, value: $(yaml "$CACHE")}
                     - {name: LIBTPU_INIT_ARGS, value: $(yaml "$(libtpu_flags "$TYPE" "$SLICES")")}
+                    - {name: LCM_JAX_JOB_TOKEN, value: $(yaml "$(job_token)")}
                   ports:
                     - {containerPort: $COORDINATOR_PORT, name: coordinator}
                   resources:

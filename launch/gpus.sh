@@ -8,8 +8,9 @@
 #   --help
 #
 # Machines without a scheduler: run it on each, with --coordinator=HOST:8476 --num-processes=N --process-id=I added to
-# the training's own options, HOST being the machine with I = 0. JAX_COMPILATION_CACHE_DIR (the workdir's neighbour
-# compile_cache otherwise) and XLA_FLAGS can be set in the environment.
+# the training's own options, HOST being the machine with I = 0, and with the same secret as LCM_JAX_JOB_TOKEN in the
+# environment of each. JAX_COMPILATION_CACHE_DIR (the workdir's neighbour compile_cache otherwise) and XLA_FLAGS can be
+# set there too.
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh

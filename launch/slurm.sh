@@ -70,6 +70,9 @@ start() {
   local task=(srun --nodes="$NODES" --ntasks-per-node="$GPUS" --gpus-per-node="$GPUS" --gpu-bind=none
     --kill-on-bad-exit=1 --label env "${environment[@]}" "${COMMAND[@]}")
   [[ ! $DRY_RUN ]] || { quote "${task[@]}"; return; }
+  # Exported, not a word of the command, which everyone on the node can read.
+  LCM_JAX_JOB_TOKEN=$(job_token)
+  export LCM_JAX_JOB_TOKEN
   local code restarts=${SLURM_RESTART_COUNT:-0}
   while :; do
     code=0

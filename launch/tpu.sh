@@ -214,7 +214,8 @@ do_install() {
   git -C "$HERE/.." diff --quiet HEAD || say "warning: changes that are not committed are not copied"
   retry "looking at $NAME" look
   retry "copying to $NAME" tpus queued-resources scp "$archive" "$NAME:lcm_jax.tar.gz" --worker=all --node=all
-  retry "installing on $NAME" on_every_worker "$INSTALL"
+  # The token stays on the workers, so that a second `run`, for those that the first did not reach, has the same one.
+  retry "installing on $NAME" on_every_worker "(umask 077; echo $(quote "$(job_token)") > job_token); $INSTALL"
 }
 
 # What follows in single quotes is for the workers' shells.
@@ -253,7 +254,7 @@ start() {
   # killed process leaves behind, and for which the next one refuses to start. The trap lets the shell outlive a SIGTERM
   # to the whole group, to write down how the training ended.
   retry "starting on $NAME" on_every_worker "if ! $RUNS; then cd lcm_jax || exit; rm -f ../train.exit; sudo rm -f /tmp/libtpu_lockfile
-export PATH=\$HOME/lcm_jax_venv/bin:\$PATH $environment
+export PATH=\$HOME/lcm_jax_venv/bin:\$PATH $environment LCM_JAX_JOB_TOKEN=\$(cat ../job_token 2> /dev/null)
 setsid nohup bash -c 'trap : TERM; \"\$@\"; echo \$? > ../train.exit' train $(quote "${COMMAND[@]}") >> ../train.log 2>&1 < /dev/null &
 echo \$! > ../train.pid; fi; echo \"lcm_jax: training on \$(hostname)\""
 }

@@ -174,7 +174,7 @@ def _weights(components: Mapping[str, Mapping[str, np.ndarray]]) -> Facts:
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))  # bfloat16 has no buffer of its own
+    return array.reshape(-1).view(np.uint8).data  # bfloat16 has no buffer of its own
 
 
 def _threads(most: int) -> concurrent.futures.ThreadPoolExecutor:

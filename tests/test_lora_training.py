@@ -14,7 +14,7 @@ from compiling import QUICK
 from safetensors import safe_open
 
 import lcm_jax
-from lcm_jax import blank, cli, export, lora, sample, train
+from lcm_jax import blank, cli, export, identity, lora, sample, train
 from lcm_jax.checkpoint import restore_params
 from lcm_jax.config import Config, ModelConfig, from_dict, load_resolved
 from lcm_jax.data.pipeline import DataConfig
@@ -245,6 +245,9 @@ def test_previews_are_drawn_with_the_adapters(run, folder):
 def test_another_base_is_noticed(run, folder, tmp_path, monkeypatch):
     bigger = read_folder(blank.write_blank("micro", tmp_path / "micro"))
     monkeypatch.setattr(export, "read_folder", lambda _: bigger)
+    with pytest.raises(UserError, match="unet weights.* in .*micro changed since the run in .* began"):
+        export.export(run, tmp_path / "x.safetensors")
+    monkeypatch.setattr(identity, "changed", lambda *_: "")  # as for a run that has recorded nothing
     with pytest.raises(UserError, match="the adapters in .* don't fit .*, which holds another model"):
         export.export(run, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()

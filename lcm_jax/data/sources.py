@@ -34,7 +34,7 @@ class Source:
     image_key: str
     caption_key: str  # a path through nested features, "captions/text"
     metadata: dict[str, Any]  # what the data set says of itself
-    files: tuple[epath.Path, ...] = ()  # that hold the records
+    files: tuple[epath.Path, ...] = ()  # that hold the records, and say how they are to be read
 
     def __len__(self) -> int:
         return len(self.records)
@@ -116,8 +116,10 @@ def open_source(
         records = builder.as_data_source(split, decoders=undecoded, file_format="array_record")
     except Exception as error:
         raise UserError(f"{place}: split {split!r} cannot be opened ({_line(error)})") from None
-    held_in = tuple(epath.Path(place) / name for name in sorted(info.splits[split].filenames))
-    source = Source(f"{place} split {split!r}", records, image_key, caption_key, dict(info.metadata or {}), held_in)
+    metadata = dict(info.metadata or {})
+    names = [*sorted(info.splits[split].filenames), "features.json", *["metadata.json"] * bool(metadata)]
+    files = tuple(epath.Path(place) / name for name in names)
+    source = Source(f"{place} split {split!r}", records, image_key, caption_key, metadata, files)
     if not len(source):
         raise UserError(f"{source.where} is empty; a data set needs at least one example")
     source.read([0])

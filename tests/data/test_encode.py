@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from lcm_jax import cli, encode, train
 from lcm_jax.blank import write_blank
 from lcm_jax.config import default_config, from_dict
+from lcm_jax.data import latents
 from lcm_jax.data.pipeline import DataConfig, batches
 from lcm_jax.data.sources import open_source
 from lcm_jax.errors import UserError
@@ -185,3 +186,16 @@ def test_bad_input_is_one_line(options, option, said, tmp_path, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert not (tmp_path / "encoded" / "1.0.0").exists()
+
+
+def test_a_vae_of_other_groups_did_not_encode_it(encoded, teacher):
+    """Its weights may be the same; how latents are scaled is decided later."""
+    vae = read_folder(teacher).components["vae"]
+    metadata = json.loads((encoded / "metadata.json").read_text())
+    for change in ({}, {"scaling_factor": 2.0, "_diffusers_version": "9"}):
+        latents.check(metadata, vae.params, 32, "it", {**vae.config, **change})
+    other = {**vae.config, "norm_num_groups": 2}
+    with pytest.raises(UserError, match=r"^it was encoded by a VAE with another vae/config.json than this folder's"):
+        latents.check(metadata, vae.params, 32, "it", other)
+    del metadata["vae_config"]  # of an older version
+    latents.check(metadata, vae.params, 32, "it", other)

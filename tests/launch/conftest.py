@@ -18,8 +18,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOOLS = """
-bash cat cut dirname env false git grep gzip head hostname ls mkdir mktemp nohup rm sed seq setsid sh sleep tail tar tee
-touch true
+bash cat cut dirname env false git grep gzip head hostname ls mkdir mktemp nohup od rm sed seq setsid sh sleep tail tar
+tee touch true
 """
 STAND_INS = ("gcloud", "kubectl", "nvidia-smi", "python3", "sbatch", "scontrol", "srun", "sudo")
 

@@ -6,6 +6,7 @@ Each call is a line of `calls`. What is answered:
   type      accelerator type (default v5p-16)
   fail_X    that many calls that have the word X in them fail first (X is ssh, scp, create, apply …)
   mute      a worker that ssh does not reach, of which gcloud says nothing
+  tokens    here srun writes down the job's token of its environment
   codes     exit codes of srun, one a call
   codes-X   those of the training on worker X, one a start; "run", or no file: it runs until it gets SIGTERM
 """
@@ -117,6 +118,8 @@ def main() -> int:
     if tool == "nvidia-smi":
         print("0\n1")
     if tool == "srun":
+        with open(fake / "tokens", "a") as tokens:
+            tokens.write(os.environ["LCM_JAX_JOB_TOKEN"] + "\n")
         return int(pop("codes", "0"))
     return 0
 

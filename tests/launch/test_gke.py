@@ -127,9 +127,13 @@ def test_the_schema_finds_a_misspelt_field(bench):
 
 
 def test_create_hands_the_printed_manifest_to_the_cluster(bench):
-    expected = manifest(bench, *V5E, "--namespace=team", *TRAIN)
+    secret = {"LCM_JAX_JOB_TOKEN": "a secret"}
+    expected = manifest(bench, *V5E, "--namespace=team", *TRAIN, **secret)
+    assert environment_of(expected)["LCM_JAX_JOB_TOKEN"] == "a secret"
+    made = {environment_of(manifest(bench, *V5E, *TRAIN))["LCM_JAX_JOB_TOKEN"] for _ in range(2)}
+    assert [len(token) for token in made] == [32, 32]
     bench.say("fail_apply", 2)  # the webhook is not there yet
-    result = bench.run("gke.sh", "create", "sd15", "--namespace=team", *V5E, *TRAIN)
+    result = bench.run("gke.sh", "create", "sd15", "--namespace=team", *V5E, *TRAIN, **secret)
     assert result.code == 0, result.err
     applies = result.calls_of("apply")
     assert len(applies) == 3

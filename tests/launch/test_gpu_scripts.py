@@ -82,6 +82,9 @@ def test_slurm_starts_a_process_for_each_gpu_and_each_sees_all(bench):
     assert call[0] == "srun"
     assert {"--nodes=2", "--ntasks-per-node=8", "--gpu-bind=none", "--kill-on-bad-exit=1"} <= set(call)
     assert not [word for word in call if word.startswith("--gpus-per-task")]
+    (token,) = (bench.folder / "tokens").read_text().splitlines()
+    assert len(token) == 32
+    assert not [word for word in call if token in word]  # everyone on the node can read them
     assert call[-len(TRAIN) + 1 :] == list(TRAIN[1:])
     values = env_words(call)
     assert values["JAX_PLATFORMS"] == "cuda,cpu"

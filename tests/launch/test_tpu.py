@@ -114,6 +114,9 @@ def test_run_starts_the_command_on_all_workers_and_leaves_it_running(bench, unti
         assert values["JAX_COORDINATOR_PORT"] == "8476"
         assert values["JAX_COMPILATION_CACHE_DIR"] == "gs://bucket/runs/compile_cache"
         assert values["JAX_PLATFORMS"] == "tpu,cpu"
+        assert [values["LCM_JAX_JOB_TOKEN"]] == lines(bench.home("pod-0") / "job_token")  # the same on each
+        assert len(values["LCM_JAX_JOB_TOKEN"]) == 32
+        assert (home / "job_token").stat().st_mode & 0o777 == 0o600
         assert "--xla_tpu_enable_latency_hiding_scheduler=true" in values["LIBTPU_INIT_ARGS"].split()
         assert "async_collective_fusion" not in values["LIBTPU_INIT_ARGS"]  # a v5p does not compile with it
     status = bench.run("tpu.sh", "status", "pod", ZONE)

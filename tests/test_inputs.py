@@ -1,0 +1,181 @@
+"""What a run began with is what it is resumed and exported with: another model or data set is refused by name."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import load_file, save_file
+
+from lcm_jax import cli, export, identity, train
+from lcm_jax.config import load_resolved, resolved
+from lcm_jax.data.sources import Source
+from lcm_jax.errors import UserError
+from lcm_jax.interop.folder import read_folder
+from lcm_jax.lora import LoraConfig
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+class Reached(Exception):
+    """The start of a run came past the comparison of its inputs."""
+
+
+class Run:
+    """A run with its own copies of model and data, which ends each start where its inputs were accepted."""
+
+    def __init__(self, quick, root, monkeypatch):
+        self.model, self.data, self.workdir = root / "model", root / "data", root / "run"
+        places = {"model.folder": self.model, "data.data_dir": self.data}
+        for name, copy in places.items():
+            (original,) = (o.partition("=")[2] for o in quick if o.startswith(f"--config.{name}="))
+            shutil.copytree(original, copy)
+        self.options = [*quick, f"--workdir={self.workdir}"]
+        monkeypatch.setattr(train, "load_tokenizer", self._reached)
+        self._patch = monkeypatch
+        self.accepted()
+        monkeypatch.setattr(train, "good_steps", lambda _: [2])  # begun: a checkpoint is there
+
+    @staticmethod
+    def _reached(_):
+        raise Reached
+
+    def start(self, *more):
+        places = [f"--config.model.folder={self.model}", f"--config.data.data_dir={self.data}"]
+        return cli.run(train.main, [*self.options, *places, *more])
+
+    def accepted(self):
+        with pytest.raises(Reached):
+            self.start()
+
+
+@pytest.fixture
+def run(quick, tmp_path, monkeypatch, one_device):
+    return Run(quick, tmp_path, monkeypatch)
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def scale(file, key, factor):
+    tensors = load_file(file)
+    save_file({**tensors, key: tensors[key] * np.float32(factor)}, file, metadata={"format": "pt"})
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+CHANGES = {
+    "unet weights": lambda run: scale(run.model / UNET, "conv_in.weight", 1.3),
+    "text_encoder weights": lambda run: scale(
+        run.model / "text_encoder/model.safetensors", "final_layer_norm.weight", 1 + 1e-6
+    ),
+    "unet/config.json": lambda run: change_json(run.model / "unet/config.json", norm_num_groups=2),
+    "scheduler/scheduler_config.json": lambda run: change_json(
+        run.model / "scheduler/scheduler_config.json", beta_end=0.013
+    ),
+    "tokenizer/merges.txt": lambda run: (run.model / "tokenizer/merges.txt").write_text("#version: 0.2\n"),
+    "tokenizer/added_tokens.json": lambda run: (run.model / "tokenizer/added_tokens.json").write_text("{}"),
+    "data file captioned_digits-train.array_record": lambda run: flip(
+        next(run.data.glob("captioned_digits/*/*-train.array_record*"))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_input_is_refused_by_name(run, name, capsys):
+    run.accepted()
+    before = (run.workdir / "config.json").read_text()
+    CHANGES[name](run)
+    assert run.start("--config.steps=7") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: {name}" in line
+    assert f" changed since the run in {run.workdir} began; put back what was there, or choose another --work" in line
+    assert (run.workdir / "config.json").read_text() == before  # a start that is refused changes nothing
+    (run.workdir / "inputs.json").unlink()  # as the line says; and as of a run of an older version
+    run.accepted()
+    assert identity.recorded(run.workdir)
+    run.accepted()
+
+
+def test_content_alone_counts(run):
+    """Not where it lies, in how many files, or which version of diffusers wrote it."""
+    change_json(run.model / "unet/config.json", _diffusers_version="99.0")
+    tensors = load_file(run.model / UNET)
+    (run.model / UNET).unlink()
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": sorted(tensors)[i::2] for i in range(2)}
+    for name, keys in shards.items():
+        save_file({key: tensors[key] for key in keys}, run.model / "unet" / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: name for name, keys in shards.items() for key in keys}}
+    (run.model / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    run.model, run.data = run.model.rename(run.model.with_name("b")), run.data.rename(run.data.with_name("c"))
+    run.accepted()
+    assert load_resolved(run.workdir).model.folder == str(run.model)
+
+
+def test_without_a_record_inputs_must_lie_where_they_lay(run, capsys):
+    (run.workdir / "inputs.json").unlink()
+    run.model = run.model.rename(run.model.with_name("b"))
+    assert run.start() == 2
+    assert "holds a run with config.model.folder=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("name", ["unet weights", "tokenizer/merges.txt"])
+def test_a_changed_model_is_not_mixed_into_an_export(run, rank, name, tmp_path):
+    config = load_resolved(run.workdir)
+    if rank:
+        config = dataclasses.replace(config, objective="denoising", lora=LoraConfig(rank=rank))
+    (run.workdir / "config.json").write_text(resolved(config))
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(UserError, match="holds no checkpoint yet"):  # it came past the comparison
+        export.export(run.workdir, out)
+    CHANGES[name](run)
+    with pytest.raises(UserError, match=f"^{name} in {run.model} changed since the run in {run.workdir} began"):
+        export.export(run.workdir, out)
+    assert not out.exists()
+
+
+def test_large_data_is_sampled_and_many_files_are_summed_up(tmp_path, monkeypatch):
+    for name, of in {"WHOLE": 1000, "FILES": 5, "BLOCK": 10}.items():
+        monkeypatch.setattr(identity, name, of)
+    paths = tuple(epath.Path(tmp_path / f"{i:02d}") for i in range(12))
+    for path in paths:
+        path.write_bytes(bytes(range(256)))
+    source = Source("it", [0], "", "", {}, paths)
+
+    def changes():
+        now = identity.of_data(source).facts
+        return {name.rpartition(" ")[2] for name in now if now[name] != before[name]}
+
+    before = identity.of_data(source).facts
+    assert len(before) == 5 + 2
+    for place in (0, 255):
+        content = bytearray(range(256))
+        content[place] ^= 1
+        paths[11].write_bytes(content)
+        assert changes() == {"11"}
+    paths[11].write_bytes(bytes(range(256)))
+    paths[1].write_bytes(bytes(257))  # none of those whose content is read
+    assert changes() == {"files"}
+
+
+def test_weights_are_told_apart_by_each_bit(quick):
+    (folder,) = (o.partition("=")[2] for o in quick if o.startswith("--config.model.folder="))
+    model = read_folder(folder)
+    before = identity.of_folder(model).facts
+    flat = model.components["vae"].params
+    path = next(path for path, array in flat.items() if array.ndim == 4)
+    changed = flat[path].copy()
+    changed.view(np.uint32).reshape(-1)[-1] ^= 1
+    flat[path] = changed
+    after = identity.of_folder(model).facts
+    assert [name for name in after if after[name] != before[name]] == ["vae weights"]
+    flat[path] = np.ascontiguousarray(changed)
+    assert identity.of_folder(model).facts == after
