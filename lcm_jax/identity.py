@@ -111,6 +111,16 @@ def of_json(value: Mapping[str, Any], beside: Sequence[str] = ()) -> str:
     return _hash([json.dumps(meant, sort_keys=True).encode()])
 
 
+def of_config(workdir: epath.PathLike) -> str:
+    """Returns a hash of `<workdir>/config.json`; "nothing" where there is none: another disk than process 0's."""
+    path = epath.Path(workdir) / "config.json"
+    with files.one_line(path, "read"):
+        try:
+            return _hash([path.read_bytes()])
+        except FileNotFoundError:
+            return "nothing"
+
+
 def recorded(workdir: epath.PathLike) -> bool:
     """Returns whether the run in `workdir` has recorded its inputs; one of an older version has not."""
     return _read(workdir) is not None

@@ -199,7 +199,7 @@ def _write_config(workdir: epath.Path, config: Config) -> None:
 
 
 def _check_inputs(workdir: epath.Path, config: Config, folder: Folder, source: Source, begun: bool) -> None:
-    """Raises UserError unless folder and data are the same on all processes, and those that the run began with."""
+    """Raises UserError unless folder, data and workdir are the same on all processes, and as when the run began."""
     now = {"model": identity.of_folder(folder), "data": identity.of_data(source)}
     problem = identity.changed(workdir, now) if begun else ""
     agreement.agree(now["model"].facts | now["data"].facts, problem)
@@ -207,6 +207,8 @@ def _check_inputs(workdir: epath.Path, config: Config, folder: Folder, source: S
         identity.record(workdir, now)
     if begun:
         _write_config(workdir, config)
+    meet("config.json written")
+    agreement.agree({"what is in --workdir (config.json)": identity.of_config(workdir)})
 
 
 def _diverged(workdir: epath.Path, config: Config, step: int, good: int | None) -> str:

@@ -71,6 +71,7 @@ def ended(quick, other_model, other_data, other_file, tmp_path_factory):
         "no file": (2, "--config=/nowhere.py"),
         "model": (2, f"--config.model.folder={other_model}"),
         "data": (4, f"--config.data.data_dir={other_data}"),
+        "workdir": (2, f"--workdir={tmp_path_factory.mktemp('another') / 'run'}"),
     }
     argvs = []
     for count, other in cases.values():
@@ -103,6 +104,10 @@ def ended(quick, other_model, other_data, other_file, tmp_path_factory):
         ("file", "config.seed differs: process 1 on .* has 7, process 0 on .* has 0;"),
         ("no file", "process 1 on .*: --config=/nowhere.py: there is no file /nowhere.py$"),
         ("model", r"unet weights differs: process 1 on .* has \w{32}, process 0 on .* has \w{32};"),
+        (
+            "workdir",
+            r"what is in --workdir \(config.json\) differs: process 1 on .* has nothing, process 0 on .* has",
+        ),
         ("data", r"data file \S+-train\.array_record\S+ differs: process 3 on .* has \w{32} \(\d+ bytes\), process 0"),
     ],
 )
