@@ -15,6 +15,7 @@ from lcm_jax.data.sources import Source
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.lora import LoraConfig
+from lcm_jax.objectives.autoencoder import AutoencoderConfig
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -131,7 +132,8 @@ def test_without_a_record_inputs_must_lie_where_they_lay(run, capsys):
 def test_a_changed_model_is_not_mixed_into_an_export(run, rank, name, tmp_path):
     config = load_resolved(run.workdir)
     if rank:
-        config = dataclasses.replace(config, objective="denoising", lora=LoraConfig(rank=rank))
+        whole = {"objective": "denoising", "autoencoder": AutoencoderConfig()}
+        config = dataclasses.replace(config, **whole, lora=LoraConfig(rank=rank))
     (run.workdir / "config.json").write_text(resolved(config))
     out = tmp_path / "out.safetensors"
     with pytest.raises(UserError, match="holds no checkpoint yet"):  # it came past the comparison

@@ -170,6 +170,17 @@ def test_whatever_else_connects_does_no_harm(address, monkeypatch):
     assert first.lost[0].startswith("process 1 on ")
 
 
+def test_a_line_without_an_end_is_not_kept(address):
+    Member(address, 0, 2)
+    time.sleep(0.3)
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+        connection.settimeout(5)  # before it has been silent for too long
+        connection.sendall(b"[" * (roll_list.LINE + 1))
+        lines = connection.makefile("rb")
+        assert b"challenge" in lines.readline()
+        assert b"process 0 refuses what it was sent: a message is longer than 4096 bytes" in lines.readline()
+
+
 @pytest.mark.parametrize(("token", "its"), [("secret", ""), ("", "secret"), ("secret", "Secret")])
 def test_one_without_the_token_of_the_job_is_refused(address, token, its):
     first = Member(address, 0, 2, token=token)
