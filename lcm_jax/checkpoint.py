@@ -11,7 +11,8 @@ import gc
 import json
 import sys
 import zlib
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,8 @@ class Checkpoints:
             max_to_keep=keep_last, keep_period=keep_every or None, create=True, cleanup_tmp_directories=True
         )
         self._open: ocp.CheckpointManager | None = None
+        self._started: int | None = None  # the step that is being written
+        self._written: int | None = None  # the newest that this run wrote, or began with
         orbax_noise.silence()
 
     @property
@@ -97,10 +100,13 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], data_state: dict[str, Any]) -> None:
         """Copies the state to the host and writes it in the background; does nothing if the step is there already.
 
-        Raises: UserError if this save could not be started, or the one before it failed.
+        Raises: UserError if this save could not be started, the one before it failed, or is there no longer.
         """
         if step in self._manager.all_steps():
             return
+        self.wait()
+        if self._written is not None:
+            self.check_there(self._written)
         items = _items(state)
         sums = zip(_leaves(items).items(), checksums(items), strict=True)
         content = {"leaves": {name: [*leaf, value] for (name, leaf), value in sums}, "data": data_state}
@@ -111,15 +117,26 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**arguments, meta=meta), force=True)
         except Exception as error:
             raise self._failed(error) from None
+        self._started = step
+
+    def check_there(self, step: int) -> None:
+        """Raises UserError unless the checkpoint of this step, which was written before, is on disk and complete."""
+        if is_first() and step not in good_steps(self.folder):
+            raise UserError(
+                f"the checkpoint of step {step} was deleted from {self.folder} in mid-run; put it back, or give the "
+                "same command again: it resumes from the last checkpoint that is there"
+            )
 
     def wait(self) -> None:
         """Waits until everything is on disk. Raises UserError if writing failed; older checkpoints stay good."""
         if self._open is None:
             return
+        started, self._started = self._started, None
         try:
             self._open.wait_until_finished()
         except Exception as error:
             raise self._failed(error) from None
+        self._written = started or self._written
 
     def close(self) -> None:
         """Waits, and ends the writing threads."""
@@ -127,6 +144,19 @@ class Checkpoints:
         if self._open is not None:
             self._open.close()
             self._open = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes. After an error that one is reported: where a folder is gone, writing fails as well."""
+        try:
+            self.close()
+        except UserError:
+            if error is None:
+                raise
 
     def _failed(self, error: Exception) -> UserError:
         good = good_steps(self.folder)
@@ -158,6 +188,7 @@ class Checkpoints:
                         file=sys.stderr,
                     )
             meet("damaged checkpoints set aside")
+            self._written = step
             return state, data_state, step
         if damaged:
             tried = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
@@ -180,6 +211,7 @@ def good_steps(folder: epath.PathLike) -> list[int]:
     A kill in mid-save leaves another name, or, in a bucket, a folder without the object that Orbax writes last.
     """
     folder = epath.Path(folder)
+    files.forget_listings(folder)
     with files.one_line(folder, "read"):  # a bucket that does not answer is not an empty one
         try:
             steps = [path for path in folder.iterdir() if path.name.isdigit()]

@@ -7,7 +7,9 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
+from jax._src import compilation_cache  # the cache's kind is chosen there; jax.experimental has its folder alone
+
+from lcm_jax import cache_entries
 
 DEFAULT = "~/.cache/lcm_jax/compiled"
 
@@ -44,11 +46,15 @@ _counts: Counts | None = None
 
 
 def enable() -> str:
-    """Turns JAX's persistent compilation cache on and returns its folder.
+    """Turns JAX's persistent compilation cache on, with entries that are written whole, and returns its folder.
 
     The folder is JAX_COMPILATION_CACHE_DIR (a path or `gs://…`) where that is set, else `~/.cache/lcm_jax/compiled`.
+    It is made for this user alone if it is not there: what is in it runs as a program.
     """
     global _counts
+    if compilation_cache.get_file_cache is not cache_entries.open_cache:
+        compilation_cache.get_file_cache = cache_entries.open_cache
+        compilation_cache.reset_cache()  # where something was compiled before
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(pathlib.Path(DEFAULT).expanduser())
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

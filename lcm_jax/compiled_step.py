@@ -3,9 +3,11 @@
 `plan --save` writes one for `train --compiled`. And a run on one process keeps its own beside the compile cache: in a
 second start XLA takes as long to load the step of a small UNet for a CPU as Python to get there; they go side by side.
 
-The file is a line of JSON, then a pickle of `jax.experimental.serialize_executable`; as with JAX's own compile cache,
-reading it runs what is in it. It is used for the very step that it was compiled from, and for no other: the line has
-a hash of the lowered program, and all else that the executable depends on.
+The file is a line with a checksum of all that follows, a line of JSON, and what `jax.experimental.serialize_executable`
+makes of the step, which is a pickle: to load it is to run it as a program. So it is loaded only for the very step that
+it was compiled from: the JSON has a hash of the lowered program, and all else that the executable depends on. A step
+that a run kept for itself must be this user's own file, which nobody else may write; of such a file XLA's executable
+alone, which is no pickle, is loaded ahead.
 """
 
 import concurrent.futures
@@ -13,23 +15,40 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
 import pickle
+import pickletools
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
+from jaxlib import xla_client
 
-from lcm_jax import compile_cache, files
+from lcm_jax import cache_entries, compile_cache, files, json_file, private
 from lcm_jax.config import Config
 from lcm_jax.errors import UserError
 
 CPU_INFO = pathlib.Path("/proc/cpuinfo")
+
+
+_BEGIN = b"lcm_jax compiled step 2 "  # and the sha256 of all after this line, in hexadecimal
+_KINDS = {
+    "made_for": json_file.OBJECT,
+    "program": json_file.TEXT,
+    "executable": json_file.LIST,
+    "step": json_file.WHOLE,
+}
+
+
+class _Damaged(UserError):
+    """A file that does not hold what was written, or that another user may have written."""
 
 
 def save(path: str | os.PathLike[str], mesh: Mesh, lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> None:
@@ -39,9 +58,29 @@ def save(path: str | os.PathLike[str], mesh: Mesh, lowered: jax.stages.Lowered, 
 
     Raises: UserError where it can't be written.
     """
-    made_for = {**_environment(mesh), "program": _hash(lowered.as_text())}
-    content = pickle.dumps(serialize_executable.serialize(compiled))
-    files.write(path, json.dumps(made_for).encode() + b"\n" + content)
+    files.write(path, _content(mesh, lowered, compiled))
+
+
+def _content(mesh: Mesh, lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> bytes:
+    step, in_tree, out_tree = serialize_executable.serialize(compiled)
+    header = {
+        "made_for": _environment(mesh),
+        "program": _hash(lowered.as_text()),
+        "executable": _executable_in(step),
+        "step": len(step),
+    }
+    rest = json.dumps(header).encode() + b"\n" + step + pickle.dumps((in_tree, out_tree))
+    return _BEGIN + hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
+
+
+def _executable_in(step: bytes) -> tuple[int, int]:
+    """Returns where in a step's pickle XLA's executable is: the largest bytes there, found without unpickling."""
+    _, start, end = max(
+        (len(value), start := step.index(value, place), start + len(value))
+        for _, value, place in pickletools.genops(step)
+        if isinstance(value, bytes)
+    )
+    return start, end
 
 
 def given(text: str) -> str:
@@ -62,35 +101,40 @@ class Ahead:
           given: a file of `save`; else a run on one process and CPUs keeps its own in the folder of the compile cache.
         """
         self._mesh, self._given, self._own = mesh, given, ""
-        if not given and (folder := compile_cache.folder()) and _is_kept(mesh):
+        folder = compile_cache.folder()
+        if not given and folder and not files.in_bucket(folder) and _is_kept(mesh):
             options = {k: v for k, v in dataclasses.asdict(config).items() if k not in _BESIDE_THE_STEP}
             self._own = f"{folder}/step-{_hash(json.dumps([options, dict(mesh.shape)]))[:32]}"
-        path = given or (self._own if self._own and epath.Path(self._own).is_file() else "")
+        path = given or (self._own if self._own and os.path.lexists(self._own) else "")
         thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._read = thread.submit(_read, epath.Path(path), mesh) if path else None
+        self._read = thread.submit(_read, epath.Path(path), mesh, kept=not given) if path else None
         thread.shutdown(wait=False)
 
     def step(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Returns the step that was lowered: from the file if that holds this very step, else compiled (and kept).
 
-        A given file that is not used is told in one line.
+        A file that is given, or damaged, and not used is reported in one line.
         """
         if self._read:
             try:
-                made_for, compiled = self._read.result()
-                if made_for["program"] != _hash(lowered.as_text()):
+                saved = self._read.result()
+                if saved.header["program"] != _hash(lowered.as_text()):
                     raise UserError("it is another step: the options, the folder's configurations or the code differ")
+                compiled = saved.load(list(self._mesh.devices.flat))
             except UserError as error:
-                if self._given and jax.process_index() == 0:
-                    print(f"--compiled={self._given} is not used: {error}", file=sys.stderr)
+                if (self._given or isinstance(error, _Damaged)) and jax.process_index() == 0:
+                    which = f"--compiled={self._given}" if self._given else f"the kept step {self._own}"
+                    print(f"{which} is not used: {error}", file=sys.stderr)
             else:
                 compile_cache.note_hit()
                 return compiled
         before = compile_cache.from_cache()
         compiled = lowered.compile()
         if self._own and compile_cache.from_cache() == before:
-            with contextlib.suppress(UserError):  # a cache that can't be written costs time, nothing else
-                save(self._own, self._mesh, lowered, compiled)
+            try:
+                private.write(self._own, _content(self._mesh, lowered, compiled))
+            except UserError as error:  # a cache that can't be written costs time, nothing else
+                cache_entries.warn(error)
         return compiled
 
 
@@ -101,27 +145,84 @@ def _is_kept(mesh: Mesh) -> bool:
     return jax.process_count() == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
-def _read(path: epath.Path, mesh: Mesh) -> tuple[dict[str, Any], jax.stages.Compiled]:
-    with files.one_line(path, "read"):
-        line, _, content = path.read_bytes().partition(b"\n")
-    here = _environment(mesh)
+@dataclasses.dataclass
+class _Saved:
+    """A file that is as it was written, for these devices; nothing of it is unpickled yet."""
+
+    header: dict[str, Any]
+    step: bytes
+    trees: bytes
+    executable: Any = None  # XLA's, once it is loaded
+
+    def load_executable(self, devices: Sequence[Any]) -> None:
+        with _damage():
+            start, end = self.header["executable"]
+            self.executable = devices[0].client.deserialize_executable(
+                self.step[start:end], executable_devices=xla_client.DeviceList(tuple(devices))
+            )
+
+    def load(self, devices: Sequence[Any]) -> jax.stages.Compiled:
+        """Unpickles the step."""
+        if self.executable is None:
+            self.load_executable(devices)
+        with _damage():
+            in_tree, out_tree = pickle.loads(self.trees)
+            unloaded, arguments, no_kwargs = _Unpickler(self.step, devices, self.executable).load()
+            return jax.stages.Compiled(unloaded.load(), [], in_tree.unflatten(arguments), out_tree, no_kwargs=no_kwargs)
+
+
+class _Unpickler(serialize_executable._JaxPjrtUnpickler):
+    """JAX's own, for a step whose executable is loaded already."""
+
+    def __init__(self, step: bytes, devices: Sequence[Any], executable: Any) -> None:
+        super().__init__(io.BytesIO(step), devices[0].client, devices)
+        self._loaded = executable
+
+    def persistent_load(self, pid: tuple[Any, ...]) -> Any:
+        return self._loaded if pid[0] == "exec" else super().persistent_load(pid)
+
+
+def _read(path: epath.Path, mesh: Mesh, *, kept: bool) -> _Saved:
+    if kept:
+        try:
+            data = private.read(path)
+        except UserError as error:
+            raise _Damaged(str(error)) from None
+    else:
+        with files.one_line(path, "read"):
+            data = path.read_bytes()
+    saved = _checked(data, _environment(mesh))
+    if kept:
+        saved.load_executable(list(mesh.devices.flat))
+    return saved
+
+
+def _checked(data: bytes, here: dict[str, Any]) -> _Saved:
+    first, _, rest = data.partition(b"\n")
+    if not first.startswith(_BEGIN):
+        raise _Damaged("it holds no step, or another version of lcm_jax wrote it")
+    if first.removeprefix(_BEGIN) != hashlib.sha256(rest).hexdigest().encode():
+        raise _Damaged("it is damaged: its content does not have its checksum")
+    line, _, content = rest.partition(b"\n")
+    header = json_file.parse(line, "its header", _KINDS)
+    if missing := _KINDS.keys() - header.keys():
+        raise _Damaged(f"its header has no {min(missing)!r}")
+    made_for = header["made_for"]
+    differing = [
+        f"{name} {made_for.get(name)!r}, here {value!r}" for name, value in here.items() if made_for.get(name) != value
+    ]
+    if differing:
+        raise UserError(f"it was compiled elsewhere: {', '.join(differing)}")
+    return _Saved(header, content[: header["step"]], content[header["step"] :])
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
     try:
-        made_for = json.loads(line)
-        differing = [
-            f"{name} {made_for[name]!r}, here {value!r}" for name, value in here.items() if made_for[name] != value
-        ]
-        if differing:
-            raise UserError(f"it was compiled elsewhere: {', '.join(differing)}")
-        payload, in_tree, out_tree = pickle.loads(content)
-        devices = list(mesh.devices.flat)
-        return made_for, serialize_executable.deserialize_and_load(
-            payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
-        )
-    except UserError:
-        raise
+        yield
     except Exception as error:  # pickle and the runtimes have many
         reason = str(error).strip() or type(error).__name__
-        raise UserError(f"it is damaged, or this runtime can't load it: {reason.splitlines()[0][:200]}") from None
+        raise _Damaged(f"this runtime can't load it: {reason.splitlines()[0][:200]}") from None
 
 
 def _environment(mesh: Mesh) -> dict[str, Any]:

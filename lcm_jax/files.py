@@ -23,6 +23,14 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     return epath.Path(path) if in_bucket(path) else epath.Path(os.path.abspath(path))
 
 
+def forget_listings(path: str | os.PathLike[str]) -> None:
+    """Lets what is below a bucket's path be listed anew: gcsfs keeps its listings, whatever others delete."""
+    if in_bucket(path):
+        import fsspec  # comes with gcsfs, which only buckets need
+
+        fsspec.filesystem("gs", finalize_on_close=True).invalidate_cache()  # the one that epath uses
+
+
 def write(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file beside `path` and renames it there; makes the folder. Raises UserError where that can't be done."""
     data = content.encode() if isinstance(content, str) else content

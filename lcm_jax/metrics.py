@@ -7,16 +7,19 @@ bucket, where a file can't grow, it waits for `flush`, for the next picture or f
 
 import contextlib
 import logging
+import os
+import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
 from lcm_jax import files
+from lcm_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -54,9 +57,11 @@ class Metrics:
         self._flushed = time.monotonic()
         with files.one_line(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            # read in the order of names: nanoseconds, since two runs may start within one second
-            name = f"events.out.tfevents.{time.time_ns() / 1e9:.9f}.{socket.gethostname()}"
-            self._file = RecordWriter(str(self._folder / name))
+            files.forget_listings(self._folder)
+            others = self._folder.iterdir() if self._folder.exists() else ()  # a bucket has no empty folders
+            self._path = self._folder / _next_name(path.name for path in others)
+            self._file = RecordWriter(str(self._path))
+            self._inode = self._on_disk()
         started = SessionLog(status=SessionLog.START)  # TensorBoard drops older points at and after this event's step
         self._write(Event(file_version="brain.Event:2"), Event(step=start_step + 1, session_log=started))
 
@@ -82,13 +87,45 @@ class Metrics:
         with files.one_line(self._folder):
             self._file.close()
 
+    def _on_disk(self) -> int:
+        """What tells this file from another one of its name; in a bucket, whose objects are written whole, nothing."""
+        return 0 if files.in_bucket(self._path) else os.stat(self._path).st_ino
+
+    def _check_there(self) -> None:
+        """An open file can be written to after it was deleted, for nobody to read."""
+        try:
+            there = self._on_disk() == self._inode
+        except (FileNotFoundError, NotADirectoryError):
+            there = False
+        if not there:
+            raise UserError(
+                f"{self._path} was deleted or moved away in mid-run, with the curves that this run wrote; "
+                "give the same command again: it resumes from the last checkpoint"
+            )
+
     def _write(self, *events: Event) -> None:
+        self._check_there()
         with files.one_line(self._folder):
             for event in events:
                 event.wall_time = time.time()
                 self._file.write(event.SerializeToString())
         if not files.in_bucket(self._folder) or time.monotonic() - self._flushed >= SECONDS:
             self.flush()
+
+
+def _next_name(others: Iterable[str]) -> str:
+    """Returns the name of an event file that sorts behind all others, since TensorBoard reads them in this order.
+
+    The name begins with the time, to the nanosecond: two runs may start within one second. Where the clock was ahead
+    when another file was begun, its time and a second are taken instead.
+    """
+    now = time.time_ns()
+    for name in others:
+        if found := re.match(r"events\.out\.tfevents\.(\d{10})\b", name):
+            second = int(found[1])
+            if f"{now // 10**9}.{now % 10**9:09d}" <= name.removeprefix("events.out.tfevents."):
+                now = (second + 1) * 10**9
+    return f"events.out.tfevents.{now // 10**9}.{now % 10**9:09d}.{socket.gethostname()}"
 
 
 class _Parts:

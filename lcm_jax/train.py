@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lcm_jax import cli, compile_cache, compiled_step, files, identity
@@ -41,6 +42,7 @@ from lcm_jax.previews import make_preview
 from lcm_jax.profile import ProfileConfig, Profiler
 from lcm_jax.progress import Progress
 from lcm_jax.state import frozen_params, initial_params, make_parts
+from lcm_jax.workdir import Held, hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,8 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
 
     Raises:
       UserError: a mistake in the configuration, the folder, the data or the workdir; processes that differ in these; a
-        folder or data that changed since the run began; a loss that stays non-finite.
+        folder or data that changed since the run began; a workdir that another run holds, or that is deleted, moved or
+        taken in mid-run; a loss that stays non-finite.
     """
     workdir = epath.Path(workdir)
     # ---- the machine
@@ -70,6 +73,12 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
     check_batch(config.batch_size, config.accumulate, mesh)
     if config.profile.steps and config.profile.steps[1] > config.steps:
         raise UserError(f"config.profile.steps={config.profile.steps} goes beyond the last step, {config.steps}")
+    with hold(workdir) as held:
+        return _train(config, workdir, compiled, mesh, held)
+
+
+def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh, held: Held) -> Result:
+    """Trains in a workdir that this run holds."""
     begun = _claim(workdir, config)
     ahead = Ahead(config, mesh, compiled)
 
@@ -122,6 +131,7 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
         received = int(scalars.pop("stop"))
         rate = progress.update(done, scalars["loss"])
         if metrics and (done % config.log.every == 0 or done == config.steps):
+            held.check()
             speed = {"images_per_second": rate} if math.isfinite(rate) else {}  # the first step has none
             metrics.scalars(done, {**scalars, **speed, "data_wait_seconds": waited})
         if scalars["skipped"] >= config.max_skipped:
@@ -131,7 +141,7 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
 
     # ---- the loop: dispatch step n, then read what step n-1 said
     with (
-        closing(checkpoints),
+        checkpoints,
         closing(data),
         progress,
         _stop_signals() as stop,
@@ -160,14 +170,18 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
             if profiler.is_last(done):
                 profiler.stop()
             if save or last:
+                held.check()
                 if metrics:
                     metrics.flush()
                 checkpoints.save(done, state, data.get_state())
             if show:
                 pictures = preview(*program.whole((state["ema"] or state["params"], frozen)))
+                held.check()
                 if metrics:
                     metrics.images(done, "samples", pictures)
                     write_png(workdir / "samples" / f"step_{done:06d}.png", grid(pictures, columns=8))
+    held.check()
+    checkpoints.check_there(done)
     return Result(done, received if done < config.steps else 0)
 
 
@@ -253,7 +267,7 @@ def main(argv: Sequence[str]) -> int:
         "--compiled",
         metavar="FILE",
         type=compiled_step.given,
-        help="the compiled step that plan --save=FILE wrote",
+        help="the compiled step that plan --save=FILE wrote; it runs as a program: take only a file that you trust",
     )
     processes.add_options(parser)
     args, overrides = parser.parse_with_config(argv)

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import io
 import json
 import re
 import socket
@@ -24,7 +25,7 @@ class _Handler(server.RequestHandler):
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
         found = re.fullmatch(r"(?:/upload|/download)?(?:/storage/v1)?/b/([^/]+)/o(?:/(.+))?", url.path)
-        name = query.get("name") or (found and urllib.parse.unquote(found[2] or ""))
+        name = query.get("name") or (found and urllib.parse.unquote(found[2] or "")) or self._name_in_body(query)
         if not found or not name:
             return None, query
         try:
@@ -32,7 +33,22 @@ class _Handler(server.RequestHandler):
         except exceptions.NotFound:
             return "0", query
 
+    def _name_in_body(self, query):
+        """The name of an object that comes in one request: in the JSON before its content."""
+        if query.get("uploadType") != "multipart":
+            return None
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.rfile = io.BytesIO(body)
+        return json.loads(re.search(rb"\r?\n\r?\n(\{.*?\})\r?\n--", body, re.DOTALL)[1])["name"]
+
     def _answer(self, method):
+        connection = self.rfile
+        try:
+            self._answer_or_refuse(method)
+        finally:
+            self.rfile = connection
+
+    def _answer_or_refuse(self, method):
         self._generation, query = self._object()
         if self._generation is not None:
             if query.get("ifGenerationMatch", self._generation) != self._generation:

@@ -13,8 +13,9 @@ from bucket_server import serve
 from etils import epath
 from event_files import visible
 
-from lcm_jax import checkpoint, cli, export, identity, metrics, train
+from lcm_jax import checkpoint, cli, export, identity, metrics, train, workdir
 from lcm_jax.data.sources import Source
+from lcm_jax.errors import Unavailable, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -133,7 +134,7 @@ def test_curves_grow_in_parts(bucket, monkeypatch):
 @pytest.mark.parametrize(
     ("workdir", "message"),
     [
-        ("gs://no-such-bucket/run", "gs://no-such-bucket/run/config.json can't be written: "),
+        ("gs://no-such-bucket/run", "gs://no-such-bucket/run/lock.json can't be written: "),
         ("gs://bucket", "--workdir=gs://bucket must name a bucket and a place in it: gs://BUCKET/PATH"),
         ("", "--workdir= is empty; give a folder, or gs://BUCKET/PATH"),
         ("gs:///run", "--workdir=gs:///run must name a bucket and a place in it: gs://BUCKET/PATH"),
@@ -181,3 +182,31 @@ def test_without_gcsfs(bucket, quick, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.run(train.main, [*quick, "--workdir=gs://bucket/run"]) == 2
     assert 'needs gcsfs: pip install gcsfs, or lcm_jax with its extra "tpu"' in capsys.readouterr().err
+
+
+def test_one_run_a_place(bucket, monkeypatch):
+    run = bucket / "runs" / "held"
+    monkeypatch.setattr(workdir, "PATIENCE", 0.5)
+    monkeypatch.setattr(workdir, "BEAT", 0.05)
+    monkeypatch.setattr(workdir, "_LOOK", 0.1)
+    with workdir.hold(run) as held:
+        with pytest.raises(UserError, match=f"--workdir={run}: process {os.getpid()} on .* trains there"):
+            workdir.hold(run).__enter__()
+        with monkeypatch.context() as patch:
+            patch.setattr(workdir, "_here", lambda here=workdir._here(): {**here, "host": "another"})
+            with pytest.raises(Unavailable, match="trains there"):  # by its signs of life
+                workdir.hold(run).__enter__()
+        held.check()
+        lock = workdir._BucketLock(run / workdir.LOCK)
+        content, generation = lock.read()
+        lock.remove(content, int(generation) - 1)  # that of a run before
+        assert lock.read()[0] == content
+        (run / workdir.LOCK).unlink()
+        time.sleep(0.1)
+        with pytest.raises(UserError, match=f"{run} is no longer this run's folder: it was deleted, moved away or rep"):
+            held.check()
+        lock.create(content.replace(b'"host": "', b'"host": "of '))
+    assert lock.read()  # that of another run, which gives no sign of life
+    with workdir.hold(run) as held:
+        held.check()
+    assert lock.read() is None

@@ -3,12 +3,15 @@
 import os
 import pathlib
 import re
+import resource
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax._src import compilation_cache
 
-from lcm_jax import compile_cache
+from lcm_jax import cache_entries, compile_cache
 from lcm_jax.blank import write_blank
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -77,3 +80,90 @@ def test_a_second_start_compiles_nothing(teacher, digits_data_dir, cache, tmp_pa
 def test_nothing_is_said_before_the_cache_is_on(monkeypatch):
     monkeypatch.setattr(compile_cache, "_counts", None)
     assert compile_cache.summary() == ""
+
+
+# ---- entries that are whole or not there
+
+
+@pytest.fixture
+def entries(tmp_path, monkeypatch):
+    """JAX's cache as `enable` sets it up, in a folder of one test's own that is not there yet; the folder."""
+    folder, before = tmp_path / "entries", jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(cache_entries, "_warned", False)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+    compile_cache.enable()
+    compilation_cache.reset_cache()
+    yield folder
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+def compile_two(number):
+    """Compiles two small programs; returns whether both were in the cache."""
+    before = compile_cache.from_cache()
+    for scale in (number, number + 1):
+        jax.jit(lambda x, scale=scale: x * scale + 1).lower(jax.ShapeDtypeStruct((3,), "float32")).compile()
+    return compile_cache.from_cache() == before + 2
+
+
+def cut(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def plain(file):
+    """An entry as JAX itself writes it."""
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def cut_plain(file):
+    plain(file)
+    cut(file)
+
+
+@pytest.mark.parametrize(("harm", "used"), [(cut, False), (flip, False), (cut_plain, False), (plain, True)])
+def test_an_entry_that_is_damaged_is_compiled_and_written_again(entries, harm, used):
+    compile_two(3)
+    assert compile_two(3)
+    whole = {file: file.stat().st_size for file in entries.iterdir()}
+    assert len(whole) == 2
+    assert entries.stat().st_mode & 0o777 == 0o700
+    for file in whole:
+        harm(file)
+    assert compile_two(3) == used  # without a warning, which would be an error
+    assert compile_two(3)
+    if not used:
+        assert {file: file.stat().st_size for file in entries.iterdir()} == pytest.approx(whole, rel=0.2)
+    for file in whole:  # as another program reads it
+        compilation_cache.decompress_executable(file.read_bytes())
+
+
+@pytest.mark.parametrize("limit", [-1, 10**6])  # with a limit JAX itself writes
+def test_on_a_full_disk_nothing_is_left_but_one_line(entries, limit):
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    jax.config.update("jax_compilation_cache_max_size", limit)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, old[1]))
+    try:
+        with pytest.warns(
+            UserWarning, match=f"{entries}.*File too large; what is not kept is compiled again"
+        ) as warned:
+            compile_two(5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        jax.config.update("jax_compilation_cache_max_size", -1)
+    assert len(warned) == 1
+    assert [file for file in entries.iterdir() if file.name != ".lockfile"] == []
+    compile_two(5)
+    assert compile_two(5)
+
+
+def test_a_cache_in_a_bad_place_is_one_line(entries):
+    entries.write_text("in the way")
+    with pytest.warns(UserWarning, match=f"{entries} can't be written: it is a file; what is not kept") as warned:
+        compile_two(7)
+    assert len(warned) == 1

@@ -1,13 +1,16 @@
 """The compiled step in a file: what a second start reads ahead, and what plan keeps for train."""
 
+import hashlib
 import json
+import os
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax import cli, compile_cache, plan, train
+from lcm_jax import cache_entries, cli, compile_cache, compiled_step, plan, train
 from lcm_jax.checkpoint import restore_params
 from lcm_jax.compiled_step import Ahead
 from lcm_jax.config import Config, ModelConfig
@@ -82,37 +85,71 @@ def lowered():
     return jax.jit(step_or_stop).lower(jax.ShapeDtypeStruct((2,), jnp.float32))
 
 
-def another_program(line, content):
-    return {**line, "program": "0" * 64}, content
+def sealed(rest):
+    return compiled_step._BEGIN + hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
 
 
-def another_machine(line, content):
-    return {**line, "cpu": "another"}, content
+def with_header(change):
+    """The file with another header, and the right checksum: as a user could write it."""
+
+    def write(data):
+        line, _, content = data.split(b"\n", 1)[1].partition(b"\n")
+        header = json.loads(line)
+        change(header)
+        return sealed(json.dumps(header).encode() + b"\n" + content)
+
+    return write
 
 
-def other_flags(line, content):
-    return {**line, "XLA_FLAGS": "--xla_of_that_time"}, content
+def flipped(where):
+    def write(data):
+        place = int(where * len(data))
+        return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+
+    return write
 
 
-def cut_short(line, content):
-    return line, content[:-50]
+class Evil:
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
 
 
-def empty_line(line, content):
-    return {}, content
+def evil(data):
+    """A pickle that runs what it likes, where a step of another program should be."""
+    line, _, content = (
+        with_header(lambda header: header.update(program="0" * 64))(data).split(b"\n", 1)[1].partition(b"\n")
+    )
+    step = json.loads(line)["step"]
+    return sealed(line + b"\n" + content[:step] + pickle.dumps(Evil()))
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("harm", "said", "heard"),
     [
-        (another_program, "it is another step: the options, the folder's configurations or the code differ"),
-        (another_machine, "it was compiled elsewhere: cpu 'another', here"),
-        (other_flags, "it was compiled elsewhere: XLA_FLAGS '--xla_of_that_time', here"),
-        (cut_short, "it is damaged, or this runtime can't load it: "),
-        (empty_line, "it is damaged, or this runtime can't load it: "),
+        (
+            with_header(lambda header: header.update(program="0" * 64)),
+            "it is another step: the options, the fold",
+            False,
+        ),
+        (evil, "it is another step: the options, the folder's configurations or the code differ", False),
+        (
+            with_header(lambda header: header["made_for"].update(cpu="another")),
+            "it was compiled elsewhere: cpu 'an",
+            False,
+        ),
+        (
+            with_header(lambda header: header["made_for"].update(XLA_FLAGS="--x")),
+            "elsewhere: XLA_FLAGS '--x', here",
+            False,
+        ),
+        (with_header(dict.clear), "its header has no 'executable'", True),
+        (lambda data: data[:-50], "it is damaged: its content does not have its checksum", True),
+        (lambda data: b"", "it holds no step, or another version of lcm_jax wrote it", True),
+        (lambda data: data.split(b"\n", 1)[1], "it holds no step, or another version of lcm_jax wrote it", True),
+        *((flipped(where), "", True) for where in (0, 0.01, 0.6)),
     ],
 )
-def test_no_other_step_is_taken(damage, said, cache, compiled, capsys):
+def test_no_other_step_is_taken(harm, said, heard, cache, compiled, capsys, monkeypatch):
     config, mesh = Config(ModelConfig("teacher")), make_mesh(MeshConfig(), jax.devices()[:1])
 
     def step(**given):
@@ -122,16 +159,65 @@ def test_no_other_step_is_taken(damage, said, cache, compiled, capsys):
 
     assert (step(), step()) == (1, 1)
     (kept,) = cache.glob("step-*")
-    line, _, content = kept.read_bytes().partition(b"\n")
-    made_for, content = damage(json.loads(line), content)
-    kept.write_bytes(json.dumps(made_for).encode() + b"\n" + content)
-    assert step(given=str(kept)) == 2
+    assert kept.stat().st_mode & 0o777 == 0o600
+    kept.write_bytes(harm(kept.read_bytes()))
+    with monkeypatch.context() as patch:  # nothing of it is loaded
+        patch.setattr(compiled_step._Saved, "load", lambda *_: pytest.fail("loaded"))
+        assert step(given=str(kept)) == 2
     error = capsys.readouterr().err
-    assert f"--compiled={kept} is not used: {said}" in error
+    assert error.startswith(f"--compiled={kept} is not used: ")
+    assert said in error
     assert error.count("\n") == 1
     assert (step(), step()) == (3, 3)  # compiled once more, and kept again
-    assert kept.read_bytes().partition(b"\n")[0] == line
-    assert capsys.readouterr().err == ""
+    error = capsys.readouterr().err
+    assert error.startswith(f"the kept step {kept} is not used: ") if heard else error == ""
+    assert error.count("\n") == int(heard)
+
+
+def loose_file(kept):
+    kept.chmod(0o620)
+
+
+def loose_folder(kept):
+    kept.parent.chmod(0o777)
+
+
+def link(kept):
+    kept.rename(kept.with_name("elsewhere")).chmod(0o600)
+    kept.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (loose_file, "others may write to {kept}; chmod go-w {kept}"),
+        (loose_folder, "others may write to {kept.parent}; chmod go-w {kept.parent}"),
+        (link, "{kept} can't be read: Too many levels of symbolic links"),
+        (None, "{kept.parent} belongs to another user"),
+    ],
+)
+def test_a_kept_step_is_this_users_own(harm, said, cache, compiled, capsys, monkeypatch):
+    config, mesh = Config(ModelConfig("teacher")), make_mesh(MeshConfig(), jax.devices()[:1])
+    Ahead(config, mesh).step(lowered())
+    (kept,) = cache.glob("step-*")
+    if harm:
+        harm(kept)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda user=os.geteuid(): user + 1)
+    monkeypatch.setattr(compiled_step._Saved, "load_executable", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(cache_entries, "_warned", True)  # that it is not kept again
+    Ahead(config, mesh).step(lowered())
+    assert len(compiled) == 2
+    assert capsys.readouterr().err == f"the kept step {kept} is not used: {said.format(kept=kept)}\n"
+
+
+def test_no_step_is_kept_where_others_may_write(cache, compiled):
+    cache.chmod(0o775)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_entries, "_warned", False)
+        with pytest.warns(UserWarning, match=f"others may write to {cache}; chmod go-w {cache}; what is not kept is"):
+            Ahead(Config(ModelConfig("teacher")), make_mesh(MeshConfig(), jax.devices()[:1])).step(lowered())
+    assert not list(cache.iterdir())
 
 
 def test_a_step_that_another_cache_had_is_not_kept(cache, compiled, monkeypatch):

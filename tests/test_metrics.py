@@ -4,7 +4,10 @@ import contextlib
 import io
 import math
 import os
+import pathlib
 import resource
+import shutil
+import time
 
 import numpy as np
 import pytest
@@ -85,3 +88,27 @@ def test_a_full_disk_is_an_error_and_no_endless_wait(tmp_path):
             metrics.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+# ---- names and places
+
+
+@pytest.mark.parametrize("back", [0.5, 3600, 10**8])
+def test_a_clock_that_jumped_back_hides_nothing(tmp_path, monkeypatch, back):
+    begun = time.time_ns()
+    for number, clock in enumerate((begun, begun - int(back * 1e9), begun - int(2 * back * 1e9))):
+        monkeypatch.setattr(time, "time_ns", lambda clock=clock: clock)
+        resumed = Metrics(tmp_path, start_step=2 * number)
+        for step in (2 * number + 1, 2 * number + 2):
+            resumed.scalars(step, {"loss": float(step)})
+        resumed.close()
+    assert visible(tmp_path)["loss"] == [(step, float(step)) for step in range(1, 7)]
+
+
+@pytest.mark.parametrize("harm", [pathlib.Path.unlink, lambda path: shutil.rmtree(path.parent)])
+def test_an_event_file_that_was_deleted_is_noticed(tmp_path, metrics, harm):
+    metrics.scalars(1, {"loss": 1.0})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    harm(path)
+    with pytest.raises(UserError, match=f"^{path} was deleted or moved away in mid-run"):
+        metrics.scalars(2, {"loss": 1.0})

@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,22 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(UserError, match=f"could not be written to {tmp_path}/checkpoints: .*Not a directory"):
         Checkpoints(tmp_path).save(1, make_state(), {})
+
+
+def test_a_checkpoint_that_was_deleted_is_noticed(workdir):
+    checkpoints = Checkpoints(workdir)
+    checkpoints.restore_newest(like(make_state()))
+    shutil.rmtree(workdir / "checkpoints" / "2")  # an older one is not needed
+    checkpoints.save(4, make_state(4), DATA)
+    checkpoints.wait()
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    said = f"the checkpoint of step 4 was deleted from {workdir}/checkpoints in mid-run; put it back"
+    with pytest.raises(UserError, match=said):
+        checkpoints.save(5, make_state(5), DATA)
+    checkpoints.close()
+    with pytest.raises(UserError, match=said):
+        checkpoints.check_there(4)
+    checkpoints.check_there(3)
 
 
 # ---- in a process of its own

@@ -1,0 +1,204 @@
+"""One run a workdir: who holds it, when a lock is stale, and what a run does whose folder is gone."""
+
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+
+import pytest
+
+from lcm_jax import cli, train, workdir
+from lcm_jax.checkpoint import good_steps
+from lcm_jax.errors import Unavailable, UserError
+from lcm_jax.progress import Progress
+from lcm_jax.workdir import LOCK, hold
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(workdir, "BEAT", 0.05)
+    monkeypatch.setattr(workdir, "PATIENCE", 0.6)
+    monkeypatch.setattr(workdir, "_LOOK", 0.05)
+
+
+def leave_lock(folder, **changes):
+    """The lock of a killed run."""
+    content = json.dumps({**workdir._here(), "since": "then", "run": "0", **changes})
+    (folder / LOCK).write_text(content)
+    return content
+
+
+# ---- the lock
+
+
+def test_a_second_run_is_refused_by_name_and_the_first_leaves_nothing(tmp_path):
+    folder = tmp_path / "run"
+    with hold(folder) as held:
+        with pytest.raises(UserError) as caught, hold(folder):
+            pass
+        held.check()
+    words = f"--workdir={folder}: process {os.getpid()} on {os.uname().nodename} (since "
+    assert str(caught.value).startswith(words)
+    assert type(caught.value) is UserError
+    assert list(folder.iterdir()) == []
+
+
+def test_a_lock_is_stale_when_its_process_is_dead(tmp_path):
+    with subprocess.Popen(["sleep", "60"]) as process:
+        started = workdir._started(process.pid)
+        leave_lock(tmp_path, process=process.pid, started=started)
+        with pytest.raises(UserError, match=f"process {process.pid} on .* trains there"), hold(tmp_path):
+            pass
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but its parent has not asked yet
+        with hold(tmp_path) as held:
+            held.check()
+    leave_lock(tmp_path, started="1")  # its number belongs to another process now
+    with hold(tmp_path) as held:
+        held.check()
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(
+    ("lock", "owner"),
+    [
+        ({"host": "elsewhere"}, f"process {os.getpid()} on elsewhere (since then)"),
+        ({"machine": "after a new start"}, f"process {os.getpid()} on {os.uname().nodename} (since then)"),
+        ('{"host": "cut sh', "an unknown run (its lock.json is damaged)"),
+    ],
+)
+def test_an_owner_elsewhere_is_dead_without_a_sign_of_life(lock, owner, tmp_path, capsys):
+    if isinstance(lock, str):
+        (tmp_path / LOCK).write_text(lock)
+    else:
+        leave_lock(tmp_path, **lock)
+    before = time.monotonic()
+    with hold(tmp_path) as held:
+        held.check()
+    assert time.monotonic() - before > 0.5
+    assert capsys.readouterr().err == f"waiting up to 0.6 s for a sign of life of {owner}\n"
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_owner_elsewhere_that_gives_signs_of_life_keeps_its_workdir(tmp_path, monkeypatch):
+    with hold(tmp_path) as held:
+        here = workdir._here()
+        monkeypatch.setattr(workdir, "_here", lambda: {**here, "host": "another"})
+        with pytest.raises(Unavailable, match=f"process {os.getpid()} on .* trains there"), hold(tmp_path):
+            pass
+        held.check()
+
+
+def test_of_many_runs_one_takes_a_stale_lock(tmp_path):
+    leave_lock(tmp_path, started="1")
+    begin, end = threading.Barrier(8), threading.Barrier(8)
+
+    def run(_):
+        begin.wait()
+        try:
+            with hold(tmp_path) as held:
+                end.wait()
+                held.check()
+                return True
+        except UserError:
+            end.wait()
+            return False
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(run, range(8))) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_on_a_full_disk_is_not_left_empty(tmp_path, monkeypatch):
+    def full(number, mode):
+        os.close(number)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", full)
+    message = f"--workdir={tmp_path}: {tmp_path}/{LOCK} can't be written: No space left"
+    with pytest.raises(UserError, match=re.escape(message)), hold(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- a folder that is no longer this run's
+
+
+def deleted(folder):
+    shutil.rmtree(folder)
+
+
+def made_again(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def moved(folder):
+    folder.rename(folder.with_name("moved"))
+
+
+def taken(folder):
+    leave_lock(folder, process=4711)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (deleted, "it was deleted, moved away or replaced in mid-run; put it back, or choose another --workdir"),
+        (made_again, "it was deleted, moved away or replaced"),
+        (moved, "it was deleted, moved away or replaced"),
+        (taken, r"process 4711 on \S+ \(since then\) has taken it"),
+    ],
+)
+def test_a_run_notices_that_its_folder_is_gone(harm, said, tmp_path):
+    folder = tmp_path / "run"
+    with hold(folder) as held:
+        held.check()
+        harm(folder)
+        with pytest.raises(UserError, match=f"{folder} is no longer this run's folder: {said}"):
+            held.check()
+        left = sorted(tmp_path.rglob("*"))
+    assert sorted(tmp_path.rglob("*")) == left  # the end of the hold touches nothing of others
+
+
+def without_checkpoints(folder):
+    while good_steps(folder / "checkpoints")[:1] != [4]:
+        time.sleep(0.01)
+    shutil.rmtree(folder / "checkpoints")
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(
+    ("harm", "step", "said"),
+    [
+        (moved, 3, "{run} is no longer this run's folder: it was deleted, moved away or replaced"),
+        (without_checkpoints, 5, "the checkpoint of step 4 was deleted from {run}/checkpoints"),
+    ],
+)
+def test_training_ends_at_its_next_write(harm, step, said, quick, tmp_path, monkeypatch, capsys):
+    run, update = tmp_path / "run", Progress.update
+
+    def harmed(self, done, loss):
+        if done == step:
+            harm(run)
+        return update(self, done, loss)
+
+    monkeypatch.setattr(Progress, "update", harmed)
+    assert cli.run(train.main, [*quick, f"--workdir={run}"]) == 2
+    out, err = capsys.readouterr()
+    assert said.format(run=run) in err.splitlines()[-1]
+    assert "Done" not in out
+    assert not (run / LOCK).exists()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_second_training_is_one_line(quick, tmp_path, capsys):
+    with hold(tmp_path):
+        assert cli.run(train.main, [*quick, f"--workdir={tmp_path}"]) == 2
+        err = capsys.readouterr().err
+        assert f"error: --workdir={tmp_path}: process {os.getpid()} on " in err
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
