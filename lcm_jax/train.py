@@ -168,6 +168,7 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
                 received = read(*pending) or received  # so that no state is saved whose loss has not been seen
                 pending, last = None, last or received != 0
             if profiler.is_last(done):
+                held.check()
                 profiler.stop()
             if save or last:
                 held.check()
