@@ -14,6 +14,7 @@ from lcm_jax import cache_entries, cli, compile_cache, compiled_step, plan, trai
 from lcm_jax.checkpoint import restore_params
 from lcm_jax.compiled_step import Ahead
 from lcm_jax.config import Config, ModelConfig
+from lcm_jax.parallel import program
 from lcm_jax.parallel.mesh import MeshConfig, make_mesh
 
 
@@ -30,6 +31,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def compiled(monkeypatch):
     """The names of the functions that were lowered and compiled ahead of their call, in order."""
+    program._cpu_options()  # compiles once per process
     names = []
     compile_lowered = jax.stages.Lowered.compile
 
