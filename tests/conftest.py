@@ -32,6 +32,12 @@ LONGEST = (
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-cases", type=int, default=400, help="damaged inputs of tests/fuzz, all targets together")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="of the damage")
+    parser.addoption("--fuzz-only", type=int, help="run the case of this number alone")
+
+
 def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))

@@ -1,0 +1,116 @@
+"""A loop that damages something, reads it, and collects what ends otherwise than the promise says:
+
+a UserError, or a right result, within ten seconds and one GB of memory.
+
+python -m pytest tests/fuzz --fuzz-cases=10000 --fuzz-seed=1
+python -m pytest tests/fuzz/test_fuzz_loras.py --fuzz-only=57      that case alone, as a failure names it
+"""
+
+import collections
+import contextlib
+import faulthandler
+import pathlib
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from lcm_jax.blank import write_blank
+from lcm_jax.errors import LONGEST, UserError
+
+SECONDS, MEMORY = 10, 2**30
+Case = Callable[[np.random.Generator, pathlib.Path], Iterator[str]]
+
+
+@pytest.fixture
+def fuzz(request, tmp_path):
+    """Returns a function that runs a share of the cases.
+
+    A case is a generator of (rng, empty folder): it yields what it has damaged, in words, and then reads that.
+    It raises AssertionError for what was taken and should not have been.
+    """
+
+    def run(case: Case, share: float) -> None:
+        option = request.config.getoption
+        seed, only, target = option("--fuzz-seed"), option("--fuzz-only"), request.node.name
+        numbers = range(max(1, round(share * option("--fuzz-cases")))) if only is None else [only]
+        failures = collections.defaultdict(list)
+        for number in numbers:
+            place = tmp_path / str(number)
+            place.mkdir()
+            steps = case(np.random.default_rng([seed, number, zlib.crc32(target.encode())]), place)
+            what = next(steps)
+            if kind := _failure(steps):
+                failures[kind[0]].append(f"--fuzz-seed={seed} --fuzz-only={number}  {what:.150}: {kind[1]:.150}")
+            shutil.rmtree(place)
+        if failures:
+            file = request.node.path.relative_to(request.config.rootpath)
+            report = [f"{len(cases)} x {kind}\n    " + "\n    ".join(cases[:5]) for kind, cases in failures.items()]
+            pytest.fail(f"{file}::{target}, of {len(numbers)} cases:\n" + "\n".join(report), pytrace=False)
+
+    return run
+
+
+def _failure(steps: Iterator[str]) -> tuple[str, str] | None:
+    """Runs the rest of a case. Returns how it broke the promise, as a kind and the words, or None."""
+    before = time.monotonic()
+    try:
+        with _watched(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # which a command prints as one line
+            next(steps, None)
+    except UserError as error:
+        text = str(error)
+        if not text.isprintable() or len(text) > LONGEST:
+            return "UserError that is no plain line", repr(text)
+    except (Exception, SystemExit) as error:  # whatever there is: that is what is looked for
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/lcm_jax/" in frame.filename]
+        where = f" in {pathlib.Path(own[-1].filename).name}:{own[-1].name}" if own else ""
+        return f"{type(error).__name__}{where}", " ".join(str(error).partition("\nassert")[0].split())
+    if (seconds := time.monotonic() - before) > SECONDS:
+        return "too slow", f"{seconds:.0f} s"
+    return None
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Raises TimeoutError and MemoryError beyond the limits; a call into C that never returns ends the process."""
+
+    def late(*_) -> None:
+        raise TimeoutError(f"no end in {SECONDS} s")
+
+    before = _memory()
+    usual = signal.signal(signal.SIGALRM, late)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    faulthandler.dump_traceback_later(10 * SECONDS, exit=True, file=sys.__stderr__)
+    resource.setrlimit(resource.RLIMIT_AS, (before["VmSize"] + 4 * MEMORY, hard))  # so that the machine lives on
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, usual)
+    if (rise := _memory()["VmHWM"] - before["VmRSS"]) > MEMORY:
+        raise MemoryError(f"{rise >> 20} MiB were needed")
+
+
+def _memory() -> dict[str, int]:
+    """Linux's VmSize, VmRSS and VmHWM in bytes; the last one, the highest of VmRSS, starts anew."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    return {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith("Vm")}
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory) -> pathlib.Path:
+    """A micro model folder."""
+    return pathlib.Path(write_blank("micro", tmp_path_factory.mktemp("fuzz") / "micro"))
