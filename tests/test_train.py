@@ -1,22 +1,19 @@
-"""The train command as a user runs it: stopped, killed, started again; what it writes and what it refuses."""
+"""The train command as a user runs it: what it writes and what it refuses."""
 
 import json
 import os
 import pathlib
-import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from run_state import assert_same_bits, everything
 
-from lcm_jax import checkpoint, cli, train
+from lcm_jax import cli, train
 from lcm_jax import config as config_lib
 from lcm_jax.objectives import autoencoder
 
@@ -33,47 +30,12 @@ def uninterrupted(quick, tmp_path_factory):
     return workdir
 
 
-def everything(workdir):
-    """Parameters, EMA, optimizer, counters and data position of the newest checkpoint, as comparable values."""
-    folder = workdir / "checkpoints"
-    step = checkpoint.good_steps(folder)[0]
-    names = ("params", "ema", "opt_state", "counters")
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        items = {name: ocp.args.StandardRestore() for name in names if (folder / str(step) / name).exists()}
-        meta = ocp.args.JsonRestore()
-        arrays = dict(manager.restore(step, args=ocp.args.Composite(**items, meta=meta)).items())
-    data = arrays.pop("meta")["content"]["data"]
-    leaves = jax.tree.leaves_with_path(arrays)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, data, step
-
-
-def assert_same_bits(a, b):
-    (arrays_a, data_a, step_a), (arrays_b, data_b, step_b) = everything(a), everything(b)
-    assert step_a == step_b
-    assert data_a == data_b
-    assert arrays_a.keys() == arrays_b.keys()
-    for name, array in arrays_a.items():
-        assert array.tobytes() == arrays_b[name].tobytes(), name
-
-
 def start(options, workdir, *more):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "XLA_FLAGS": ""}  # one device
     command = [sys.executable, "-m", "lcm_jax.train", *options, f"--workdir={workdir}", *more]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-
-
-def newest(workdir):
-    return max(checkpoint.good_steps(workdir / "checkpoints"), default=0)
-
-
-def wait_for_another(workdir, before, process):
-    deadline = time.monotonic() + 240
-    while newest(workdir) <= before:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_run_leaves_what_it_says(uninterrupted):
@@ -105,30 +67,6 @@ def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, quick, capsys
     assert cli.run(train.main, [*quick, f"--workdir={uninterrupted}", "--config.log.samples_every=3"]) == 0
     assert everything(uninterrupted)[2] == before
     assert "lcm_jax.export" in capsys.readouterr().out
-
-
-def test_a_run_that_is_stopped_twice_and_killed_ends_bit_identical(quick, tmp_path):
-    """SIGTERM, Ctrl-C and kill -9, each after another checkpoint, against a run that nobody touched."""
-    options = [*quick, "--config.steps=300", "--config.checkpoint.every=40"]
-    workdir, reference = tmp_path / "stopped", tmp_path / "reference"
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
-        before = newest(workdir)
-        process = start(options, workdir)
-        wait_for_another(workdir, before, process)
-        process.send_signal(number)
-        output = process.communicate(timeout=240)[0]
-        if number == signal.SIGKILL:
-            continue
-        assert process.returncode == 128 + number, output
-        stopped = int(re.search(r"Stopped at step (\d+) of 300, saved", output)[1])
-        assert before < stopped < 300
-        assert everything(workdir)[2] == stopped
-    for folder in (workdir, reference):
-        process = start(options, folder)
-        output = process.communicate(timeout=240)[0]
-        assert process.returncode == 0, output
-        assert "Done: 300 steps" in output
-    assert_same_bits(workdir, reference)
 
 
 def test_grids_and_logging_use_no_training_key(uninterrupted, quick, tmp_path):

@@ -15,7 +15,21 @@ Rng = np.random.Generator
 
 EVIL = r"([a-z0-9_.]+)+!"  # as a regular expression it takes for ever
 NUMBERS = [0, -1, 1, 2, 3, 7, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**63, 10**7, 10**11, 10**30, float("nan"), float("inf")]
-TEXTS = ["", " ", "text", "4", "null", "epsilon", "../evil", "/etc/passwd", "\x1b[31mred", "a\nb", "\ud800", "é" * 999, EVIL]
+TEXTS = [
+    "",
+    " ",
+    "text",
+    "4",
+    "null",
+    "epsilon",
+    "../evil",
+    "/etc/passwd",
+    "\x1b[31mred",
+    "a\nb",
+    "\ud800",
+    "é" * 999,
+    EVIL,
+]
 VALUES = [None, True, False, *NUMBERS, *TEXTS, [], {}, [[]], [1, "2", None], {"a": {"b": []}}, ["x"] * 5]
 HTML = b"<!DOCTYPE html><html><body>Not found</body></html>"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123456789\n"

@@ -2,12 +2,11 @@
 
 import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from mutations import TEXTS, VALUES, pick
 
-from lcm_jax import cli, encode, evaluate, export, plan, sample, train
+from lcm_jax import cli, export, sample, train
 from lcm_jax import config as config_lib
 from lcm_jax.pipeline import load_pipeline
 
@@ -54,8 +53,8 @@ WORDS = [
 def pipe(micro):
     """A pipeline that samples zeros: what it is given is checked, nothing is compiled."""
     pipe = load_pipeline(micro)
-    pipe._program = lambda kind, guided, decode: lambda params, ids, negative, w, grid, z_T, between: np.zeros(
-        (len(ids), 32, 32, 3) if decode else z_T.shape
+    pipe._program = lambda kind, guided, decode: (
+        lambda params, ids, negative, w, grid, z_T, between: np.zeros((len(ids), 32, 32, 3) if decode else z_T.shape)
     )
     return pipe
 

@@ -1,6 +1,5 @@
 """Bytes of strangers at the roll call's port: its processes find each other all the same."""
 
-import json
 import socket
 import threading
 

@@ -2,13 +2,12 @@
 
 import contextlib
 import os
+import pathlib
 import shutil
 import sys
-import pathlib
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "checkpoints"))
-from little_state import DATA, assert_same_bits, like, make_state, save  # noqa: E402
-
+from little_state import DATA, assert_same_bits, like, make_state, save
 from mutations import damage_bytes, damage_file, pick
 
 from lcm_jax import config as config_lib

@@ -1,0 +1,108 @@
+"""Runs of each objective that are stopped and killed end with the bits of one that nobody touched.
+
+The signals are real ones, each at an exact moment, and so is the death of the process.
+"""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from compiling import QUICK_FLAGS
+from run_state import ITEMS, assert_same_bits, everything
+
+from lcm_jax import blank
+from lcm_jax.checkpoint import good_steps
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STEPS, EVERY = 12, 3
+KINDS = {
+    "autoencoder": ["digits_teacher.py:vae"],
+    "lcd": ["digits.py", "--config.lcd.w_embedding_dim=8"],
+    "lora": ["digits.py", "--config.lora.rank=2", "--config.lcd.w_embedding_dim=0"],
+}
+SAVING, BETWEEN = ("saving", 2 * EVERY), ("training", EVERY + 1)  # moments
+
+# Runs the command once for each (workdir, moment, signal) and prints the exit codes. One process for several runs: most
+# of a process' time goes into its start.
+PROGRAM = """
+import json, os, sys, time
+from lcm_jax import checkpoint, cli, progress, train
+save, update = checkpoint.Checkpoints.save, progress.Progress.update
+def strike(*now):
+    if now == tuple(moment):
+        while not checkpoint.good_steps(f"{workdir}/checkpoints"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+def saved(self, done, *rest):
+    save(self, done, *rest)  # returns while it is being written
+    strike("saving", done)
+def updated(self, done, loss):
+    strike("training", done)
+    return update(self, done, loss)
+checkpoint.Checkpoints.save, progress.Progress.update = saved, updated
+for workdir, moment, number in json.loads(sys.argv[1]):
+    print("exit code", cli.run(train.main, [*sys.argv[2:], f"--workdir={workdir}"]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def options(digits_data_dir, tmp_path_factory):
+    """A short training with the smallest networks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(blank.PRESETS, "little", {**blank.PRESETS["micro"], "unet_channels": [8], "vae_channels": [8]})
+        teacher = blank.write_blank("little", tmp_path_factory.mktemp("killed") / "teacher")
+    return [
+        f"--config.model.folder={teacher}",
+        f"--config.data.data_dir={digits_data_dir}",
+        "--config.data.image_size=8",
+        "--config.batch_size=2",
+        f"--config.steps={STEPS}",
+        f"--config.checkpoint.every={EVERY}",
+        "--config.log.samples_every=0",
+        "--config.mesh.cpu_devices=0",
+    ]
+
+
+def trained(options, *runs):
+    """Returns the exit code of the process, and what it printed."""
+    command = [sys.executable, "-c", PROGRAM, json.dumps([(str(workdir), *rest) for workdir, *rest in runs]), *options]
+    environment = {**os.environ, "XLA_FLAGS": QUICK_FLAGS}  # one device
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "killed", "stops"),
+    [
+        ("autoencoder", SAVING, [(*BETWEEN, signal.SIGINT), ("training", 2 * EVERY + 1, signal.SIGTERM)]),
+        ("lcd", SAVING, [(*BETWEEN, signal.SIGTERM)]),
+        ("lora", BETWEEN, [(*SAVING, signal.SIGTERM)]),
+    ],
+    ids=KINDS,
+)
+def test_a_run_that_is_killed_and_stopped_ends_bit_identical(kind, killed, stops, options, tmp_path):
+    workdir, reference = tmp_path / "struck", tmp_path / "reference"
+    file, *more = KINDS[kind]
+    command = [f"--config={ROOT}/configs/{file}", *more, *options]
+    nothing = ((), 0)
+    code, output = trained(command, (reference, *nothing), (workdir, killed, signal.SIGKILL))
+    assert code == -signal.SIGKILL, output
+    assert f"Done: {STEPS} steps" in output
+    assert good_steps(workdir / "checkpoints") == [EVERY]
+
+    runs = [(workdir, (moment, step), number) for moment, step, number in stops]
+    code, output = trained(command, *runs, (workdir, *nothing))
+    codes = [int(line) for line in re.findall(r"exit code (\d+)", output)]
+    assert codes == [*(128 + number for *_, number in stops), 0], output
+    steps = [int(step) for step in re.findall(rf"Stopped at step (\d+) of {STEPS}, saved", output)]
+    assert all(wanted <= step < STEPS for step, (_, wanted, _) in zip(steps, stops, strict=True)), output
+    arrays, _, step = everything(reference)
+    assert step == STEPS
+    assert {re.match(r"\['(\w+)'\]", name)[1] for name in arrays} == set(ITEMS)
+    assert_same_bits(workdir, reference)
