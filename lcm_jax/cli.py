@@ -43,9 +43,13 @@ class Parser(argparse.ArgumentParser):
         return values, overrides
 
     def _check_names(self, args: Sequence[str] | None) -> None:
-        """Refuses a misspelt option before argparse says that the right one is missing."""
+        """Refuses a misspelt option before argparse says that the right one is missing; and `--x=--`, of which argparse
+        makes a list up to Python 3.12."""
         options = {name for action in self._actions for name in action.option_strings}
         given = [text for text in (sys.argv[1:] if args is None else args) if text.startswith("--")]
+        for text in given:
+            if text.endswith("=--"):
+                raise UserError(f"{text}: -- is no value of an option")
         self._refuse([t for t in given if not t.startswith("--config.") and t.split("=")[0] not in options])
 
     def _refuse(self, unknown: Sequence[str]) -> None:

@@ -14,25 +14,15 @@ import numpy as np
 Rng = np.random.Generator
 
 EVIL = r"([a-z0-9_.]+)+!"  # as a regular expression it takes for ever
-NUMBERS = [0, -1, 1, 2, 3, 7, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**63, 10**7, 10**11, 10**30, float("nan"), float("inf")]
-TEXTS = [
-    "",
-    " ",
-    "text",
-    "4",
-    "null",
-    "epsilon",
-    "../evil",
-    "/etc/passwd",
-    "\x1b[31mred",
-    "a\nb",
-    "\ud800",
-    "é" * 999,
-    EVIL,
-]
+NUMBERS = [0, -1, 1, 2, 3, 7, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**63, 10**7, 10**11, 10**30, np.nan, np.inf]
+TEXTS = ["", " ", "4", "null", "epsilon", "../evil", "/etc/passwd", "\x1b[31mred", "a\nb", "\ud800", "é" * 999, EVIL]
 VALUES = [None, True, False, *NUMBERS, *TEXTS, [], {}, [[]], [1, "2", None], {"a": {"b": []}}, ["x"] * 5]
-HTML = b"<!DOCTYPE html><html><body>Not found</body></html>"
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123456789\n"
+WHOLE = ["null", "[]", "3", '"text"', "{}", "{", "", "NaN", "\ufeff{}", '{"a": 1' + "0" * 5000 + "}"]
+RECIPE = {
+    **{"teacher": "t", "weights": "ema", "guidance_min": 3.0, "guidance_max": 13.0, "solver": "ddim", "skip": 20},
+    **{"original_inference_steps": 50, "timestep_scaling": 10.0, "w_embedding_dim": 0, "distance": "huber"},
+    **{"steps": 100, "batch_size": 8, "learning_rate": 1e-4, "ema_decay": 0.95},
+}
 
 
 def pick(rng: Rng, choices: Any) -> Any:
@@ -53,8 +43,8 @@ def damage_bytes(rng: Rng, data: bytes) -> tuple[bytes, str]:
         f"{length} random bytes over those at {at}": data[:at] + noise + data[at + length :],
         f"{length} zeros over those at {at}": data[:at] + bytes(length) + data[at + length :],
         "empty": b"",
-        "an HTML page": HTML,
-        "a pointer of git-lfs": POINTER,
+        "an HTML page": b"<!DOCTYPE html><html><body>Not found</body></html>",
+        "a pointer of git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123456789\n",
     }
     if data and rng.random() < 0.4:
         at, bit = int(rng.integers(len(data))), int(rng.integers(8))
@@ -70,7 +60,7 @@ def damage_json(rng: Rng, value: Any) -> tuple[str, str]:
         deep = int(rng.integers(60, 200_000))
         return pick(rng, ["[" * deep + "]" * deep, '{"a":' * deep + "1" + "}" * deep, "[" * deep]), f"{deep} brackets"
     if kind < 0.1:
-        text = pick(rng, ["null", "[]", "3", '"text"', "{}", "{", "", "NaN", "\ufeff{}", '{"a": 1' + "0" * 5000 + "}"])
+        text = pick(rng, WHOLE)
         return text, f"the whole is {text[:20]!r}"
     value = copy.deepcopy(value)
     if not value:

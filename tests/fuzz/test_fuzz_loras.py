@@ -6,17 +6,16 @@ import shutil
 
 import numpy as np
 import pytest
-from fixtures_loras import UNET_TARGETS, random_adapter, random_lora
-from mutations import damage_file, pick
+from fixtures_loras import random_lora
+from mutations import RECIPE, damage_file, pick
 from safetensors.numpy import load_file, save_file
 
 from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.ldm_names import ldm_names
 from lcm_jax.interop.lora_file import write_lora
 from lcm_jax.interop.lora_merge import lcm_recipe, merged_kernels
 
-RECIPE = '{"teacher": "t", "weights": "student", "guidance_min": 3.0, "guidance_max": 13.0, "solver": "ddim", \
-"skip": 20, "original_inference_steps": 50, "timestep_scaling": 10.0, "w_embedding_dim": 0, "distance": "huber", \
-"steps": 100, "batch_size": 8, "learning_rate": 1e-4, "ema_decay": 0.0}'
+FILE = "x.safetensors"
 CONFIG = {"r": 4, "lora_alpha": 2.0, "peft_type": "LORA", "target_modules": ["to_q"], "bias": "none"}
 PATTERNS = {"rank_pattern": {"to_out.0": 3}, "alpha_pattern": {r"mid_block\..*": 1.0, "to_out.0": 3.0}}
 
@@ -29,23 +28,31 @@ def folder(micro):
 @pytest.fixture(scope="module")
 def loras(folder, tmp_path_factory):
     """A folder with one LoRA for each dialect."""
-    root = tmp_path_factory.mktemp("loras")
-    adapters = random_lora(folder)
-    for dialect in ("diffusers", "kohya"):
-        (root / dialect).mkdir()
-        write_lora(root / dialect / "x.safetensors", adapters, dialect=dialect, header={"lcm_jax": RECIPE})
-    (root / "peft").mkdir()
-    unet = {"unet": random_adapter(folder, "unet", UNET_TARGETS)}
-    keys = load_file(write_lora(root / "peft" / "x.safetensors", unet))
-    keys = {key.replace("unet.", "base_model.model.", 1): array for key, array in keys.items()}
-    (root / "peft" / "x.safetensors").unlink()
-    save_file(keys, root / "peft" / "adapter_model.safetensors")
-    (root / "peft" / "adapter_config.json").write_text(json.dumps({**CONFIG, **PATTERNS}))
-    return sorted(root.iterdir())
+    root, adapters = tmp_path_factory.mktemp("loras"), random_lora(folder)
+    folders = [root / dialect for dialect in ("diffusers", "kohya", "ldm", "peft")]
+    for each in folders:
+        each.mkdir()
+    files = {
+        dialect: write_lora(root / dialect / FILE, adapters, dialect=dialect, header={"lcm_jax": json.dumps(RECIPE)})
+        for dialect in ("diffusers", "kohya")
+    }
+    ldm = {kohya(module): kohya(name) for module, name in ldm_names(adapters["unet"].alphas).items()}
+    tensors = {tuple(key.split(".", 1)): array for key, array in load_file(files["kohya"]).items()}
+    tensors = {f"{ldm.get(module, module)}.{part}": array for (module, part), array in tensors.items()}
+    save_file(tensors, root / "ldm" / FILE)
+    tensors = load_file(write_lora(root / FILE, {"unet": adapters["unet"]}))
+    tensors = {key.replace("unet.", "base_model.model.", 1): array for key, array in tensors.items()}
+    save_file(tensors, root / "peft/adapter_model.safetensors")
+    (root / "peft/adapter_config.json").write_text(json.dumps({**CONFIG, **PATTERNS}))
+    return folders
+
+
+def kohya(module: str) -> str:
+    return f"lora_unet_{module}".replace(".", "_")
 
 
 def read(folder, lora):
-    path = lora / "x.safetensors" if lora.name != "peft" else lora
+    path = lora if lora.name == "peft" else lora / FILE
     for kernels in merged_kernels(folder, {path: 0.5}).values():
         assert all(np.isfinite(kernel).all() for kernel in kernels.values()), "a weight is not finite"
     lcm_recipe({path: 0.5})
