@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lcm_jax import files, orbax_noise
-from lcm_jax.errors import Unavailable, UserError
+from lcm_jax.errors import Unavailable, UserError, plain
 from lcm_jax.parallel.processes import all_agree, is_first, meet
 
 FOLDER = "checkpoints"
@@ -323,5 +323,5 @@ def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:
 
 def _line(error: Exception) -> str:
     """One line, without the array's description that TensorStore adds; of a long message the end says most."""
-    text = " ".join(f"{type(error).__name__}: {error}".split()).partition(" [tensorstore_spec")[0]
+    text = plain(f"{type(error).__name__}: {error}", 10_000).partition(" [tensorstore_spec")[0]
     return text if len(text) <= 240 else f"{text[:50]} ... {text[-180:]}"

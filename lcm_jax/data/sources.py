@@ -20,7 +20,7 @@ from etils import epath
 import lcm_jax.data.digits  # noqa: F401 (registers captioned_digits)
 from lcm_jax.data.images import BadImage
 from lcm_jax.data.latents import CAPTIONS, MOMENTS
-from lcm_jax.errors import UserError, nearest
+from lcm_jax.errors import UserError, nearest, plain
 
 LONGEST_CAPTION = 2**16  # characters; a text encoder sees some 300, and a megabyte takes a tokenizer 14 s
 
@@ -267,4 +267,4 @@ def _text(caption: bytes | str) -> str:
 
 def _line(error: object) -> str:
     """Any message as one line of modest length."""
-    return " ".join((str(error) or type(error).__name__).split())[:200]
+    return plain(str(error) or type(error).__name__, 200)

@@ -14,7 +14,7 @@ import jax
 from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks; it has no public name
 from jax.experimental import multihost_utils
 
-from lcm_jax.errors import Unavailable, UserError
+from lcm_jax.errors import Unavailable, UserError, plain
 from lcm_jax.parallel.agreement import Disagreement, agree
 from lcm_jax.parallel.roll_call import RollCall
 from lcm_jax.parallel.roll_list import TOKEN
@@ -200,7 +200,7 @@ def _reach(host: str, port: int, wait: float) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"lcm-jax: {line}", file=sys.stderr, flush=True)
+    print(f"lcm-jax: {plain(line)}", file=sys.stderr, flush=True)  # it may hold what another process sent
 
 
 def _exit(code: int) -> None:
