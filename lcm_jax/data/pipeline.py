@@ -95,7 +95,18 @@ class _LoadBatch(grain.transforms.RandomMap):
             rows.append(image)
             texts.append(captions[int(which[i] * len(captions))])
         name = "moments" if config.latents else "image"
-        return {name: np.stack(rows), "input_ids": np.asarray(self.tokenize(texts), np.int32)}
+        return {name: np.stack(rows), "input_ids": self._token_ids(texts, numbers)}
+
+    def _token_ids(self, texts: list[str], numbers: list[int]) -> np.ndarray:
+        try:
+            return np.asarray(self.tokenize(texts), np.int32)
+        except UserError:
+            for text, number in zip(texts, numbers, strict=True):  # finds which one it was
+                try:
+                    self.tokenize([text])
+                except UserError as error:
+                    raise UserError(f"{self.source.where}: the caption of record {number}: {error}") from None
+            raise
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import threading
@@ -5,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from lcm_jax.data.pipeline import DataConfig, batches
+from lcm_jax.data.pipeline import DataConfig, batches, open_data
 from lcm_jax.errors import UserError
 
 
@@ -206,3 +207,16 @@ def test_an_image_beyond_the_limit_names_its_record(photo_config):
     with pytest.raises(UserError, match=r"the image of record 0 cannot be decoded: it has 60 x 40 pixels, .*=2399"):
         take(dataclasses.replace(photo_config, max_pixels=2399), 1)
     assert equal(take(dataclasses.replace(photo_config, max_pixels=2400), 2), take(photo_config, 2))
+
+
+def test_a_caption_without_token_ids_is_named(photo_config):
+    def refuse(captions):
+        if "photo 5" in captions:
+            raise UserError("no embedding for 5")
+        return tokenize(captions)
+
+    source = open_data(photo_config)
+    number = [captions for _, captions in source.read(range(len(source)))].index(["photo 5"])
+    made = batches(photo_config, tokenize=refuse, batch_size=12, seed=0)
+    with contextlib.closing(made), pytest.raises(UserError, match=f"caption of record {number}: no embedding for 5"):
+        next(made)
