@@ -66,8 +66,8 @@ def test_a_lock_is_stale_when_its_process_is_dead(tmp_path):
 @pytest.mark.parametrize(
     ("lock", "owner"),
     [
-        ({"host": "elsewhere"}, f"process {os.getpid()} on elsewhere (since then)"),
-        ({"machine": "after a new start"}, f"process {os.getpid()} on {os.uname().nodename} (since then)"),
+        ({"host": "elsewhere"}, "process {pid} on elsewhere (since then)"),
+        ({"machine": "after a new start"}, "process {pid} on {host} (since then)"),
         ('{"host": "cut sh', "an unknown run (its lock.json is damaged)"),
     ],
 )
@@ -80,6 +80,7 @@ def test_an_owner_elsewhere_is_dead_without_a_sign_of_life(lock, owner, tmp_path
     with hold(tmp_path) as held:
         held.check()
     assert time.monotonic() - before > 0.5
+    owner = owner.format(pid=os.getpid(), host=os.uname().nodename)
     assert capsys.readouterr().err == f"waiting up to 0.6 s for a sign of life of {owner}\n"
 
 
