@@ -13,9 +13,9 @@ import sys
 
 import pytest
 from compiling import QUICK_FLAGS
+from fixtures_folders import write_little
 from run_state import ITEMS, assert_same_bits, everything
 
-from lcm_jax import blank
 from lcm_jax.checkpoint import good_steps
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -53,11 +53,8 @@ for workdir, moment, number in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def options(digits_data_dir, tmp_path_factory):
     """A short training with the smallest networks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(blank.PRESETS, "little", {**blank.PRESETS["micro"], "unet_channels": [8], "vae_channels": [8]})
-        teacher = blank.write_blank("little", tmp_path_factory.mktemp("killed") / "teacher")
     return [
-        f"--config.model.folder={teacher}",
+        f"--config.model.folder={write_little(tmp_path_factory.mktemp('killed') / 'teacher')}",
         f"--config.data.data_dir={digits_data_dir}",
         "--config.data.image_size=8",
         "--config.batch_size=2",

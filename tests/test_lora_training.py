@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from compiling import QUICK
+from fixtures_folders import write_little
 from safetensors import safe_open
 
 import lcm_jax
@@ -38,10 +39,7 @@ BOTH = DenoisingConfig(train_text_encoder=True)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Models of one level of channels: every kind of module that has an adapter, and few of them."""
-    one_level = {**blank.PRESETS["micro"], "unet_channels": [8]}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(blank.PRESETS, "little", one_level)
-        return read_folder(blank.write_blank("little", tmp_path_factory.mktemp("little") / "teacher"))
+    return read_folder(write_little(tmp_path_factory.mktemp("little") / "teacher", vae_channels=[8, 8, 8]))
 
 
 def configure(folder, **changes):

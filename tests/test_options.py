@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures_folders import write_little
 
 from lcm_jax import train
-from lcm_jax.blank import write_blank
 from lcm_jax.config import CheckpointConfig, Config, LogConfig, ModelConfig, default_config, from_dict
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.errors import UserError
@@ -20,6 +20,7 @@ from lcm_jax.previews import make_preview
 from lcm_jax.state import frozen_params, initial_params, initial_state, make_parts
 from lcm_jax.step import make_step
 
+SIZE = 8  # pixels
 CPU, TPU = types.SimpleNamespace(platform="cpu"), types.SimpleNamespace(platform="tpu")
 HOPPER, VOLTA, MI250 = (
     types.SimpleNamespace(platform="gpu", compute_capability=name) for name in ("9.0", "7.0", "gfx90a")
@@ -83,12 +84,12 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return read_folder(write_blank("micro", tmp_path_factory.mktemp("micro") / "teacher"))
+    return read_folder(write_little(tmp_path_factory.mktemp("little") / "teacher"))
 
 
 def configure(folder, changes):
     tree = default_config().to_dict()
-    tree["model"]["folder"] = str(folder.path)
+    tree["model"]["folder"], tree["data"]["image_size"] = str(folder.path), SIZE
     for name, value in changes.items():
         *section, key = name.split(".")
         (tree[section[0]] if section else tree)[key] = value
@@ -103,7 +104,7 @@ def program(folder, changes):
     state = jax.eval_shape(lambda: initial_state(config, params))
     frozen = jax.eval_shape(lambda: frozen_params(config, folder))
     batch = {
-        "image": jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.uint8),
+        "image": jax.ShapeDtypeStruct((2, SIZE, SIZE, 3), jnp.uint8),
         "input_ids": jax.ShapeDtypeStruct((2, 16), jnp.int32),
     }
     return str(jax.make_jaxpr(make_step(config, parts))(state, frozen, batch))
@@ -187,10 +188,10 @@ def preview(folder, changes):
 
 def test_a_preview_follows_its_options(folder):
     # the w-embedding's projection must not be zero, or guidance would change nothing
-    base = {"log.prompts": ("a red seven",), "log.sample_steps": 2, "lcd.w_embedding_init": "random"}
+    base = {"log.prompts": ("a red seven",), "log.sample_steps": 1, "lcd.w_embedding_init": "random"}
     usual = preview(folder, base)
-    assert usual.shape == (1, 32, 32, 3)
-    assert not np.array_equal(preview(folder, {**base, "log.sample_steps": 3}), usual)
+    assert usual.shape == (1, SIZE, SIZE, 3)
+    assert not np.array_equal(preview(folder, {**base, "log.sample_steps": 2}), usual)
     assert not np.array_equal(preview(folder, {**base, "log.guidance_scale": 2.0}), usual)
     assert preview(folder, {**base, "log.prompts": ("a red seven", "a blue two")}).shape[0] == 2
 

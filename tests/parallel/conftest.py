@@ -3,9 +3,9 @@
 import dataclasses
 
 import pytest
+from fixtures_folders import write_little
 from little import BATCH, SIZE
 
-from lcm_jax import blank
 from lcm_jax.config import Config, EMAConfig, ModelConfig, OptimizerConfig
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.interop.folder import read_folder
@@ -16,10 +16,7 @@ from lcm_jax.state import make_parts
 
 @pytest.fixture(scope="session")
 def little(tmp_path_factory):
-    one_level = {**blank.PRESETS["micro"], "unet_channels": [8], "vae_channels": [8]}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(blank.PRESETS, "little", one_level)
-        return read_folder(blank.write_blank("little", tmp_path_factory.mktemp("little") / "teacher"))
+    return read_folder(write_little(tmp_path_factory.mktemp("little") / "teacher"))
 
 
 @pytest.fixture(scope="session")
