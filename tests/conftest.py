@@ -57,11 +57,12 @@ def digits_data_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def quick(digits_data_dir, tmp_path_factory):
     """The options of a run of seconds, on real data, around the smallest step there is."""
-    from lcm_jax.blank import write_blank
+    from fixtures_folders import write_little
 
+    teacher = write_little(tmp_path_factory.mktemp("little") / "teacher", vae_channels=[8, 8])
     return [
         f"--config={ROOT}/configs/digits_teacher.py:vae",
-        f"--config.model.folder={write_blank('micro', tmp_path_factory.mktemp('micro') / 'teacher')}",
+        f"--config.model.folder={teacher}",
         f"--config.data.data_dir={digits_data_dir}",
         "--config.mesh.cpu_devices=0",
         "--config.data.image_size=16",  # a tenth of the attention

@@ -9,10 +9,11 @@ import sys
 
 import jax
 import pytest
+from compiling import QUICK_FLAGS
+from fixtures_folders import write_little
 from jax._src import compilation_cache
 
 from lcm_jax import cache_entries, compile_cache
-from lcm_jax.blank import write_blank
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -28,7 +29,7 @@ sys.exit(code)
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return write_blank("micro", tmp_path_factory.mktemp("cache_micro") / "teacher")
+    return write_little(tmp_path_factory.mktemp("cache") / "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def cache(tmp_path_factory):
 
 def summary(cache, *arguments):
     """Runs a command in its own process on one device; returns the hits and the misses that it prints at its end."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment = {**os.environ, "XLA_FLAGS": QUICK_FLAGS, "JAX_COMPILATION_CACHE_DIR": str(cache)}
     command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -57,6 +58,7 @@ def test_a_second_start_compiles_nothing(teacher, digits_data_dir, cache, tmp_pa
             f"--config={ROOT}/configs/digits_teacher.py:vae",
             f"--config.model.folder={teacher}",
             f"--config.data.data_dir={digits_data_dir}",
+            "--config.data.image_size=8",
             "--config.batch_size=8",
             "--config.steps=2",
             "--config.optimizer.decay=constant",

@@ -110,7 +110,7 @@ def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_last_good_chec
     [
         ("--config.data.split=train[:0]", "train[:0]"),
         ("--config.model.folder=/nowhere/at/all", "/nowhere/at/all"),
-        ("--config.data.image_size=30", "config.data.image_size=30"),
+        ("--config.data.image_size=31", "config.data.image_size=31"),
     ],
 )
 def test_bad_input_is_one_line(option, said, quick, tmp_path, capsys):
