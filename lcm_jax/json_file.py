@@ -1,4 +1,4 @@
-"""JSON from outside, read in one way: bounded in size and depth, finite, an object, each value of its type.
+"""JSON from outside, read in one way: bounded in size and depth, an object, each value that is used of its type.
 
 A reader says which types its keys have, and gets a plain dict or a UserError that names the file, the key and the
 value that was found:
@@ -8,7 +8,6 @@ value that was found:
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -104,7 +103,7 @@ def parse(
     if len(data) > largest:
         raise UserError(f"{where} can't be read as JSON: it is larger than {largest >> 20} MiB")
     try:
-        value = json.loads(data, parse_constant=_no_constant, parse_float=_finite, parse_int=_bounded)
+        value = json.loads(data, parse_int=_bounded)
     except RecursionError:
         raise UserError(f"{where} can't be read as JSON: brackets in brackets, deeper than {DEEPEST}") from None
     except ValueError as error:  # UnicodeDecodeError too
@@ -118,17 +117,6 @@ def parse(
                 kind.check(key, value[key])
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
-    return value
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large a number")
     return value
 
 
