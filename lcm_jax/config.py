@@ -33,13 +33,13 @@ OBJECTIVES = ("lcd", "denoising", "autoencoder")
 
 def _positive(config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
+        if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"{name} is {getattr(config, name)}; it must be positive")
 
 
 def _not_negative(config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < 0:
+        if not 0 <= getattr(config, name) < math.inf:
             raise UserError(f"{name} is {getattr(config, name)}; it can't be negative")
 
 

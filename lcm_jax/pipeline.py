@@ -39,6 +39,7 @@ from lcm_jax.models import Flat, Network, Policy
 SAMPLERS = ("ddim", "dpmpp", "lcm")  # of a diffusion model, the last with an LCM-LoRA; a consistency model has "lcm"
 OUTPUTS = ("uint8", "float", "latents")
 PEER_LCM_GUIDANCE = 8.5  # what diffusers' LatentConsistencyModelPipeline takes when it is not told
+LARGEST = 2**14  # pixels of a side; far beyond, XLA ends the whole process
 TEACHER_GUIDANCE, TEACHER_STEPS, LCM_STEPS = 7.5, 50, 4
 
 
@@ -157,16 +158,24 @@ class Pipeline:
         between = noise_key if noise is None else arguments.array("noise", noise, (len(grid) - 1, *shape))
 
         program = self._program(kind, guided, output != "latents")
-        result = program(
-            {"unet": self.unet.params, "vae": self.vae.params, "text_encoder": self.text_encoder.params},
-            self.tokenizer(prompts),
-            self.tokenizer(negatives),
-            jnp.full(len(prompts), scale - 1.0, jnp.float32),
-            grid,
-            z_T,
-            between,
-        )
-        drawn = np.asarray(result, np.float32)
+        try:
+            result = program(
+                {"unet": self.unet.params, "vae": self.vae.params, "text_encoder": self.text_encoder.params},
+                self.tokenizer(prompts),
+                self.tokenizer(negatives),
+                jnp.full(len(prompts), scale - 1.0, jnp.float32),
+                grid,
+                z_T,
+                between,
+            )
+            drawn = np.asarray(result, np.float32)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"{len(prompts)} latents of {shape[1]} x {shape[2]} don't fit into this device's memory; "
+                "give fewer prompts, or a smaller height and width"
+            ) from None
         if not np.isfinite(drawn).all():
             raise UserError(
                 f"{self.folder.path} draws values that are not finite at guidance_scale {scale:g}: its weights, or "
@@ -199,8 +208,8 @@ class Pipeline:
         sizes = []
         for name, given, latent in (("height", height, default[0]), ("width", width, default[1])):
             pixels = latent * factor if given is None else arguments.whole(name, given)
-            if pixels < factor or pixels % factor:
-                raise UserError(f"{name} is {pixels}; it must be a positive multiple of {factor}")
+            if not factor <= pixels <= LARGEST or pixels % factor:
+                raise UserError(f"{name} is {pixels}; it must be a multiple of {factor} in {factor} … {LARGEST}")
             sizes.append(pixels // factor)
         return count, sizes[0], sizes[1], self.unet.network.config.in_channels
 

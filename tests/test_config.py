@@ -68,6 +68,8 @@ def test_the_command_line_overrides(override, path, value):
         ("--confg.steps=1", "no option of this command"),
         ("--config.seed=-1", "config.seed is -1; it must be in 0 … 4294967295"),
         ("--config.seed=4294967296", "config.seed is 4294967296; it must be in 0 … 4294967295"),
+        ("--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate is nan; it must be positive"),
+        ("--config.optimizer.clip_norm=inf", "config.optimizer.clip_norm is inf"),
         ("--config.log.guidance_scale=nan", "config.log.guidance_scale is nan; it must be a finite number"),
         ("--config.ema.decay=1.5", "config.ema.decay is 1.5"),
         ("--config.objective=lcm", "did you mean 'lcd'"),

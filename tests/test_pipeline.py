@@ -189,6 +189,11 @@ def test_guidance_changes_the_picture(lcm, teacher):
     assert not np.allclose(teacher(PROMPTS, 5, 3.0, output="float"), teacher(PROMPTS, 5, 9.0, output="float"))
 
 
+def test_what_does_not_fit_into_memory_is_one_line(lcm):
+    with pytest.raises(UserError, match="1 latents of 8192 x 8192 don't fit into this device's memory"):
+        lcm(["a red seven"], steps=1, height=2**14, width=2**14, output="latents")
+
+
 def test_compiled_once_for_each_number_of_steps(lcm_folder, monkeypatch):
     traced = []
 
@@ -267,7 +272,8 @@ def test_saved_pipeline_draws_the_same(lcm, tmp_path):
         ({"negative_prompt": "ugly"}, "takes no negative_prompt"),
         ({"sampler": "ddim"}, "holds a consistency model"),
         ({"output": "pil"}, "output is 'pil'; choose from float, latents, uint8"),
-        ({"height": 17}, "height is 17; it must be a positive multiple of 2"),
+        ({"width": 2 * 10**9}, "width is 2000000000; it must be a multiple of 2 in 2 … 16384"),
+        ({"height": 17}, "height is 17; it must be a multiple of 2 in 2 … 16384"),
         ({"width": 0}, "width is 0"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"latents has the shape \(1, 4, 8, 8\); .* need \(2, 8, 8, 4\)"),
         ({"steps": 2, "noise": np.zeros((2, *SHAPE))}, r"noise has the shape .* need \(1, 2, 8, 8, 4\)"),

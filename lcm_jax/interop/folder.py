@@ -160,8 +160,9 @@ def _read_scheduler(path: pathlib.Path, pipeline_class: str) -> dict[str, Any]:
 def _check_tokenizer(directory: pathlib.Path) -> None:
     where = directory / "tokenizer_config.json"
     if where.exists():  # an old folder may hold the vocabulary only
-        whole = json_file.Kind("a positive whole number", lambda value: json_file.INTEGER.test(value) and value > 0)
-        json_file.read(where, {"model_max_length": json_file.or_none(whole)})  # 10^30 is "no limit"
+        # two tokens begin and end each prompt; 10^30 is "no limit"
+        length = json_file.Kind("a whole number from 2 on", lambda value: json_file.INTEGER.test(value) and value > 1)
+        json_file.read(where, {"model_max_length": json_file.or_none(length)})
 
 
 def _read_config(directory: pathlib.Path, library_class: str) -> tuple[dict[str, Any], Any]:
