@@ -11,6 +11,7 @@ from typing import Any
 
 from lcm_jax import json_file
 from lcm_jax.errors import UserError, few
+from lcm_jax.interop import model_index as model_index_json
 from lcm_jax.interop import names, places, weights
 from lcm_jax.interop.folder import Component, make_network
 from lcm_jax.models import MODEL_CLASSES
@@ -30,9 +31,9 @@ def parts(model_index: Mapping[str, Any], where: str) -> dict[str, str]:
     Raises UserError for a part whose name is no plain name of a folder.
     """
     found = {
-        name: str(value[1])
+        name: value[1]
         for name, value in model_index.items()
-        if isinstance(value, list) and len(value) == 2 and value[1] is not None
+        if model_index_json.is_part(value) and value[1] is not None
     }
     return {places.plain_name(name, f"{where} names"): part_class for name, part_class in found.items()}
 
@@ -111,6 +112,5 @@ def check_written(component: Component, directory: pathlib.Path) -> None:
 
 
 def _lacks(source: pathlib.Path, what: str) -> UserError:
-    return UserError(
-        f"{source} holds no {what}, but model_index.json names {source.name}: put it there, or null in model_index.json"
-    )
+    other = f", or set {source.name} to [null, null] there" if source.name in model_index_json.COPIED else ""
+    return UserError(f"{source} holds no {what}, but model_index.json names {source.name}: add it{other}")

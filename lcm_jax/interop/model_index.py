@@ -1,5 +1,6 @@
 """model_index.json: which parts a pipeline has, and of which class each is."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -14,12 +15,21 @@ NETWORK_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text
 COPIED = ("safety_checker", "feature_extractor", "image_encoder")
 _SUPPORTED = {**{name: (known,) for name, known in NETWORK_CLASSES.items()}, "tokenizer": TOKENIZER_CLASSES}
 _REQUIRED = (*NETWORK_CLASSES, "tokenizer", "scheduler")
+_EXAMPLES = {
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "scheduler": ("diffusers", "DDIMScheduler"),
+    "safety_checker": ("stable_diffusion", "StableDiffusionSafetyChecker"),
+    "feature_extractor": ("transformers", "CLIPImageProcessor"),
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
+}
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads model_index.json in the folder `path`.
 
-    Returns: the JSON object; part → class, for each part that is not null.
+    Returns: the JSON object, with [null, null] for an optional part that is null; part → class, for each part that is
+      not null.
     Raises: UserError for a file that can't be read, a pipeline, a part or a class that isn't supported, a part that is
       missing, and a part whose name is no plain name of a folder.
     """
@@ -31,13 +41,17 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(
             f"{where}: _class_name is {plain(str(pipeline_class), 100)}; supported: {', '.join(PIPELINE_CLASSES)}"
         )
+    index.update({name: [None, None] for name in COPIED if name in index and index[name] is None})
     classes = {}
     for name, value in index.items():
-        if name.startswith("_") or not (isinstance(value, (list, dict)) or name in (*_REQUIRED, *COPIED)):
-            continue  # a setting of the pipeline
-        part_class = _part_class(name, value, where)
-        if part_class is not None:
-            classes[name] = part_class
+        if name in (*_REQUIRED, *COPIED) and not is_part(value):
+            raise UserError(
+                f"{where}: {name} is {plain(repr(value), 100)}; supported: a library and a class, like {_example(name)}"
+            )
+        if not name.startswith("_") and is_part(value):  # anything else is a setting of the pipeline
+            places.plain_name(name, f"{where} names")
+            if value[1] is not None:
+                classes[name] = value[1]
     for name in _REQUIRED:
         if name not in classes:
             raise UserError(f"{where} names no {name}{nearest(name, classes)}")
@@ -51,14 +65,11 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
     return index, classes
 
 
-def _part_class(name: str, value: Any, where: pathlib.Path) -> str | None:
-    places.plain_name(name, f"{where} names")
-    pair = isinstance(value, list) and len(value) == 2
-    if not pair or not all(item is None or isinstance(item, str) for item in value):
-        found = plain(repr(value), 100)
-        raise UserError(f"{where}: {name} is {found}; supported: a library and a class, like {_example(name)}")
-    return value[1]
+def is_part(value: Any) -> bool:
+    """Whether a value in model_index.json names a part: a library and a class, or [null, null] for no such part."""
+    return isinstance(value, list) and len(value) == 2 and all(item is None or isinstance(item, str) for item in value)
 
 
 def _example(name: str) -> str:
-    return repr(["diffusers", NETWORK_CLASSES.get(name, "DDIMScheduler")])
+    example = json.dumps(_EXAMPLES.get(name, ("diffusers", NETWORK_CLASSES.get(name))))
+    return f"{example}, or [null, null] for none" if name in COPIED else example

@@ -262,7 +262,11 @@ def test_unknown_scheduler(copy, name):
         ),
         ({"unet": "UNet2DConditionModel"}, "unet is 'UNet2DConditionModel'; supported: a library and a class, like"),
         ({"unet": {"a": 1}}, "unet is {'a': 1}; supported: a library and a class"),
-        ({"safety_checker": None}, "safety_checker is None; supported: a library and a class"),
+        (
+            {"safety_checker": 1},
+            r"safety_checker is 1; .* like \[\"stable_diff.*Checker\"\], or \[null, null\] for none$",
+        ),
+        ({"text_encoder": None}, r"text_encoder is None; supported: .* like \[\"transformers\", \"CLIPTextModel\"\]$"),
         ({"_class_name": ["pipeline", "Mine"]}, r"_class_name is \['pipeline', 'Mine'\]; supported: a text"),
         (
             {"controlnet": ["diffusers", "ControlNetModel"]},
@@ -300,12 +304,20 @@ def test_what_model_index_can_not_name(copy, values, message):
         {"unet": ["stable_diffusion", "UNet2DConditionModel"]},
         {"text_encoder_2": [None, None], "requires_safety_checker": None, "force_zeros": True},
         {"tokenizer": ["transformers", "CLIPTokenizerFast"]},
+        {"resolution": [512, 512], "sizes": ["a", "b", "c"], "limits": {"a": 1}, "../x": 3},
     ],
     ids=str,
 )
 def test_what_model_index_can_name(copy, values):
     edit(copy / "model_index.json", **values)
     assert read_folder(copy, only=()).model_index.items() >= values.items()
+
+
+def test_null_is_no_part(copy, tmp_path):
+    edit(copy / "model_index.json", safety_checker=None, resolution=[512, 512])
+    out = write_folder(read_folder(copy), tmp_path / "out")
+    written = json.loads((out / "model_index.json").read_text())
+    assert (written["safety_checker"], written["resolution"]) == ([None, None], [512, 512])
 
 
 def test_absent_component(copy):
