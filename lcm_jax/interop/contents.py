@@ -6,14 +6,13 @@ None of it is taken into a new folder.
 
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lcm_jax import json_file
 from lcm_jax.errors import UserError, few
 from lcm_jax.interop import model_index as model_index_json
-from lcm_jax.interop import names, places, weights
-from lcm_jax.interop.folder import Component, make_network
+from lcm_jax.interop import places, weights
 from lcm_jax.models import MODEL_CLASSES
 
 _DOCUMENT = re.compile(r"(?:LICEN[CS]E|NOTICE|COPYING|AUTHORS|CITATION)(?:[._-].*)?|.*\.(?:md|txt)", re.IGNORECASE)
@@ -67,15 +66,36 @@ def _one_arrangement(file_names: Iterable[str]) -> list[str]:
     return [found.string for found in whole or group]
 
 
-def check_copied(directory: pathlib.Path, part_class: str, source: pathlib.Path) -> None:
-    """Checks that a part that was copied has what its class needs to load, and that this can be read.
+def copied_files(root: pathlib.Path, name: str) -> list[str]:
+    """Returns the names of the files that are copied for a part that is not read, each checked to be safe to copy.
 
-    Args: the copy; its class in model_index.json; where it came from, for the message.
+    Args: the model folder; the part's name.
+    Raises: UserError names a link that leads elsewhere or to nothing. Documents that lead to nothing are left out.
+    """
+    chosen = of_copied_part(places.file_names(root, name))
+    lost = [] if not chosen else lost_documents(root / name, [n for n in chosen if not n.endswith(_SETTINGS)])
+    chosen = [file for file in chosen if file not in lost]
+    for file in chosen:
+        places.part_file(root, name, file)
+    return chosen
+
+
+def lost_documents(directory: pathlib.Path, file_names: Iterable[str]) -> list[str]:
+    """Returns those of the names that are documents and links to nothing, as in a hub cache without their blobs."""
+    return [
+        name for name in documents(file_names) if (directory / name).is_symlink() and not (directory / name).exists()
+    ]
+
+
+def check_copied(directory: pathlib.Path, part_class: str, source: pathlib.Path, there: Collection[str]) -> None:
+    """Checks that a part that is only copied has what its class needs to load, and that this can be read.
+
+    Args: the part or its copy; its class in model_index.json; where it came from, for the message; the names of the
+      files that are copied.
     Raises: UserError says what is missing.
     """
-    there = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     if part_class in ("CLIPTokenizer", "CLIPTokenizerFast"):
-        if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
+        if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= set(there):
             raise _lacks(source, "tokenizer.json, nor vocab.json and merges.txt")
     elif not any(name.endswith("config.json") for name in there):
         raise _lacks(source, "config.json")
@@ -86,29 +106,13 @@ def check_copied(directory: pathlib.Path, part_class: str, source: pathlib.Path)
             json_file.parse((directory / name).read_bytes(), str(source / name))
         if ".index." in name:
             shards = json_file.read(directory / name, {"weight_map": json_file.TEXTS}).get("weight_map", {}).values()
-            if lost := sorted(set(shards) - there):
+            if lost := sorted(set(shards) - set(there)):
                 raise UserError(f"{source / name} names {few(lost)}, missing there")
         if name.endswith(".safetensors"):
             try:
                 weights.read_header(directory / name)
             except UserError as error:
                 raise UserError(str(error).replace(str(directory), str(source))) from None
-
-
-def check_written(component: Component, directory: pathlib.Path) -> None:
-    """Checks that config.json and weights that were written fit each other, as reading them would.
-
-    Only the headers of the weights are read. Raises UserError.
-    """
-    arrangement = component.source.arrangement if component.source else None
-    file_names = arrangement.metadata if arrangement else [p.name for p in directory.glob("*.safetensors")]
-    found: dict[str, tuple[int, ...]] = {}
-    for name in file_names:
-        found |= weights.read_shapes(directory / name)
-    config = json_file.read(directory / "config.json")
-    network = make_network(component.library_class, config, where=str(directory))
-    wanted = {path: tuple(leaf.shape) for path, leaf in network.shapes.items()}
-    names.match(component.library_class, found, wanted, str(directory))
 
 
 def _lacks(source: pathlib.Path, what: str) -> UserError:

@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from lcm_jax import json_file
 from lcm_jax.diffusion import scheduler_config
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError
-from lcm_jax.interop import hub, model_index, names, places, weights
+from lcm_jax.interop import contents, hub, model_index, names, places, weights
 from lcm_jax.interop.fit import check_fit
 from lcm_jax.interop.model_index import NETWORK_CLASSES
 from lcm_jax.interop.weight_faults import check_finite
@@ -124,6 +125,8 @@ def read_folder(path_or_hub_id: str | os.PathLike[str], *, only: Collection[str]
       path_or_hub_id: a folder, or the id of a model on the Hugging Face hub.
       only: names of the networks whose weights are read; all by default.
 
+    Warns once of parts that are only copied (a safety checker) and lack what an export needs.
+
     Raises:
       UserError: no such folder, a missing or broken file, a link that leaves the folder, an unsupported class or
         configuration, parts that don't fit each other, weights in pickle files, weights that are not finite, tensors
@@ -131,9 +134,7 @@ def read_folder(path_or_hub_id: str | os.PathLike[str], *, only: Collection[str]
     """
     path = hub.local_folder(path_or_hub_id)
     index, classes = model_index.read(path)
-    for name in classes:
-        if name not in model_index.COPIED:
-            places.part_files(path, name)
+    _check_links(path, [name for name in classes if name not in model_index.COPIED])
     scheduler = _read_scheduler(path, index["_class_name"])
     _check_tokenizer(path / "tokenizer")
     configs = {name: _read_config(path / name, library_class) for name, library_class in NETWORK_CLASSES.items()}
@@ -145,7 +146,34 @@ def read_folder(path_or_hub_id: str | os.PathLike[str], *, only: Collection[str]
     }
     folder = Folder(path, index, scheduler, components)
     _ = folder.schedule  # raises here, not in the middle of a run
+    _warn_of_copied(path, {name: classes[name] for name in model_index.COPIED if name in classes})
     return folder
+
+
+def _check_links(path: pathlib.Path, parts: Iterable[str]) -> None:
+    """Raises UserError for a file that is read or copied and whose link leaves the folder; of weights, read_weights."""
+    for name in parts:
+        if name not in NETWORK_CLASSES and name != "scheduler":
+            contents.copied_files(path, name)
+            continue
+        there = places.file_names(path, name)
+        lost = contents.lost_documents(path / name, there)
+        for file in there:
+            if file in ("config.json", "scheduler_config.json", *contents.documents(there)) and file not in lost:
+                places.part_file(path, name, file)
+
+
+def _warn_of_copied(path: pathlib.Path, classes: dict[str, str]) -> None:
+    """Warns once of parts that are only copied and can't be: better known before a training than at its export."""
+    faults = []
+    for name, part_class in classes.items():
+        try:
+            contents.check_copied(path / name, part_class, path / name, contents.copied_files(path, name))
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        more = f" (and {len(faults) - 1} more such parts)" if len(faults) > 1 else ""
+        warnings.warn(f"this model can be read but not exported: {faults[0]}{more}", UserWarning, stacklevel=3)
 
 
 def _read_scheduler(path: pathlib.Path, pipeline_class: str) -> dict[str, Any]:

@@ -4,12 +4,14 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lcm_jax.errors import UserError
+from lcm_jax import json_file
+from lcm_jax.errors import UserError, few
 from lcm_jax.interop import contents, names, places, weights
 from lcm_jax.interop.folder import Component, Folder, Source, make_network
 from lcm_jax.interop.recipe import RECIPE_FILE
@@ -48,8 +50,9 @@ def write_parts(folder: Folder, to: pathlib.Path, *, recipe_holds: bool = True) 
     _copy_documents(folder.path, to, also=(RECIPE_FILE,) if recipe_holds else ())
     for name, part_class in parts.items():  # first what may be missing, since writing weights takes long
         if name != "scheduler" and name not in folder.components:
-            _copy_part(folder.path, name, to)
-            contents.check_copied(to / name, part_class, folder.path / name)
+            copied = contents.copied_files(folder.path, name)
+            _copy_files(folder.path, name, to, copied)
+            contents.check_copied(to / name, part_class, folder.path / name, copied)
     for name in parts:
         if name == "scheduler":
             (to / name).mkdir()
@@ -59,9 +62,10 @@ def write_parts(folder: Folder, to: pathlib.Path, *, recipe_holds: bool = True) 
             _check_written(folder.components[name], to)
         else:
             continue
-        _copy_part(folder.path, name, to, documents_only=True)
+        _copy_files(folder.path, name, to, contents.documents(places.file_names(folder.path, name)))
         keep_private(to / name, folder.path / name)
     keep_private(to, folder.path)
+    _warn_of_lost(folder.path, parts)
 
 
 def write_component(component: Component, root: pathlib.Path) -> None:
@@ -107,24 +111,37 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy_part(root: pathlib.Path, name: str, to: pathlib.Path, *, documents_only: bool = False) -> None:
-    """Copies a part's files, byte for byte; those in folders inside it are read by no loader."""
-    found = [path.name for path in places.part_files(root, name, broken=True) if len(path.parts) == 2]
-    chosen = contents.documents(found) if documents_only else contents.of_copied_part(found)
-    if chosen:
+def _copy_files(root: pathlib.Path, name: str, to: pathlib.Path, files: Sequence[str]) -> None:
+    """Copies these files of a part, byte for byte."""
+    lost = contents.lost_documents(root / name, files)
+    if files:
         (to / name).mkdir(exist_ok=True)
-    for file in chosen:
-        places.check_file(root / name / file, root / name)  # a broken link matters only here
-        _copy(root / name / file, to / name / file)
-    if chosen:
+    for file in files:
+        if file not in lost:
+            _copy(places.part_file(root, name, file), to / name / file)
+    if files:
         keep_private(to / name, root / name)
 
 
 def _copy_documents(root: pathlib.Path, to: pathlib.Path, also: tuple[str, ...]) -> None:
     there = sorted(path.name for path in root.iterdir() if not path.is_dir())
-    for name in {*contents.documents(there), *also}.intersection(there):
+    lost = contents.lost_documents(root, there)
+    for name in {*contents.documents(there), *also}.intersection(there).difference(lost):
         places.check_file(root / name, root)
         _copy(root / name, to / name)
+
+
+def _warn_of_lost(root: pathlib.Path, parts: Iterable[str]) -> None:
+    """Warns once of documents that are not copied, since they are links to nothing."""
+    lost = contents.lost_documents(root, sorted(path.name for path in root.iterdir()))
+    for name in parts:
+        lost += [f"{name}/{file}" for file in contents.lost_documents(root / name, places.file_names(root, name))]
+    if lost:
+        warnings.warn(
+            f"{root}: links to missing files, which are not copied: {few(lost)}",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -139,6 +156,22 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def _check_written(component: Component, to: pathlib.Path) -> None:
     try:
-        contents.check_written(component, to / component.name)
+        _check_fit(component, to / component.name)
     except UserError as error:
         raise UserError(f"what was written can't be loaded: {str(error).replace(f'{to}/', '')}") from None
+
+
+def _check_fit(component: Component, directory: pathlib.Path) -> None:
+    """Checks that config.json and weights that were written fit each other, as reading them would.
+
+    Only the headers of the weights are read. Raises UserError.
+    """
+    arrangement = component.source.arrangement if component.source else None
+    file_names = arrangement.metadata if arrangement else [p.name for p in directory.glob("*.safetensors")]
+    found: dict[str, tuple[int, ...]] = {}
+    for name in file_names:
+        found |= weights.read_shapes(directory / name)
+    config = json_file.read(directory / "config.json")
+    network = make_network(component.library_class, config, where=str(directory))
+    wanted = {path: tuple(leaf.shape) for path, leaf in network.shapes.items()}
+    names.match(component.library_class, found, wanted, str(directory))

@@ -4,20 +4,24 @@ A folder from elsewhere must not reach into this machine. A component named `../
 folder; a link `vae/config.json -> ~/.ssh/id_rsa` would copy a secret into an export that is then published. The rules:
 
 1. Names of components and of weight files are plain names (`plain_name`).
-2. A link to a file must end inside the same part (the component's folder; the model folder for files at its top) or
-   be a blob of a hub cache, `models--NAME/blobs/HASH`, to which the hub's snapshots link.
+2. A link to a file must end inside the model folder or be a blob of a hub cache, `models--NAME/blobs/HASH`, to which
+   the hub's snapshots link. The cache, or its blobs, may have been moved and be links themselves.
 3. A part itself may be a link to a folder anywhere, since models share parts that way, if that folder is recognizably
-   a part: it holds the configuration of one. Rule 2 then applies to the folder that the link leads to.
+   a part: it holds the configuration of one. Its files must then stay within the folder that the link leads to.
 4. Nothing but regular files and folders is read: opening a named pipe would wait for ever.
+
+Only files that are opened or copied are judged: a checkpoint that no loader reads may be a link to anything.
 """
 
 import os
 import pathlib
+import re
 from typing import Any
 
 from lcm_jax import json_file
 from lcm_jax.errors import UserError, plain
 
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a blob: the SHA-1 or SHA-256 of its content
 _LONGEST_NAME = 255  # bytes, the limit of the usual file systems
 # A part holds one of these files; config.json is a common name, so it must also name a model.
 _MARKS = ("scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
@@ -43,52 +47,51 @@ def plain_name(name: Any, where: str) -> str:
     return name
 
 
-def part_files(root: pathlib.Path, name: str, *, broken: bool = False) -> list[pathlib.PurePosixPath]:
-    """Returns the files of a model's part, relative to `root`, sorted; hidden ones are left out.
+def file_names(root: pathlib.Path, name: str) -> list[str]:
+    """Returns the names of what lies directly in a part and is no folder, sorted; hidden ones are left out.
 
-    Every file is safe to read and to copy by the rules above.
+    Links are listed wherever they lead, even to nothing: `part_file` judges those that are used.
 
-    Args:
-      root: the model folder.
-      name: the part's folder, a plain name.
-      broken: whether links to missing files are listed; otherwise they are refused.
-
-    Raises:
-      UserError: names the link that leads elsewhere or to nothing, or what is neither a file nor a folder. A part
-        without a folder has no files, and is no error.
+    Args: the model folder; the part's folder, a plain name.
+    Raises: UserError for a part that is no folder, or a link to something else than a part. A part without a folder has
+      no files, and is no error.
     """
     part = root / name
     if not part.is_symlink() and not part.exists():
         return []
     _check_part(root, part)
-    found: list[pathlib.PurePosixPath] = []
-    for folder, folders, files in os.walk(part, onerror=_raise):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for inner in folders:
-            if (path := pathlib.Path(folder, inner)).is_symlink():
-                raise UserError(f"{path} is a link to a folder; only the parts of a model may be links to folders")
-        for file in files:
-            path = pathlib.Path(folder, file)
-            if not file.startswith("."):
-                check_file(path, part, broken=broken)
-                found.append(pathlib.PurePosixPath(path.relative_to(root).as_posix()))
-    return sorted(found)
+    try:
+        return sorted(path.name for path in part.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    except OSError as error:
+        raise UserError(f"{part} can't be read: {error.strerror}") from None
 
 
-def check_file(path: pathlib.Path, within: pathlib.Path, *, broken: bool = False) -> None:
+def part_file(root: pathlib.Path, name: str, file: str) -> pathlib.Path:
+    """Returns the path of a part's file, checked to be safe to read and to copy.
+
+    Args: the model folder; the part's folder, a plain name; the file's name.
+    Raises: UserError names the file, and where its link leads.
+    """
+    part = root / name
+    shared = not pathlib.Path(os.path.realpath(part)).is_relative_to(os.path.realpath(root))
+    check_file(part / file, part if shared else root)
+    return part / file
+
+
+def check_file(path: pathlib.Path, within: pathlib.Path) -> None:
     """Checks that a file is safe to read and to copy.
 
-    Args: the file; the folder that its links must not leave; whether a link to a missing file is accepted.
+    Args: the file; the folder that its links must not leave.
     Raises: UserError names the file, and where its link leads.
     """
     target = pathlib.Path(os.path.realpath(path))
     if path.is_symlink():
-        if not target.is_relative_to(os.path.realpath(within)) and not _is_blob(target):
+        if not target.is_relative_to(os.path.realpath(within)) and not _is_blob(target, path):
             raise UserError(
                 f"{path} is a link to {target}, outside of {within}: a link to a file must stay within its folder or "
                 "lead into a hub cache; put the file itself there"
             )
-        if not target.exists() and not broken:
+        if not target.exists():
             raise UserError(f"{path} is a broken link: {target} is missing")
     if target.exists() and not target.is_file():
         raise UserError(f"{path} is no regular file")
@@ -111,9 +114,12 @@ def _is_part(folder: pathlib.Path) -> bool:
     return config.is_file() and any(mark in json_file.read(config) for mark in _CONFIG_MARKS)
 
 
-def _is_blob(target: pathlib.Path) -> bool:
-    return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-
-
-def _raise(error: OSError) -> None:
-    raise UserError(f"{error.filename} can't be read: {error.strerror}") from None
+def _is_blob(target: pathlib.Path, path: pathlib.Path) -> bool:
+    if target.parent.name == "blobs" and target.parent.parent.name.startswith("models--"):
+        return True
+    # a cache that was moved: its place is known by the way to the file only, so the blob must have the name of one
+    for snapshots in pathlib.Path(os.path.abspath(path)).parents:
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+            blobs = os.path.realpath(snapshots.parent / "blobs")
+            return str(target.parent) == blobs and _HASH.fullmatch(target.name) is not None
+    return False

@@ -88,12 +88,13 @@ def read_weights(directory: pathlib.Path) -> tuple[Tensors, Arrangement]:
     only one. A single file goes before shards.
 
     Raises:
-      UserError: no safetensors file there, only pickles or several unusual variants, a shard missing, or a file that
-        can't be read.
+      UserError: no safetensors file there, only pickles or several unusual variants, a shard missing, a link that
+        leaves the model folder, or a file that can't be read.
     """
     file = _find(directory)
     if file is None:
         raise UserError(f"{directory} holds no weights: expected {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors")
+    _check(file)
     if file.suffix == ".json":
         return _read_shards(file)
     tensors, metadata = read_file(file)
@@ -105,7 +106,7 @@ def _find(directory: pathlib.Path) -> pathlib.Path | None:
     found: dict[str, list[pathlib.Path]] = {}
     for path in directory.glob("*.safetensors*"):
         match = _NAME.fullmatch(path.name)
-        if match and path.is_file() and not _SHARD.fullmatch(match["variant"] or ""):
+        if match and (path.is_file() or path.is_symlink()) and not _SHARD.fullmatch(match["variant"] or ""):
             found.setdefault(match["variant"] or match["index_variant"] or "", []).append(path)
     usual = [variant for variant in VARIANTS if variant in found]
     if not usual and len(found) > 1:
@@ -120,6 +121,11 @@ def _find(directory: pathlib.Path) -> pathlib.Path | None:
             "it, so it is refused; save the model again with save_pretrained(…, safe_serialization=True)"
         )
     return None
+
+
+def _check(file: pathlib.Path) -> None:
+    """Raises UserError for a link that leaves the model folder, in which the component's folder lies."""
+    places.part_file(file.parent.parent, file.parent.name, file.name)
 
 
 def write_weights(directory: pathlib.Path, tensors: Tensors, arrangement: Arrangement) -> None:
@@ -212,6 +218,7 @@ def _read_shards(index_path: pathlib.Path) -> tuple[Tensors, Arrangement]:
     metadata: dict[str, dict[str, str] | None] = {}
     for name in sorted(set(weight_map.values())):
         places.plain_name(name, f"{index_path}: its weight_map names")
+        _check(index_path.parent / name)
         shard, metadata[name] = read_file(index_path.parent / name)
         if strangers := [key for key in shard if weight_map.get(key) != name]:
             raise UserError(f"{index_path}: {name} holds {few(strangers)}, which it doesn't list there")

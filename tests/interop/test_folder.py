@@ -310,6 +310,9 @@ def test_what_model_index_can_not_name(copy, values, message):
 )
 def test_what_model_index_can_name(copy, values):
     edit(copy / "model_index.json", **values)
+    for name in {"safety_checker", "feature_extractor", "image_encoder"}.intersection(values):
+        (copy / name).mkdir()
+        (copy / name / "config.json").write_text("{}")
     assert read_folder(copy, only=()).model_index.items() >= values.items()
 
 
@@ -318,6 +321,28 @@ def test_null_is_no_part(copy, tmp_path):
     out = write_folder(read_folder(copy), tmp_path / "out")
     written = json.loads((out / "model_index.json").read_text())
     assert (written["safety_checker"], written["resolution"]) == ([None, None], [512, 512])
+
+
+def test_copied_parts_that_can_not_be_exported_are_a_warning(copy):
+    """Better known before a training than when it is exported."""
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    edit(copy / "model_index.json", safety_checker=checker, feature_extractor=["transformers", "CLIPImageProcessor"])
+    with pytest.warns(
+        UserWarning, match=r"safety_checker holds no config\.json.*, or set .* \[null, null\].*1 more"
+    ) as seen:
+        read_folder(copy, only=())
+    assert len(seen) == 1
+    edit(copy / "model_index.json", feature_extractor=[None, None])
+    (copy / "safety_checker").mkdir()
+    (copy / "safety_checker/config.json").write_text("{}")
+    with pytest.warns(UserWarning, match="not exported: .*safety_checker holds no weights"):  # the hub has pickles only
+        read_folder(copy, only=())
+    (copy / "safety_checker/pytorch_model.bin").write_bytes(b"")
+    read_folder(copy, only=())
+    (copy / "safety_checker/pytorch_model.bin").unlink()
+    (copy / "safety_checker/pytorch_model.bin").symlink_to("gone")
+    with pytest.warns(UserWarning, match="not exported: .*pytorch_model.bin is a broken link"):
+        read_folder(copy, only=())
 
 
 def test_absent_component(copy):
@@ -432,6 +457,33 @@ def test_parts_that_are_links(copy, tmp_path):
     (copy / "vae/config.json").rename(tmp_path / "elsewhere.json")
     (copy / "vae/config.json").symlink_to(tmp_path / "elsewhere.json")
     fails(copy, r"vae/config\.json is a link to .*elsewhere\.json, outside of ")
+
+
+def test_links_that_nobody_reads(copy, tmp_path):
+    for name, target in {
+        "unet/diffusion_pytorch_model.bin": "../../../blobs/gone",
+        "unet/diffusion_pytorch_model.fp16.safetensors": "../../../blobs/gone",
+        "unet/model.ckpt": "/etc/hostname",
+        "unet/checkpoints": "/etc",
+        "tokenizer/old": "/etc",
+        "scheduler/notes.md": "gone",
+    }.items():
+        (copy / name).symlink_to(target)
+    expected = {name for name, path in files(copy).items() if not path.is_symlink()}
+    with pytest.warns(UserWarning, match=r"links to missing files, which are not copied: scheduler/notes\.md$") as seen:
+        out = write_folder(read_folder(copy), tmp_path / "out")
+    assert len(seen) == 1
+    assert files(out).keys() == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["unet/notes.txt", UNET_FILE, "tokenizer/vocab.json", "scheduler/scheduler_config.json"]
+)
+def test_links_that_leave_the_folder(copy, tmp_path, name):
+    (tmp_path / "secret").write_text("")
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to(tmp_path / "secret")
+    fails(copy, f"{name} is a link to .*/secret, outside of")
 
 
 def test_a_broken_link_is_called_by_its_own_name(copy):
@@ -549,16 +601,21 @@ def test_hidden_folders_are_left_behind(copy, tmp_path):
     assert not (tmp_path / "out/.cache").exists()
 
 
-def test_links_of_a_hub_cache_are_followed(copy, tmp_path):
+@pytest.mark.parametrize("moved", ["", "blobs", "."])
+def test_links_of_a_hub_cache_are_followed(copy, tmp_path, moved):
+    """Also of one that was moved, as a whole or its blobs, to another disk."""
     cache = tmp_path / "hub/models--someone--model"
     (cache / "blobs").mkdir(parents=True)
     (cache / "snapshots").mkdir()
     snapshot = cache / "snapshots/0123"
     shutil.copytree(copy, snapshot)
     for i, path in enumerate(files(snapshot).values()):
-        blob = cache / "blobs" / str(i)
+        blob = cache / "blobs" / f"{i:040x}"
         path.rename(blob)
         path.symlink_to(os.path.relpath(blob, path.parent))
+    if moved:
+        (cache / moved).rename(tmp_path / "other_disk")
+        (cache / moved).symlink_to(tmp_path / "other_disk")
     write_folder(read_folder(snapshot), tmp_path / "out")
     assert not any(path.is_symlink() for path in files(tmp_path / "out").values())
     assert_same_folder(tmp_path / "out", copy)

@@ -85,10 +85,20 @@ def test_links_that_leave_the_folder_are_not_copied(copy, tmp_path, name):
     (copy / name).symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match=f"{name} is a link to .*secret, outside of"):
         write_folder(folder, tmp_path / "out")
-    (tmp_path / "secret").unlink()
-    (copy / name).unlink()
-    (copy / name).symlink_to("gone")
-    with pytest.raises(UserError, match=f"model/{name} is a broken link"):
+
+
+def test_links_to_nothing(copy, tmp_path):
+    """A setting is needed; a document is not."""
+    folder = read_folder(copy)
+    (copy / "README.md").unlink(missing_ok=True)
+    (copy / "README.md").symlink_to("gone")
+    with pytest.warns(UserWarning, match=r"links to missing files, which are not copied: README\.md$") as seen:
+        out = write_folder(folder, tmp_path / "out")
+    assert len(seen) == 1
+    assert not (out / "README.md").exists()
+    (copy / "tokenizer/tokenizer.json").unlink()
+    (copy / "tokenizer/tokenizer.json").symlink_to("gone")
+    with pytest.raises(UserError, match=r"model/tokenizer/tokenizer\.json is a broken link"):
         write_folder(folder, tmp_path / "out")
 
 
@@ -185,7 +195,8 @@ def fails(folder, tmp_path, message: str) -> None:
 
 def test_parts_that_are_not_there(copy, tmp_path):
     add(copy, safety_checker="StableDiffusionSafetyChecker", feature_extractor="CLIPImageProcessor")
-    folder = read_folder(copy)
+    with pytest.warns(UserWarning, match="can be read but not exported: .*model/safety_checker holds no weights"):
+        folder = read_folder(copy)
     fails(folder, tmp_path, "model/safety_checker holds no weights, but model_index.json names safety_checker")
     (copy / "safety_checker/model.safetensors").write_bytes(b"cut")
     fails(folder, tmp_path, "model/safety_checker/model.safetensors can't be read")
