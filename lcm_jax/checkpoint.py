@@ -152,11 +152,17 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Closes. After an error that one is reported: where a folder is gone, writing fails as well."""
+        failed = None
         try:
             self.close()
-        except UserError:
-            if error is None:
-                raise
+        except UserError as another:
+            failed = another
+        if error or failed:
+            self._open = None
+            with orbax_noise.while_reading():
+                gc.collect()  # as in `_restore`
+        if failed and error is None:
+            raise failed
 
     def _failed(self, error: Exception) -> UserError:
         good = good_steps(self.folder)

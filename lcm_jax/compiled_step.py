@@ -83,11 +83,10 @@ def _executable_in(step: bytes) -> tuple[int, int]:
     return start, end
 
 
-def given(text: str) -> str:
-    """The type of --compiled; raises UserError where there is no such file."""
+def given(text: str) -> None:
+    """Raises UserError where the file of --compiled is not there."""
     if not epath.Path(text).is_file():
         raise UserError(f"--compiled={text}: there is no such file; plan --save={text} writes it")
-    return text
 
 
 class Ahead:

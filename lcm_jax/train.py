@@ -84,7 +84,7 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
 
     # ---- models and state
     folder, source = read_folder(config.model.folder), open_data(config.data)
-    _check_inputs(workdir, config, folder, source, begun)
+    inputs = _check_inputs(workdir, config, folder, source, begun)
     tokenizer = load_tokenizer(folder)
     parts = make_parts(config, folder, tokenizer)
     program = make_program(config, parts, mesh)
@@ -149,6 +149,7 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
         closing(metrics) if metrics else nullcontext(),
     ):
         step = ahead.step(program.lower())
+        meet("step compiled")  # it may take one longer than the devices wait for each other
         pending, received, last, done = None, 0, False, start
         while not last:
             before = time.perf_counter()
@@ -172,6 +173,7 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
                 profiler.stop()
             if save or last:
                 held.check()
+                _put_back(workdir, config, inputs)
                 if metrics:
                     metrics.flush()
                 checkpoints.save(done, state, data.get_state())
@@ -182,6 +184,7 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
                     metrics.images(done, "samples", pictures)
                     write_png(workdir / "samples" / f"step_{done:06d}.png", grid(pictures, columns=8))
     held.check()
+    _put_back(workdir, config, inputs)
     checkpoints.check_there(done)
     return Result(done, received if done < config.steps else 0)
 
@@ -196,6 +199,14 @@ def _claim(workdir: epath.Path, config: Config) -> bool:
             raise UserError(f"--workdir={workdir}: {workdir / name} is a file; move it away, or choose another folder")
     begun = bool(good_steps(workdir / FOLDER))
     if begun:
+        config_path = workdir / "config.json"
+        with files.one_line(config_path, "read"):
+            there = config_path.exists()
+        if not there:
+            raise UserError(
+                f"--workdir={workdir} has checkpoints, but no config.json to say of which run; put it back (the "
+                "command that began this run writes the same one when it begins in a new --workdir), or choose another"
+            )
         stored = config_lib.load_resolved(workdir)
         config_lib.check_same_run(config, stored, workdir, places=not identity.recorded(workdir))
     meet("config.json read")
@@ -213,8 +224,14 @@ def _write_config(workdir: epath.Path, config: Config) -> None:
         raise type(error)(f"--workdir={workdir}: {error}") from None
 
 
-def _check_inputs(workdir: epath.Path, config: Config, folder: Folder, source: Source, begun: bool) -> None:
-    """Raises UserError unless folder, data and workdir are the same on all processes, and as when the run began."""
+Inputs = dict[str, identity.Identity]
+
+
+def _check_inputs(workdir: epath.Path, config: Config, folder: Folder, source: Source, begun: bool) -> Inputs:
+    """Returns what the run reads, recorded in the workdir.
+
+    Raises: UserError unless folder, data and workdir are the same on all processes, and as when the run began.
+    """
     now = {"model": identity.of_folder(folder), "data": identity.of_data(source)}
     problem = identity.changed(workdir, now) if begun else ""
     agreement.agree(now["model"].facts | now["data"].facts, problem)
@@ -224,6 +241,26 @@ def _check_inputs(workdir: epath.Path, config: Config, folder: Folder, source: S
         _write_config(workdir, config)
     meet("config.json written")
     agreement.agree({"what is in --workdir (config.json)": identity.of_config(workdir)})
+    return now
+
+
+def _put_back(workdir: epath.Path, config: Config, inputs: Inputs) -> None:
+    """Writes config.json and the record of the inputs again where they were deleted in mid-run.
+
+    Without them the run could be neither exported nor resumed.
+    """
+    if not is_first():
+        return
+    files.forget_listings(workdir)
+    for name, write in (
+        ("config.json", lambda: _write_config(workdir, config)),
+        (identity.RECORD, lambda: identity.record(workdir, inputs)),
+    ):
+        with files.one_line(workdir / name, "read"):
+            there = (workdir / name).exists()
+        if not there:
+            warnings.warn(f"{workdir / name} was deleted in mid-run; it is written again", stacklevel=2)
+            write()
 
 
 def _diverged(workdir: epath.Path, config: Config, step: int, good: int | None) -> str:
@@ -267,16 +304,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--compiled",
         metavar="FILE",
-        type=compiled_step.given,
         help="the compiled step that plan --save=FILE wrote; it runs as a program: take only a file that you trust",
     )
     processes.add_options(parser)
-    args, overrides = parser.parse_with_config(argv)
-    where = processes.find(args.coordinator, args.num_processes, args.process_id, args.wait)
     try:
+        args, overrides = parser.parse_with_config(argv)
+        where = processes.find(args.coordinator, args.num_processes, args.process_id, args.wait)
+        if args.compiled is not None:
+            compiled_step.given(args.compiled)
         config = config_lib.load(args.config, overrides)
-    except UserError as error:
-        processes.tell(where, error)
+    except UserError as error:  # of this process alone, perhaps
+        processes.tell(processes.find_leniently(argv), error)
         raise
     split_cpu(config.mesh.cpu_devices)
     compile_cache.enable()

@@ -8,6 +8,7 @@ takes a lock over once its owner is dead:
 * The owner was a process of this machine: at once, when no process has its number and its start time.
 * It was on another machine, or in another container: when PATIENCE seconds passed without a renewal, by the clock of
   the run that waits. Clocks of different machines are never compared.
+* The lock was copied, with all of the folder: at once, though its owner lives. A folder that was moved is no copy.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from etils import epath
 
 from lcm_jax import files, json_file
 from lcm_jax.errors import Unavailable, UserError, plain
+from lcm_jax.parallel import agreement
 from lcm_jax.parallel.processes import is_first
 
 LOCK = "lock.json"
@@ -39,6 +41,7 @@ _KINDS = {
     "machine": json_file.TEXT,
     "since": json_file.TEXT,
 }
+_PLACE = {"place": json_file.TEXT, "folder": json_file.TEXT}  # not in a lock of an older version
 
 
 class Held:
@@ -69,8 +72,9 @@ class Held:
             raise UserError(f"{what}{_owner(found[0])} has taken it; what this run wrote there before stays")
         # whether there is a folder says nothing: a write that was on its way may have made it anew
         raise UserError(
-            f"{what}it was deleted, moved away or replaced in mid-run; put it back, or choose another --workdir, and "
-            "give the same command again: it resumes from the last checkpoint that is there"
+            f"{what}{LOCK} is not there; it was removed, or the folder deleted, moved away or replaced in mid-run. Put "
+            "the folder back, or choose another --workdir, and give the same command again: it resumes from the last "
+            "checkpoint that is there"
         )
 
     def release(self) -> None:
@@ -93,29 +97,37 @@ class Held:
 def hold(workdir: epath.PathLike) -> Iterator[Held]:
     """Holds a workdir, which is made if it is not there, until the context ends.
 
-    Raises:
+    All processes of a run must ask: those that do not write wait until the first one has the lock.
+
+    Raises, in all processes:
       UserError: another process of this machine holds it, or the folder can't be written.
       Unavailable: a process elsewhere holds it, which gives signs of life.
     """
     workdir = epath.Path(workdir)
-    if not is_first():
-        yield Held(workdir, None, b"")
-        return
-    lock = _BucketLock(workdir / LOCK) if files.in_bucket(workdir) else _FileLock(workdir / LOCK)
-    content = (json.dumps({**_here(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "run": uuid.uuid4().hex})).encode()
+    held, problem = Held(workdir, None, b""), ""
+    if is_first():
+        try:
+            held = _held(workdir)
+        except UserError as error:
+            problem = type(error)(f"--workdir={workdir}: {error}")
     try:
-        _take(lock, content)
-    except UserError as error:
-        raise type(error)(f"--workdir={workdir}: {error}") from None
-    held = Held(workdir, lock, content)
-    try:
+        agreement.agree({}, problem)
         yield held
     finally:
         held.release()
 
 
-def _take(lock: "_FileLock | _BucketLock", content: bytes) -> None:
-    """Returns when the lock is there with this content."""
+def _held(workdir: epath.Path) -> Held:
+    lock = _BucketLock(workdir / LOCK) if files.in_bucket(workdir) else _FileLock(workdir / LOCK)
+    since = {"since": time.strftime("%Y-%m-%d %H:%M:%S"), "run": uuid.uuid4().hex}
+    place = lock.place()
+    content = json.dumps({**_here(), **since, **place}).encode()
+    _take(lock, content, place)
+    return Held(workdir, lock, content)
+
+
+def _take(lock: "_FileLock | _BucketLock", content: bytes, place: Mapping[str, str]) -> None:
+    """Returns when the lock is there with this content, which names its place."""
     last, since = None, 0.0  # the lock as it was read before, and since when it has been so
     while not lock.create(content):
         found = lock.read()
@@ -124,14 +136,14 @@ def _take(lock: "_FileLock | _BucketLock", content: bytes) -> None:
         if found[0] == content:
             return  # a bucket's first answer was lost
         alive = _alive(found[0])
-        if alive:
+        if alive and not _copied(found[0], place):
             raise UserError(f"{_owner(found[0])} trains there; wait for its end or stop it, or choose another folder")
         if alive is None and (not last or last[0] != found[0]):
             last, since = found, time.monotonic()
             print(f"waiting up to {PATIENCE:g} s for a sign of life of {_owner(found[0])}", file=sys.stderr)
         elif alive is None and last and last[1] != found[1]:
             raise Unavailable(f"{_owner(found[0])} trains there; wait for its end, or choose another folder")
-        elif alive is False or time.monotonic() - since >= PATIENCE:
+        elif alive is not None or time.monotonic() - since >= PATIENCE:
             lock.remove(*found)
             continue
         time.sleep(_LOOK)
@@ -145,6 +157,16 @@ def _alive(content: bytes) -> bool | None:
     return _started(owner["process"]) == owner["started"]
 
 
+def _copied(content: bytes, place: Mapping[str, str]) -> bool:
+    """Whether a lock of a living process of this machine was made elsewhere and came to this place as a copy.
+
+    Both its path and its folder's number must differ: a moved folder keeps the number, and some network drives give new
+    numbers to what stays where it is.
+    """
+    owner = _parsed(content)
+    return all(owner.get(name, place[name]) != place[name] for name in _PLACE)
+
+
 def _owner(content: bytes) -> str:
     owner = _parsed(content)
     if not owner:
@@ -154,7 +176,7 @@ def _owner(content: bytes) -> str:
 
 def _parsed(content: bytes) -> Mapping[str, Any]:
     try:
-        owner = json_file.parse(content, LOCK, _KINDS)
+        owner = json_file.parse(content, LOCK, {**_KINDS, **_PLACE})
     except UserError:  # one that is being written, or cut
         return {}
     return owner if owner.keys() >= _KINDS.keys() else {}
@@ -191,6 +213,12 @@ class _FileLock:
     def __init__(self, path: epath.Path) -> None:
         self._path = path
 
+    def place(self) -> dict[str, str]:
+        """Returns the folder's path and number, which tell a copy of the lock; makes the folder."""
+        with files.one_line(self._path.parent):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return {"place": os.path.realpath(self._path.parent), "folder": str(os.stat(self._path.parent).st_ino)}
+
     def create(self, content: bytes) -> bool:
         """Writes the lock; returns False if there is one."""
         with files.one_line(self._path.parent):
@@ -203,6 +231,8 @@ class _FileLock:
             try:
                 with os.fdopen(number, "wb") as file:
                     file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())  # after a power cut an empty lock would be one of an unknown owner
             except OSError:
                 self._path.unlink()
                 raise
@@ -243,6 +273,10 @@ class _BucketLock:
         self._path = os.fspath(path)
         self._object = self._path.removeprefix("gs://").split("/", 1)
         self._fs: Any = fsspec.filesystem("gs", finalize_on_close=True)  # the one that epath uses
+
+    def place(self) -> dict[str, str]:
+        """Returns what tells a copy of the lock."""
+        return {"place": self._path, "folder": self._path}
 
     def create(self, content: bytes) -> bool:
         """As in a folder."""

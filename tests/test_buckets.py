@@ -203,7 +203,7 @@ def test_one_run_a_place(bucket, monkeypatch):
         assert lock.read()[0] == content
         (run / workdir.LOCK).unlink()
         time.sleep(0.1)
-        with pytest.raises(UserError, match=f"{run} is no longer this run's folder: it was deleted, moved away or rep"):
+        with pytest.raises(UserError, match=f"{run} is no longer this run's folder: lock.json is not there"):
             held.check()
         lock.create(content.replace(b'"host": "', b'"host": "of '))
     assert lock.read()  # that of another run, which gives no sign of life

@@ -1,6 +1,7 @@
 """One run a workdir: who holds it, when a lock is stale, and what a run does whose folder is gone."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import re
@@ -126,6 +127,45 @@ def test_a_lock_on_a_full_disk_is_not_left_empty(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_is_on_the_disk_before_anything_else(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
+    with hold(tmp_path):
+        assert synced == [(tmp_path / LOCK).stat().st_size] != [0]
+
+
+def test_a_copy_of_a_held_workdir_is_free_and_a_moved_one_is_not(tmp_path):
+    first, copy, moved_away = tmp_path / "run", tmp_path / "copy", tmp_path / "moved"
+    with hold(first) as held:
+        shutil.copytree(first, copy)
+        with hold(copy) as another:
+            another.check()
+            with pytest.raises(UserError, match="trains there"), hold(copy):
+                pass
+        held.check()
+        (tmp_path / "link").symlink_to(first)
+        first.rename(moved_away)
+        for name in ("moved", "link"):
+            if name == "link":
+                moved_away.rename(first)
+            with pytest.raises(UserError, match="trains there"), hold(tmp_path / name):
+                pass
+
+
+def test_other_processes_wait_in_the_store_for_the_first_ones_lock(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(workdir.agreement, "agree", lambda facts, problem: asked.append(problem))
+    with hold(tmp_path / "run"):
+        assert asked == [""]
+        with contextlib.suppress(UserError), hold(tmp_path / "run"):
+            pass
+        assert "trains there" in str(asked[1])
+        monkeypatch.setattr(workdir, "is_first", lambda: False)
+        with hold(tmp_path / "other"):
+            assert asked[2:] == [""]
+    assert not (tmp_path / "other").exists()
+
+
 # ---- a folder that is no longer this run's
 
 
@@ -142,6 +182,10 @@ def moved(folder):
     folder.rename(folder.with_name("moved"))
 
 
+def unlocked(folder):
+    (folder / LOCK).unlink()
+
+
 def taken(folder):
     leave_lock(folder, process=4711)
 
@@ -149,9 +193,10 @@ def taken(folder):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (deleted, "it was deleted, moved away or replaced in mid-run; put it back, or choose another --workdir"),
-        (made_again, "it was deleted, moved away or replaced"),
-        (moved, "it was deleted, moved away or replaced"),
+        (deleted, "lock.json is not there; it was removed, or the folder deleted, moved away or replaced in mid-run"),
+        (made_again, "lock.json is not there"),
+        (moved, "lock.json is not there"),
+        (unlocked, "lock.json is not there; it was removed, or"),
         (taken, r"process 4711 on \S+ \(since then\) has taken it"),
     ],
 )
@@ -176,7 +221,7 @@ def without_checkpoints(folder):
 @pytest.mark.parametrize(
     ("harm", "step", "said"),
     [
-        (moved, 3, "{run} is no longer this run's folder: it was deleted, moved away or replaced"),
+        (moved, 3, "{run} is no longer this run's folder: lock.json is not there"),
         (without_checkpoints, 5, "the checkpoint of step 4 was deleted from {run}/checkpoints"),
     ],
 )
@@ -194,6 +239,30 @@ def test_training_ends_at_its_next_write(harm, step, said, quick, tmp_path, monk
     assert said.format(run=run) in err.splitlines()[-1]
     assert "Done" not in out
     assert not (run / LOCK).exists()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_s_description_is_put_back_and_missed(quick, tmp_path, monkeypatch, capsys):
+    run, update, names = tmp_path / "run", Progress.update, ("config.json", "inputs.json")
+    content = {}
+
+    def harmed(self, done, loss):
+        if done in (3, 6):  # before a save in mid-run, and after the last
+            for name in names:
+                content.setdefault(name, (run / name).read_bytes())
+                (run / name).unlink()
+        return update(self, done, loss)
+
+    monkeypatch.setattr(Progress, "update", harmed)
+    assert cli.run(train.main, [*quick, f"--workdir={run}"]) == 0
+    out, err = capsys.readouterr()
+    assert "Done" in out
+    assert {name: (run / name).read_bytes() for name in names} == content
+    for name in names:
+        assert err.count(f"lcm-jax train: warning: {run / name} was deleted in mid-run; it is written again\n") == 2
+    (run / "config.json").unlink()
+    assert cli.run(train.main, [*quick, f"--workdir={run}"]) == 2
+    assert f"error: --workdir={run} has checkpoints, but no config.json" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("one_device")

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the store has no public name; Orbax takes it from here too
 
-from lcm_jax.errors import UserError, plain
+from lcm_jax.errors import Unavailable, UserError, plain
 
 PATIENCE = 60_000  # milliseconds of one request; a lost process is noticed by the roll call
 _call = itertools.count()  # processes come here in the same order
@@ -26,19 +26,24 @@ class Disagreement(UserError):
     """A mistake that every process of the run raises, at the same place and with the same message."""
 
 
-def agree(facts: Mapping[str, str], problem: str = "") -> None:
+class Postponed(Disagreement, Unavailable):
+    """A Disagreement about what may be there later."""
+
+
+def agree(facts: Mapping[str, str], problem: str | UserError = "") -> None:
     """Returns when all processes are here, with the same facts and without a problem; all of them must ask.
 
     Args:
       facts: name → value of what must be the same everywhere.
       problem: why this process can't go on; that of one process ends all.
 
-    Raises: Disagreement, in all processes; where this is the only process, UserError for its problem.
+    Raises: Disagreement, in all processes (Postponed if the problem is Unavailable); where this is the only process,
+      its problem.
     """
     run = distributed.global_state
     if run.client is None or (run.num_processes or 1) == 1:
         if problem:
-            raise UserError(problem)
+            raise problem if isinstance(problem, UserError) else UserError(problem)
         return
     key, me = f"lcm_jax/agree/{next(_call)}", run.process_id
     here = json.dumps(dict(facts), sort_keys=True)
@@ -46,7 +51,12 @@ def agree(facts: Mapping[str, str], problem: str = "") -> None:
     if me == 0:
         run.client.key_value_set(f"{key}/facts", json.dumps({"host": host, "facts": here}))
         run.client.key_value_set(f"{key}/hash", _hash(here))
-    report = {"process": f"process {me} on {host}", "problem": problem, "difference": ""}
+    report = {
+        "process": f"process {me} on {host}",
+        "problem": str(problem),
+        "later": isinstance(problem, Unavailable),
+        "difference": "",
+    }
     if me and not problem and _get(run.client, f"{key}/hash") != _hash(here):
         first = json.loads(_get(run.client, f"{key}/facts"))
         report["difference"] = _difference(
@@ -57,8 +67,9 @@ def agree(facts: Mapping[str, str], problem: str = "") -> None:
     else:
         others = [json.loads(_get(run.client, f"{key}/{i}")) for i in range(1, run.num_processes)]
         run.client.key_value_set(f"{key}/verdict", json.dumps(_verdict([report, *others])))
-    if verdict := json.loads(_get(run.client, f"{key}/verdict")):
-        raise Disagreement(verdict)
+    why, later = json.loads(_get(run.client, f"{key}/verdict"))
+    if why:
+        raise (Postponed if later else Disagreement)(why)
 
 
 def settings() -> dict[str, str]:
@@ -80,16 +91,19 @@ def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], me: str, fir
     return f"{plain(name, 100)} differs{more}: process {me} has {here}, process {first} has {there}"
 
 
-def _verdict(reports: list[dict[str, str]]) -> str:
-    """Returns what all processes raise: a problem before a difference, that of the first process; "" for neither."""
+def _verdict(reports: list[dict[str, Any]]) -> tuple[str, bool]:
+    """Returns what all processes raise, and whether it may be mended by waiting.
+
+    A problem comes before a difference, that of the first process first; "" for neither.
+    """
     if problems := [report for report in reports if report["problem"]]:
         why = problems[0]["problem"]
         of_all = all(report["problem"] == why for report in reports)
-        return why if of_all else f"{problems[0]['process']}: {why}"
+        return why if of_all else f"{problems[0]['process']}: {why}", problems[0]["later"]
     if differences := [report["difference"] for report in reports if report["difference"]]:
         more = f"; {len(differences) - 1} more processes differ" if len(differences) > 1 else ""
-        return f"{differences[0]}{more}; start all with the same options, code, model and data"
-    return ""
+        return f"{differences[0]}{more}; start all with the same options, code, model and data", False
+    return "", False
 
 
 def _get(client: Any, key: str) -> str:

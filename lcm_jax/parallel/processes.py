@@ -2,11 +2,11 @@
 
 import argparse
 import atexit
-import contextlib
 import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -179,10 +179,35 @@ class Processes:
 def tell(place: Place | None, problem: UserError) -> None:
     """Tells the other processes why this one can't start, if they come within `TELL` seconds; then raises Disagreement.
 
-    They are told at the first `agree` of theirs, and all end with the same message.
+    They are told at the first `agree` of theirs, and all end with the same message. Returns if there are no others.
     """
-    with contextlib.suppress(Unavailable), Processes(place, TELL):
-        agree({}, str(problem))
+    if place is None:
+        return
+    try:
+        with Processes(place, TELL):
+            agree({}, problem)
+    except Disagreement:
+        raise
+    except Unavailable:  # they did not come
+        return
+
+
+def find_leniently(argv: Sequence[str]) -> Place | None:
+    """Returns this process's place as `find` does, from arguments of which others are wrong; None if it can't."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_options(parser)
+    own = ("--coordinator", "--num-processes", "--process-id")
+    # a value may stand by itself, and then does not begin with --; no other option of the command is looked at
+    chosen = [
+        text
+        for before, text in zip(["", *argv], argv, strict=False)
+        if not text.endswith("=--") and (text.split("=")[0] in own or (before in own and not text.startswith("--")))
+    ]
+    try:
+        args, _ = parser.parse_known_args(chosen)
+        return find(args.coordinator, args.num_processes, args.process_id)
+    except (UserError, argparse.ArgumentError):
+        return None
 
 
 def _reach(host: str, port: int, wait: float) -> None:
@@ -215,13 +240,16 @@ def is_first() -> bool:
 
 
 def meet(name: str) -> None:
-    """Waits until all processes are at this place of the program."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    """Waits until all processes are at this place of the program, however long the slowest takes.
+
+    They wait in the coordinator: between devices the first to come would end after 30 seconds on CPUs, in Gloo.
+    """
+    agree({"place in the program": name})
 
 
 def all_agree(flag: bool) -> bool:
     """Returns whether `flag` is true in all processes; all of them must ask."""
     if jax.process_count() == 1:
         return flag
+    meet("all_agree")  # one may have read for longer than the devices wait for each other
     return bool(multihost_utils.process_allgather(jax.numpy.asarray(flag)).all())

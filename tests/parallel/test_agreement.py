@@ -16,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 from lcm_jax import identity
 from lcm_jax.config import DataConfig, default_config, facts, from_dict
 from lcm_jax.data.pipeline import open_data
-from lcm_jax.errors import UserError
+from lcm_jax.errors import Unavailable, UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.parallel import agreement
+from lcm_jax.workdir import LOCK, _here
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -71,15 +72,22 @@ def ended(quick, other_model, other_data, other_file, tmp_path_factory):
         "no file": (2, "--config=/nowhere.py"),
         "model": (2, f"--config.model.folder={other_model}"),
         "data": (4, f"--config.data.data_dir={other_data}"),
+        "no option": (2, "--config.nothing=1 --nothing=1"),
+        "no number": (2, "--wait=long"),
+        "no step": (2, "--compiled=/nowhere"),
+        "held": (2, ""),
         "workdir": (2, f"--workdir={tmp_path_factory.mktemp('another') / 'run'}"),
     }
     argvs = []
-    for count, other in cases.values():
+    for case, (count, other) in cases.items():
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         workdir = tmp_path_factory.mktemp("runs") / "run"
+        if case == "held":
+            workdir.mkdir()
+            (workdir / LOCK).write_text(json.dumps({**_here(), "since": "then"}))
         common = [*quick, f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"]
-        argvs.append([[*common, f"--process-id={i}", *[other] * (i == count - 1)] for i in range(count)])
+        argvs.append([[*common, f"--process-id={i}", *other.split() * (i == count - 1)] for i in range(count)])
     group = subprocess.run(
         [sys.executable, pathlib.Path(__file__).with_name("train_in_forks.py")],
         input=json.dumps(argvs),
@@ -103,6 +111,10 @@ def ended(quick, other_model, other_data, other_file, tmp_path_factory):
         ("mesh", "config.mesh.fsdp differs: process 1 on .* has 2, process 0 on .* has 1;"),
         ("file", "config.seed differs: process 1 on .* has 7, process 0 on .* has 0;"),
         ("no file", "process 1 on .*: --config=/nowhere.py: there is no file /nowhere.py$"),
+        ("no option", "process 1 on .*: there is no option --nothing=1"),
+        ("no number", "process 1 on .*: argument --wait: invalid float value: 'long'$"),
+        ("no step", "process 1 on .*: --compiled=/nowhere: there is no such file"),
+        ("held", "process 0 on .*: --workdir=.*: process .* trains there; wait for its end or stop it"),
         ("model", r"unet weights differs: process 1 on .* has \w{32}, process 0 on .* has \w{32};"),
         (
             "workdir",
@@ -180,10 +192,19 @@ def test_a_thousand_processes_read_little(monkeypatch):
         with pytest.raises(KeyError, match="verdict"):
             agree(process, given)
         assert (store.read < 100) == (given is long)
-    reports = [{"process": f"process {i}", "problem": "", "difference": "d" * (i > 1)} for i in range(count)]
+    reports = [
+        {"process": f"process {i}", "problem": "", "later": False, "difference": "d" * (i > 1)} for i in range(count)
+    ]
     store.content = {f"lcm_jax/agree/0/{i}": json.dumps(report) for i, report in enumerate(reports) if i}
     with pytest.raises(agreement.Disagreement, match="^d; 997 more processes differ; start all with the same"):
         agree(0, long)
+    store.content = {"lcm_jax/agree/0/verdict": json.dumps(["why", True]), "lcm_jax/agree/0/hash": "x"}
+    monkeypatch.setattr(run, "process_id", 1)
+    monkeypatch.setattr(agreement, "_call", itertools.count())
+    with pytest.raises(Unavailable, match="^why$"):
+        agreement.agree({}, Unavailable("why"))
+    report = json.loads(store.content["lcm_jax/agree/0/1"])
+    assert agreement._verdict([report, {**report, "problem": ""}]) == (f"{report['process']}: why", True)
 
 
 def test_one_process_alone_has_its_own_problem_only():

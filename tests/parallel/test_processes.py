@@ -157,8 +157,8 @@ def test_the_first_process_killed_is_noticed_too(options, tmp_path):
 
 
 def test_why_one_ended_is_told_by_the_others(options, tmp_path):
-    (tmp_path / "file").write_text("")  # a workdir that only the first process writes to
-    codes, outputs = Group(options, tmp_path / "file" / "run", 2).end()
+    (tmp_path / "run" / "config.json").mkdir(parents=True)  # which only the first process writes
+    codes, outputs = Group(options, tmp_path / "run", 2).end()
     assert codes == [2, 1], outputs
     assert "can't be written" in outputs[0]
     assert re.search(r"process 0 on \S+ has ended: --workdir=.* can't be written", outputs[1])
