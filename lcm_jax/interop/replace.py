@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from lcm_jax import files, unfinished
 from lcm_jax.errors import UserError
+from lcm_jax.interop.old_folder import check_replaceable
 from lcm_jax.interop.weights import is_weights
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
@@ -24,7 +25,8 @@ def replacing(out: str | os.PathLike[str], source: pathlib.Path | None = None) -
     which the next reader or writer on this machine puts back. What killed processes left of `out` is removed.
 
     Raises:
-      UserError: `out` is `source`, a file, or a folder with something in it that is no model folder; no place to write.
+      UserError: `out` is or holds `source`, is a file, or is a folder with something in it that no export writes; no
+        place to write.
     """
     target = pathlib.Path(os.path.realpath(pathlib.Path(out).expanduser()))
     unfinished.restore(target)
@@ -37,6 +39,8 @@ def replacing(out: str | os.PathLike[str], source: pathlib.Path | None = None) -
             raise UserError(
                 f"{out} has something in it and is no model folder (no model_index.json); choose another one"
             )
+        with files.one_line(out):
+            check_replaceable(target, source, str(out))
     with files.one_line(out):
         target.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.folder(target) as temporary:

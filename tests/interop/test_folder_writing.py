@@ -138,6 +138,56 @@ def test_recipe_is_kept_while_the_unet_is(copy, tmp_path):
     assert (write_folder(folder, tmp_path / "same") / "lcm_jax.json").exists()
 
 
+# ---- what is replaced
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("mine.txt", "mine.txt"),
+        ("lora.safetensors", "lora.safetensors"),
+        ("run/checkpoints/1/state", "run"),
+        (".git/config", ".git"),
+        ("unet/mine.png", "unet/mine.png"),
+        ("unet/old/config.json", "unet/old"),
+        ("vae/pytorch_lora_weights.safetensors", "vae/pytorch_lora_weights.safetensors"),
+    ],
+)
+def test_what_no_export_writes_is_not_lost(copy, tmp_path, name, named):
+    out = write_folder(read_folder(copy), tmp_path / "out")
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("mine")
+    before = files(out)
+    with pytest.raises(UserError, match=f"^{out} holds {named}, which no export writes and .* another --out$"):
+        write_folder(read_folder(copy), out)
+    assert files(out) == before
+
+
+def test_models_are_replaced_with_all_that_came_from_the_source(copy, tmp_path):
+    add(copy, safety_checker="StableDiffusionSafetyChecker")
+    save_file({"x": np.zeros(3, np.float32)}, copy / "safety_checker/model.safetensors")
+    for name in ("use.txt", "LICENSE.md", "lcm_jax.json", "unet/notes.md"):
+        (copy / name).write_text("{}")
+    folder = read_folder(copy)
+    out = write_folder(folder, tmp_path / "out")
+    (out / ".gitattributes").write_text("")
+    (out / "README.md").write_text("")
+    (out / "unet/diffusion_pytorch_model.fp16.safetensors").write_text("")
+    assert files(write_folder(folder, out)) == files(copy)
+
+
+def test_the_source_is_not_in_what_is_replaced(copy, tmp_path):
+    out = write_folder(read_folder(copy), tmp_path / "out")
+    inner = write_folder(read_folder(copy), out / "merged")
+    with pytest.raises(UserError, match=f"^{inner} lies in {out}, which would be replaced, and the model is read"):
+        write_folder(read_folder(inner), out)
+    shutil.rmtree(inner)
+    shutil.rmtree(copy / "vae")
+    (copy / "vae").symlink_to(out / "vae")  # the copy would lose its VAE
+    with pytest.raises(UserError, match=f"^{copy}/vae lies in {out}, which"):
+        write_folder(read_folder(copy), out)
+
+
 # ---- who may read it
 
 
