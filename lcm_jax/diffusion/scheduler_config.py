@@ -20,7 +20,9 @@ _DEFAULTS: dict[str, Any] = {
 }
 _LATENT = {"beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULER_CLASSES: dict[str, dict[str, Any]] = {
+    "DDIMParallelScheduler": {},
     "DDIMScheduler": {},
+    "DDPMParallelScheduler": {},
     "DDPMScheduler": {},
     "DEISMultistepScheduler": {},
     "DPMSolverMultistepScheduler": {},
@@ -45,7 +47,7 @@ KINDS: dict[str, json_file.Kind] = {
     "rescale_betas_zero_snr": _SWITCH,
     "prediction_type": json_file.TEXT,
     "set_alpha_to_one": _SWITCH,
-    "steps_offset": json_file.INTEGER,
+    "steps_offset": json_file.or_none(json_file.INTEGER),  # diffusers' pipelines write 1 over null
     # of LCMScheduler: the trained grid
     "original_inference_steps": json_file.WHOLE,
     "timestep_scaling": json_file.POSITIVE,
@@ -86,4 +88,5 @@ def read_values(config: Mapping[str, Any]) -> dict[str, Any]:
         if key in config:
             kind.check(key, config[key])
     values = {**_DEFAULTS, **SCHEDULER_CLASSES[name], **config}
+    values["steps_offset"] = values["steps_offset"] or 0
     return {**values, **{key: bool(values[key]) for key in ("rescale_betas_zero_snr", "set_alpha_to_one")}}

@@ -185,12 +185,16 @@ def _read_scheduler(path: pathlib.Path, pipeline_class: str) -> dict[str, Any]:
     return scheduler
 
 
+_LENGTH = json_file.Kind(  # two tokens begin and end each prompt; 10^30, also as 1e30, is "no limit"
+    "a whole number from 2 on",
+    lambda value: json_file.NUMBER.test(value) and (value >= 1e20 or (json_file.INTEGER.test(value) and value > 1)),
+)
+
+
 def _check_tokenizer(directory: pathlib.Path) -> None:
     where = directory / "tokenizer_config.json"
     if where.exists():  # an old folder may hold the vocabulary only
-        # two tokens begin and end each prompt; 10^30 is "no limit"
-        length = json_file.Kind("a whole number from 2 on", lambda value: json_file.INTEGER.test(value) and value > 1)
-        json_file.read(where, {"model_max_length": json_file.or_none(length)})
+        json_file.read(where, {"model_max_length": json_file.or_none(_LENGTH)})
 
 
 def _read_config(directory: pathlib.Path, library_class: str) -> tuple[dict[str, Any], Any]:

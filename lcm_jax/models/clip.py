@@ -22,7 +22,10 @@ KINDS: dict[str, json_file.Kind] = {
     "vocab_size": SIZE,
     "hidden_size": SIZE,
     "intermediate_size": SIZE,
-    "projection_dim": json_file.or_none(SIZE),
+    "projection_dim": json_file.Kind(  # 0 and null: there is no projection
+        f"{SIZE.name}, 0, or null",
+        lambda value: value is None or (value is not False and value == 0) or SIZE.test(value),
+    ),
     "num_hidden_layers": SIZE,
     "num_attention_heads": SIZE,
     "max_position_embeddings": SIZE,
@@ -193,8 +196,10 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
     def __init__(self, config: CLIPTextConfig, *, policy: Policy = FP32, rngs: nnx.Rngs) -> None:
         super().__init__(config, policy=policy, rngs=rngs)
-        if config.projection_dim is None:
-            raise UserError("projection_dim is None; CLIPTextModelWithProjection needs a positive whole number")
+        if not config.projection_dim:
+            raise UserError(
+                f"projection_dim is {config.projection_dim}; CLIPTextModelWithProjection needs a positive whole number"
+            )
         self.text_projection = nnx.Linear(
             config.hidden_size, config.projection_dim, use_bias=False, dtype=policy.compute, rngs=rngs
         )

@@ -19,8 +19,8 @@ KINDS: dict[str, json_file.Kind] = {
     "layers_per_block": SIZES,
     "transformer_layers_per_block": SIZES,
     "attention_head_dim": SIZES,
-    "cross_attention_dim": SIZE,
-    "use_linear_projection": json_file.BOOLEAN,
+    "cross_attention_dim": SIZES,  # a list of equal ones: the text has one width
+    "use_linear_projection": json_file.or_none(json_file.BOOLEAN),
     "norm_num_groups": SIZE,
     "norm_eps": json_file.POSITIVE,
     "flip_sin_to_cos": json_file.BOOLEAN,
@@ -97,13 +97,19 @@ class UNetConfig:
         """Reads a config.json; raises UserError for a value that isn't supported."""
         if config.get("num_attention_heads") is not None:  # diffusers refuses it too
             raise UserError("num_attention_heads is set; the format gives the number of heads as attention_head_dim")
-        check_fixed(config, FIXED)
+        check_fixed({key: value for key, value in config.items() if key != "only_cross_attention"}, FIXED)
         values = read_values(config, KINDS)
         values.pop("sample_size", None)
         values["freq_shift"] = float(values.get("freq_shift", cls.freq_shift))
         channels = values.get("block_out_channels", cls.block_out_channels)
         levels = len(channels) if isinstance(channels, (list, tuple)) else 1
         values["block_out_channels"] = channels = per_level(channels, levels, "block_out_channels")
+        _check_only_cross_attention(config, levels)
+        values["use_linear_projection"] = bool(values.get("use_linear_projection"))
+        widths = per_level(values.get("cross_attention_dim", cls.cross_attention_dim), levels, "cross_attention_dim")
+        if len(set(widths)) > 1:
+            raise UserError(f"cross_attention_dim is {list(widths)}; supported: one width for all levels")
+        values["cross_attention_dim"] = widths[0]
         values["heads"] = per_level(values.pop("attention_head_dim", 8), levels, "attention_head_dim")
         for name, default in (("layers_per_block", 2), ("transformer_layers_per_block", 1)):
             values[name] = per_level(values.get(name, default), levels, name)
@@ -131,3 +137,13 @@ class UNetConfig:
             CROSS[block] * n for block, n in zip(self.down_block_types, self.transformer_layers_per_block, strict=True)
         )
         return sum(layers * (8 + 20 * n) for layers, n in zip(self.layers_per_block, attention, strict=True))
+
+
+def _check_only_cross_attention(config: dict[str, Any], levels: int) -> None:
+    """Raises UserError unless it is false, or a list of one false per level."""
+    key = "only_cross_attention"
+    value = config.get(key)
+    if isinstance(value, list) and value and all(item is False for item in value):
+        per_level(value, levels, key)
+    elif key in config:
+        check_fixed({key: value}, FIXED)

@@ -34,7 +34,7 @@ KINDS: dict[str, json_file.Kind] = {
 }
 FIXED: dict[str, Any] = {
     "act_fn": "silu",
-    "force_upcast": (True, False),  # which parts are float32 is the policy's matter
+    "force_upcast": (True, False, None),  # which parts are float32 is the policy's matter
     "latents_mean": None,
     "latents_std": None,
     "quantization_config": None,

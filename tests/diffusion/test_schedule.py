@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from lcm_jax import json_file
 from lcm_jax.diffusion.schedule import BETA_SCHEDULES, PREDICTION_TYPES, Schedule
 from lcm_jax.diffusion.scheduler_config import KNOWN, SCHEDULER_CLASSES
 from lcm_jax.errors import UserError
@@ -48,6 +49,21 @@ def test_a_missing_key_means_what_it_means_to_the_class(name):
     assert {"beta_start", "beta_schedule", "prediction_type"} <= peer.keys()
 
 
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # torch and numpy, in diffusers
+@pytest.mark.parametrize("name", SCHEDULER_CLASSES)
+def test_what_diffusers_saves_is_read(name, tmp_path):
+    """With all that its class writes by default, such as the -Infinity of DPM-Solver's classes."""
+    peer = getattr(diffusers, name)(**SD)
+    peer.save_pretrained(tmp_path)
+    ours = Schedule.from_config(json_file.read(tmp_path / "scheduler_config.json"))
+    np.testing.assert_allclose(ours.alphas_cumprod, peer.alphas_cumprod, rtol=2e-4)
+
+
+def test_no_offset_is_none_of_the_schedule():
+    config = {"_class_name": "DDIMScheduler", **SD, "steps_offset": None}
+    assert Schedule.from_config(config) == Schedule.from_config({**config, "steps_offset": 0})
+
+
 def test_missing_keys_differ_between_classes():
     ddim = Schedule.from_config({"_class_name": "DDIMScheduler", "clip_sample": False})
     lcm = Schedule.from_config({"_class_name": "LCMScheduler"})
@@ -70,7 +86,7 @@ def test_where_ddim_ends(to_one, final):
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name is 'FlowMatch"),
         (
             {"_class_name": "TCDScheduler"},
-            "_class_name is 'TCDScheduler'; supported, each with Scheduler behind: DDIM, ",
+            "_class_name is 'TCDScheduler'; supported, each with Scheduler behind: DDIMParallel, ",
         ),
         ({"_class_name": ["diffusers", "DDIMScheduler"]}, r"_class_name is \['diffusers'"),
         ({"thresholding": True}, "thresholding is True"),

@@ -386,10 +386,12 @@ def test_a_configuration_of_far_more_layers_than_the_weights(copy, layers):
     )
 
 
-@pytest.mark.parametrize(("value", "shown"), [(1, "is 1;"), (float("nan"), "is nan;"), ("77", "is '77';")])
+@pytest.mark.parametrize(
+    ("value", "shown"), [(1, "is 1"), (float("nan"), "is nan"), (16.0, "is 16.0"), ("77", "is '77'")]
+)
 def test_length_of_prompts_that_can_not_be(copy, value, shown):
     edit(copy / "tokenizer/tokenizer_config.json", model_max_length=value)
-    fails(copy, f"tokenizer/tokenizer_config.json.* {shown}")
+    fails(copy, f"tokenizer/tokenizer_config.json.* {shown};")
 
 
 @pytest.mark.parametrize("value", [0, 2000, None, "50"])

@@ -41,16 +41,18 @@ REFUSED = [  # class, key, value, what is said after "key is value"
     (UNetConfig, "down_block_types", [["DownBlock2D"]] * 4, "; supported: a text"),
     (UNetConfig, "addition_embed_type", "text", "; supported: None, 'text_time'"),
     (UNetConfig, "norm_num_groups", None, NUMBER),
-    (UNetConfig, "cross_attention_dim", [768, 768, 768, 768], NUMBER),
+    (UNetConfig, "cross_attention_dim", [768, 768, 768, 1024], "; supported: one width for all levels"),
     (UNetConfig, "block_out_channels", "320", NUMBER),
     (UNetConfig, "layers_per_block", True, NUMBER),
     (UNetConfig, "attention_head_dim", None, NUMBER),
-    (UNetConfig, "time_cond_proj_dim", 0, NUMBER),
+    (UNetConfig, "time_cond_proj_dim", 0, NUMBER),  # not None to diffusers' pipelines: it turns guidance off
+    (UNetConfig, "only_cross_attention", None, "; supported: False"),
     (UNetConfig, "addition_time_embed_dim", [256], NUMBER),
     (UNetConfig, "projection_class_embeddings_input_dim", "2816", NUMBER),
     (UNetConfig, "norm_eps", None, POSITIVE),
     (UNetConfig, "norm_eps", 0, POSITIVE),
     (UNetConfig, "freq_shift", "0", "; supported: a number"),
+    (UNetConfig, "freq_shift", None, "; supported: a number"),  # as diffusers, which fails at it
     (UNetConfig, "use_linear_projection", "false", BOOLEAN),
     (UNetConfig, "flip_sin_to_cos", 1, BOOLEAN),
     (VAEConfig, "act_fn", "relu", "; supported: 'silu'"),
@@ -67,6 +69,9 @@ REFUSED = [  # class, key, value, what is said after "key is value"
     (CLIPTextConfig, "vocab_size", "many", NUMBER),
     (CLIPTextConfig, "projection_dim", -1, NUMBER),
     (CLIPTextConfig, "eos_token_id", [1, 2], "; supported: one token id"),
+    (CLIPTextConfig, "eos_token_id", [49407], "; supported: one token id"),  # transformers fails at it, and at null
+    (CLIPTextConfig, "eos_token_id", None, "; supported: one token id"),
+    (CLIPTextConfig, "projection_dim", False, NUMBER),
     (CLIPTextConfig, "eos_token_id", True, "; supported: one token id"),
     (CLIPTextConfig, "layer_norm_eps", "1e-5", POSITIVE),
 ]
@@ -85,6 +90,8 @@ INCONSISTENT = [  # class, config, message
         {"down_block_types": ["DownBlock2D"]},
         "down_block_types has 1 values; block_out_channels has 4 levels",
     ),
+    (UNetConfig, {"cross_attention_dim": [768]}, "cross_attention_dim has 1 values; block_out_channels has 4 levels"),
+    (UNetConfig, {"only_cross_attention": [False]}, "only_cross_attention has 1 values; block_out_channels has 4"),
     (UNetConfig, {"attention_head_dim": [8, 8]}, "attention_head_dim has 2 values; block_out_channels has 4 levels"),
     (UNetConfig, {"transformer_layers_per_block": [1, [2], 1, 1]}, "per_block is [1, [2], 1, 1]" + NUMBER),
     (UNetConfig, {"attention_head_dim": 7}, "block_out_channels has 320, no multiple of 7 heads and of 32 norm groups"),
@@ -152,6 +159,20 @@ def test_the_size_of_the_pictures_is_no_part_of_the_network():
             assert hash(config) == hash(plain)
 
 
+@pytest.mark.parametrize(
+    ("config_class", "config", "same"),
+    [
+        (UNetConfig, {"cross_attention_dim": [768] * 4}, {"cross_attention_dim": 768}),
+        (UNetConfig, {"only_cross_attention": [False] * 4}, {}),
+        (UNetConfig, {"use_linear_projection": None}, {}),
+        (VAEConfig, {"force_upcast": None}, {}),
+    ],
+    ids=str,
+)
+def test_values_that_mean_the_same_to_diffusers(config_class, config, same):
+    assert config_class.from_dict(config) == config_class.from_dict(same)
+
+
 def test_lists_of_the_file_become_hashable():
     lists = {
         "attention_head_dim": [5, 10, 20, 20],
@@ -161,8 +182,11 @@ def test_lists_of_the_file_become_hashable():
     assert hash(UNetConfig.from_dict(lists)) == hash(UNetConfig.from_dict(lists))
 
 
-def test_a_projection_needs_its_width():
-    config = CLIPTextConfig.from_dict({"projection_dim": None, "num_hidden_layers": 1})
+@pytest.mark.parametrize("width", [None, 0])
+def test_a_projection_needs_its_width(width):
+    config = CLIPTextConfig.from_dict({"projection_dim": width, "num_hidden_layers": 1})
     Network(CLIPTextModel, config)
-    with pytest.raises(UserError, match="projection_dim is None; CLIPTextModelWithProjection needs a positive whole"):
+    with pytest.raises(
+        UserError, match=f"projection_dim is {width}; CLIPTextModelWithProjection needs a positive whole"
+    ):
         Network(CLIPTextModelWithProjection, config)
