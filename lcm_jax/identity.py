@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,19 @@ from etils import epath
 import lcm_jax
 from lcm_jax import files, json_file
 from lcm_jax.data.sources import Source
+from lcm_jax.diffusion import scheduler_config
 from lcm_jax.errors import few
 from lcm_jax.interop import names
 from lcm_jax.interop.folder import Folder
+from lcm_jax.interop.tokenizer import read_tokenizer
+from lcm_jax.models import MODEL_CLASSES
 
 RECORD = "inputs.json"
-FORMAT = 1  # of the record; one of another format is replaced, not compared
-WHOLE = 64 * 2**20  # bytes of a data set that is hashed completely
-FILES, BLOCKS, BLOCK = 128, 8, 256 * 1024  # of a larger one: so many files, blocks of each, bytes of a block
-PACKAGES = (
-    *("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "array-record", "pillow"),
-    *("tensorflow-datasets", "tokenizers", "transformers", "safetensors"),
-)
+FORMAT = 2  # of the record; one of another format is replaced, not compared
+SAMPLE = 1024  # records of a data set that are always compared
+WHOLE = 64 * 2**20  # bytes of a data set of which all records are
+PARTS = 16  # of a data set's records: each has a hash, so that a difference is found in one
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow", "tokenizers")  # that compute a step's numbers
 
 Facts = dict[str, str]  # name of a part → what it is, as text
 
@@ -51,64 +53,91 @@ class Identity:
 
 
 def of_folder(folder: Folder) -> Identity:
-    """Returns the identity of a model folder: weights, configurations, scheduler and tokenizer."""
-    facts = {"model_index.json": of_json(folder.model_index)}
-    facts["scheduler/scheduler_config.json"] = of_json(folder.scheduler)
+    """Returns the identity of a model folder: weights, configurations, scheduler and tokenizer.
+
+    JSON files count as they are read, with defaults for keys that are absent: another version of diffusers or
+    transformers writes other keys of the same meaning.
+    """
+    facts = {"model_index.json": _of_values(folder.pipeline_class)}
+    facts["scheduler/scheduler_config.json"] = _of_values(_scheduler(folder))
     weights = _weights({name: component.params for name, component in folder.components.items()})
     for name, component in folder.components.items():
         facts[f"{name} weights"] = weights[name]
-        facts[f"{name}/config.json"] = of_json(component.config)
-    for path in sorted((folder.path / "tokenizer").glob("*")):
-        if path.suffix in (".json", ".txt") and path.is_file():
-            with files.one_line(path, "read"):
-                facts[f"tokenizer/{path.name}"] = _hash([path.read_bytes()])
-    return Identity(str(folder.path), facts)
+        config_class, _ = MODEL_CLASSES[component.library_class]
+        facts[f"{name}/config.json"] = _of_values(dataclasses.asdict(config_class.from_dict(component.config)))
+    return Identity(str(folder.path), facts | _tokenizer(folder.path / "tokenizer"))
+
+
+def _scheduler(folder: Folder) -> dict[str, Any]:
+    """Returns the schedule, and the trained grid and scaling of a consistency model's scheduler."""
+    values = scheduler_config.read_values({**folder.scheduler, "_class_name": folder.scheduler_class})
+    grid = {"original_inference_steps": values["original_inference_steps"]}
+    scaling = {"timestep_scaling": values.get("timestep_scaling", 10.0)}  # LCMScheduler's default
+    return dataclasses.asdict(folder.schedule) | grid | scaling
+
+
+def _tokenizer(directory: pathlib.Path) -> Facts:
+    """Returns a hash of each part of the tokenizer, as it is loaded: several forms of files mean the same."""
+    tokenizer = read_tokenizer(directory)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    settings = [tokenizer.model_max_length, tokenizer.pad_token_id]
+    rules = [content[name] for name in ("normalizer", "pre_tokenizer", "post_processor")]
+    parts = {
+        "vocabulary": content["model"]["vocab"],
+        "merges": content["model"]["merges"],
+        "added tokens": content["added_tokens"],
+        "settings": settings + rules,
+    }
+    return {f"tokenizer {name}": _of_values(part) for name, part in parts.items()}
 
 
 def of_data(source: Source) -> Identity:
-    """Returns the identity of a data set: names and sizes of its files, and their content.
+    """Returns the identity of a data set: its records by their content, and what it says of itself.
 
-    Up to `WHOLE` bytes all of the content is hashed. Of a larger data set these are the first, the last and some blocks
-    between in `FILES` of the files, so that a set of terabytes, or one in a bucket, takes seconds.
+    Files are not compared, since their bytes differ where the same data set is prepared twice. Of a set of more than
+    some `WHOLE` bytes, only `SAMPLE` records that are spread over all of it are read, which takes seconds in a bucket.
     """
-    with files.one_line(source.where, "read"):
-        sizes = _sizes(source.files)
-    paths = sorted(sizes, key=lambda path: path.name)
-    whole = sum(sizes.values()) <= WHOLE
-    facts = {"number of data records": str(len(source))}
-    if len(paths) > FILES:
-        listed = [f"{path.name} {sizes[path]}".encode() for path in paths]
-        facts["names or sizes of the data files"] = f"{_hash(listed)} ({len(paths)} files)"
-        paths = [paths[i] for i in np.linspace(0, len(paths) - 1, FILES).round().astype(int)]
+    count = len(source)
+    sample = np.linspace(0, count - 1, min(count, SAMPLE)).round().astype(int)
+    digests, size = _records(source, sample)
+    if len(sample) < count and size / len(sample) * count <= WHOLE:
+        digests, _ = _records(source, np.arange(count))
+    facts = {"number of data records": str(count), "metadata of the data": _of_values(source.metadata)}
+    return Identity(source.where, facts | digests)
 
-    def content(path: epath.Path) -> str:
-        with files.one_line(path, "read"):
-            return _hash(_blocks(path, sizes[path], whole))
 
-    with _threads(32) as pool:
-        for path, found in zip(paths, pool.map(content, paths), strict=True):
-            facts[f"data file {path.name}"] = f"{found} ({sizes[path]} bytes)"
-    return Identity(source.where, facts)
+def _records(source: Source, numbers: np.ndarray) -> tuple[Facts, int]:
+    """Returns a hash for each part of the data set, of those of its records that are given, and their bytes."""
+    facts, size = {}, 0
+    bounds = np.linspace(0, len(source), min(PARTS, len(numbers)) + 1).astype(int)
+    for first, end in itertools.pairwise(bounds.tolist()):
+        records = source.stored(numbers[(first <= numbers) & (numbers < end)].tolist())
+        facts[f"data records {first} to {end - 1}"] = _hash(records)
+        size += sum(map(len, records))
+    return facts, size
 
 
 @functools.cache
 def of_code() -> Facts:
-    """Returns a hash of this package's sources, and the versions of the packages that decide over a result."""
+    """Returns a hash of this package's sources, and the versions of `PACKAGES`."""
     root = pathlib.Path(lcm_jax.__file__).parent
     sources = [(path.relative_to(root).as_posix(), path.read_bytes()) for path in sorted(root.rglob("*.py"))]
     return {"code of lcm_jax": _hash(part for name, content in sources for part in (name.encode(), content))} | {
-        f"version of {name}": _version(name) for name in PACKAGES
+        f"version of {name}": importlib.metadata.version(name) for name in PACKAGES
     }
 
 
-def of_json(value: Mapping[str, Any], beside: Sequence[str] = ()) -> str:
-    """Returns a hash of a configuration; without the keys `beside`, and those that say which program wrote it."""
-    meant = {
-        key: item
-        for key, item in value.items()
-        if key == "_class_name" or not (key.startswith("_") or key == "transformers_version" or key in beside)
-    }
-    return _hash([json.dumps(meant, sort_keys=True).encode()])
+def _of_values(value: Any) -> str:
+    """Returns a hash of a value of JSON's types, where 1 is 1.0, a tuple is a list, and keys have no order."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    return _hash([json.dumps(plain(value), sort_keys=True).encode()])
 
 
 def of_config(workdir: epath.PathLike) -> str:
@@ -191,48 +220,9 @@ def _threads(most: int) -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(min(most, 32))
 
 
-def _sizes(paths: Sequence[epath.Path]) -> dict[epath.Path, int]:
-    """Sizes in bytes; in a bucket by one listing per folder instead of a request per file."""
-    if not paths or not files.in_bucket(paths[0]):
-        return {path: path.stat().length for path in paths}
-    listed = {}
-    for folder in {path.parent for path in paths}:
-        for entry in _bucket().ls(os.fspath(folder), detail=True):
-            listed[entry["name"]] = int(entry["size"])
-    return {path: listed[os.fspath(path).removeprefix("gs://")] for path in paths}
-
-
-def _blocks(path: epath.Path, size: int, whole: bool) -> Iterable[bytes]:
-    if whole or size <= BLOCKS * BLOCK:
-        yield path.read_bytes()
-        return
-    starts = [int(start) for start in np.linspace(0, size - BLOCK, BLOCKS).round()]
-    if files.in_bucket(path):
-        for start in starts:  # an open file would fetch megabytes ahead
-            yield _bucket().cat_file(os.fspath(path), start=start, end=start + BLOCK)
-        return
-    with path.open("rb") as file:
-        for start in starts:
-            file.seek(start)
-            yield file.read(BLOCK)
-
-
-def _bucket() -> Any:
-    import fsspec  # comes with gcsfs, which buckets need
-
-    return fsspec.filesystem("gs")
-
-
 def _hash(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "big"))
         digest.update(part)
     return digest.hexdigest()[:32]
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"

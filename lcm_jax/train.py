@@ -34,7 +34,7 @@ from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.metrics import Metrics
 from lcm_jax.parallel import agreement, processes
-from lcm_jax.parallel.mesh import check_batch, make_mesh, split_cpu
+from lcm_jax.parallel.mesh import check_batch, found_devices, make_mesh, split_cpu
 from lcm_jax.parallel.partition import place
 from lcm_jax.parallel.processes import is_first, meet
 from lcm_jax.parallel.program import make_program
@@ -69,6 +69,7 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
     # ---- the machine
     # before anything in which processes that differ would wait for each other
     agreement.agree(config_lib.facts(config) | identity.of_code() | agreement.settings())
+    agreement.agree(agreement.of_devices(found_devices()))
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)
     if config.profile.steps and config.profile.steps[1] > config.steps:

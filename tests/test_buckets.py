@@ -7,14 +7,12 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 from bucket_server import serve
 from etils import epath
 from event_files import visible
 
-from lcm_jax import checkpoint, cli, export, identity, metrics, train, workdir
-from lcm_jax.data.sources import Source
+from lcm_jax import checkpoint, cli, export, metrics, train, workdir
 from lcm_jax.errors import Unavailable, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -158,24 +156,6 @@ def test_a_bucket_that_does_not_answer_is_not_an_empty_one(bucket, quick, monkey
     assert cli.run(train.main, [*quick, f"--workdir={bucket}/runs/refused"]) == code  # 1: worth another start
     said = f"gs://bucket/runs/refused/checkpoints can't be read: {' '.join(why.split())}\n"
     assert capsys.readouterr().err.endswith(said)
-
-
-def test_data_in_a_bucket_has_the_identity_of_its_copy(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(identity, "WHOLE", 0)
-    monkeypatch.setattr(identity, "BLOCK", 100)
-    content = np.random.default_rng(0).integers(0, 256, 5000, np.uint8)
-    for root in (bucket / "data", epath.Path(tmp_path)):
-        (root / "small").write_bytes(b"all of it")
-        (root / "large").write_bytes(content.tobytes())
-    found = [
-        identity.of_data(Source("x", [0] * 3, "", "", {}, (root / "small", root / "large")))
-        for root in (bucket / "data", epath.Path(tmp_path))
-    ]
-    assert found[0] == found[1]
-    content[-1] += 1
-    (bucket / "data" / "large").write_bytes(content.tobytes())
-    now = identity.of_data(Source("x", [0] * 3, "", "", {}, (bucket / "data" / "small", bucket / "data" / "large")))
-    assert [name for name, fact in now.facts.items() if fact != found[1].facts[name]] == ["data file large"]
 
 
 def test_without_gcsfs(bucket, quick, monkeypatch, capsys):

@@ -6,12 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-from etils import epath
 from safetensors.numpy import load_file, save_file
+from stored_records import rewrite, shout, turned
+from transformers import CLIPTokenizer
 
 from lcm_jax import cli, export, identity, train
 from lcm_jax.config import load_resolved, resolved
-from lcm_jax.data.sources import Source
+from lcm_jax.data.sources import Source, open_source
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.lora import LoraConfig
@@ -66,10 +67,9 @@ def scale(file, key, factor):
     save_file({**tensors, key: tensors[key] * np.float32(factor)}, file, metadata={"format": "pt"})
 
 
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+def shard(data):
+    (file,) = data.glob("captioned_digits/*/*-train.array_record*")
+    return file
 
 
 CHANGES = {
@@ -81,11 +81,9 @@ CHANGES = {
     "scheduler/scheduler_config.json": lambda run: change_json(
         run.model / "scheduler/scheduler_config.json", beta_end=0.013
     ),
-    "tokenizer/merges.txt": lambda run: (run.model / "tokenizer/merges.txt").write_text("#version: 0.2\n"),
-    "tokenizer/added_tokens.json": lambda run: (run.model / "tokenizer/added_tokens.json").write_text("{}"),
-    "data file captioned_digits-train.array_record": lambda run: flip(
-        next(run.data.glob("captioned_digits/*/*-train.array_record*"))
-    ),
+    "tokenizer merges": lambda run: (run.model / "tokenizer/merges.txt").write_text("#version: 0.2\n"),
+    "tokenizer settings": lambda run: change_json(run.model / "tokenizer/tokenizer_config.json", model_max_length=9),
+    "data records 2600 to 3899": lambda run: rewrite(shard(run.data), shout(2600)),
 }
 
 
@@ -106,8 +104,19 @@ def test_a_changed_input_is_refused_by_name(run, name, capsys):
 
 
 def test_content_alone_counts(run):
-    """Not where it lies, in how many files, or which version of diffusers wrote it."""
-    change_json(run.model / "unet/config.json", _diffusers_version="99.0")
+    """Not where it lies, in how many files, or which version of which program wrote it."""
+    change_json(run.model / "unet/config.json", _diffusers_version="99.0", dropout=0.0, freq_shift=0)
+    change_json(run.model / "vae/config.json", force_upcast=False)
+    change_json(run.model / "text_encoder/config.json", dtype="float32", transformers_version="99.0")
+    change_json(run.model / "scheduler/scheduler_config.json", solver_order=2, timestep_spacing="trailing")
+    change_json(run.model / "model_index.json", image_encoder=[None, None])
+    (run.model / "tokenizer/README.txt").write_text("of another version")
+    tokenizer = CLIPTokenizer.from_pretrained(run.model / "tokenizer")
+    shutil.rmtree(run.model / "tokenizer")
+    tokenizer.save_pretrained(run.model / "tokenizer")  # tokenizer.json instead of vocab.json and merges.txt
+    before = shard(run.data).read_bytes()
+    rewrite(shard(run.data), turned)
+    assert shard(run.data).read_bytes() != before
     tensors = load_file(run.model / UNET)
     (run.model / UNET).unlink()
     shards = {f"model-0000{i + 1}-of-00002.safetensors": sorted(tensors)[i::2] for i in range(2)}
@@ -128,7 +137,7 @@ def test_without_a_record_inputs_must_lie_where_they_lay(run, capsys):
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("name", ["unet weights", "tokenizer/merges.txt"])
+@pytest.mark.parametrize("name", ["unet weights", "tokenizer merges"])
 def test_a_changed_model_is_not_mixed_into_an_export(run, rank, name, tmp_path):
     config = load_resolved(run.workdir)
     if rank:
@@ -144,28 +153,22 @@ def test_a_changed_model_is_not_mixed_into_an_export(run, rank, name, tmp_path):
     assert not out.exists()
 
 
-def test_large_data_is_sampled_and_many_files_are_summed_up(tmp_path, monkeypatch):
-    for name, of in {"WHOLE": 1000, "FILES": 5, "BLOCK": 10}.items():
-        monkeypatch.setattr(identity, name, of)
-    paths = tuple(epath.Path(tmp_path / f"{i:02d}") for i in range(12))
-    for path in paths:
-        path.write_bytes(bytes(range(256)))
-    source = Source("it", [0], "", "", {}, paths)
-
-    def changes():
-        now = identity.of_data(source).facts
-        return {name.rpartition(" ")[2] for name in now if now[name] != before[name]}
-
-    before = identity.of_data(source).facts
-    assert len(before) == 5 + 2
-    for place in (0, 255):
-        content = bytearray(range(256))
-        content[place] ^= 1
-        paths[11].write_bytes(content)
-        assert changes() == {"11"}
-    paths[11].write_bytes(bytes(range(256)))
-    paths[1].write_bytes(bytes(257))  # none of those whose content is read
-    assert changes() == {"files"}
+def test_of_large_data_records_all_over_it_are_compared(quick, monkeypatch):
+    (data_dir,) = (o.partition("=")[2] for o in quick if o.startswith("--config.data.data_dir="))
+    source = open_source("captioned_digits", data_dir=data_dir, split="validation")
+    read, stored = [], Source.stored
+    monkeypatch.setattr(Source, "stored", lambda self, numbers: read.extend(numbers) or stored(self, numbers))
+    monkeypatch.setattr(identity, "SAMPLE", 50)
+    small = identity.of_data(source).facts
+    assert sorted(read[50:]) == list(range(len(source)))
+    monkeypatch.setattr(identity, "WHOLE", 1000)
+    read.clear()
+    large = identity.of_data(source).facts
+    assert len(read) == len(set(read)) == 50
+    assert {0, len(source) - 1} < set(read)
+    assert max(np.diff(sorted(read))) < len(source) / 40
+    assert large.keys() == small.keys()
+    assert len(large) == identity.PARTS + 2
 
 
 def test_weights_are_told_apart_by_each_bit(quick):

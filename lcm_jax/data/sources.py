@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.proto import tf_example_pb2
 
 import lcm_jax.data.digits  # noqa: F401 (registers captioned_digits)
 from lcm_jax.data.images import BadImage
@@ -34,7 +35,6 @@ class Source:
     image_key: str
     caption_key: str  # a path through nested features, "captions/text"
     metadata: dict[str, Any]  # what the data set says of itself
-    files: tuple[epath.Path, ...] = ()  # that hold the records, and say how they are to be read
 
     def __len__(self) -> int:
         return len(self.records)
@@ -49,6 +49,21 @@ class Source:
         except Exception:
             records = [self._read_one(i) for i in indices]  # finds which one it was
         return [(record[self.image_key], self._captions(record, i)) for record, i in zip(records, indices, strict=True)]
+
+    def stored(self, indices: Sequence[int]) -> list[bytes]:
+        """Returns records as they are stored, each a tf.Example, but with its features in the order of their names.
+
+        TFDS writes them in an order of each process's own, so files of the same records differ.
+
+        Raises UserError naming the record that cannot be read.
+        """
+        try:
+            found = self.records.data_source.__getitems__(indices)  # pyright: ignore[reportAttributeAccessIssue]
+            return [tf_example_pb2.Example.FromString(x).SerializeToString(deterministic=True) for x in found]
+        except Exception as error:
+            for index in indices:  # finds which one it was
+                self._read_one(index)
+            raise UserError(f"{self.where}: its records cannot be read ({_line(error)})") from None
 
     def bad_image(self, index: int, error: BadImage) -> UserError:
         """Returns the error that names the record whose image can't be used."""
@@ -117,9 +132,7 @@ def open_source(
     except Exception as error:
         raise UserError(f"{place}: split {split!r} cannot be opened ({_line(error)})") from None
     metadata = dict(info.metadata or {})
-    names = [*sorted(info.splits[split].filenames), "features.json", *["metadata.json"] * bool(metadata)]
-    files = tuple(epath.Path(place) / name for name in names)
-    source = Source(f"{place} split {split!r}", records, image_key, caption_key, metadata, files)
+    source = Source(f"{place} split {split!r}", records, image_key, caption_key, metadata)
     if not len(source):
         raise UserError(f"{source.where} is empty; a data set needs at least one example")
     source.read([0])

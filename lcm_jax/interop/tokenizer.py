@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -106,18 +107,8 @@ def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = 
     Raises:
       UserError: the files are missing or broken; the text encoder has no row for the tokens of every prompt.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it says that PyTorch is missing, which is meant so
-    from transformers import CLIPTokenizer  # imported late: it takes half a second
-
     directory = folder.path / name
-    if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
-        raise UserError(f"{directory} holds neither tokenizer.json nor vocab.json; a CLIPTokenizer has one of them")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise UserError(
-            f"{directory} can't be read as a CLIP tokenizer: {' '.join(str(error).split())[:200]}"
-        ) from None
+    tokenizer = read_tokenizer(directory)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{directory} names no pad_token that its vocabulary has, which fills short prompts up")
     where = folder.path / text_encoder
@@ -137,3 +128,18 @@ def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = 
             stacklevel=2,
         )
     return loaded
+
+
+def read_tokenizer(directory: pathlib.Path) -> Any:
+    """Returns transformers' CLIPTokenizer of a folder; raises UserError if its files are missing or broken."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it says that PyTorch is missing, which is meant so
+    from transformers import CLIPTokenizer  # imported late: it takes half a second
+
+    if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
+        raise UserError(f"{directory} holds neither tokenizer.json nor vocab.json; a CLIPTokenizer has one of them")
+    try:
+        return CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise UserError(
+            f"{directory} can't be read as a CLIP tokenizer: {' '.join(str(error).split())[:200]}"
+        ) from None

@@ -9,8 +9,9 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,10 @@ from jax._src import distributed  # the store has no public name; Orbax takes it
 from lcm_jax.errors import Unavailable, UserError, plain
 
 PATIENCE = 60_000  # milliseconds of one request; a lost process is noticed by the roll call
+# names of flags whose values are places, and of one that says how many devices a CPU has: `of_devices` compares them
+_OWN = re.compile(
+    r"(^|[-_])(dump|cache|dirs?|directory|files?|path|autotune_results)([-_]|$)|_host_platform_device_count$"
+)
 _call = itertools.count()  # processes come here in the same order
 
 
@@ -75,12 +80,28 @@ def agree(facts: Mapping[str, str], problem: str | UserError = "") -> None:
 def settings() -> dict[str, str]:
     """Returns what JAX and its compilers were told outside of the config, without paths, which are a host's own."""
     names = ("enable_x64", "default_matmul_precision", "default_prng_impl", "threefry_partitionable")
-    flags = {name: os.environ.get(name, "").split() for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    own = "--xla_force_host_platform_device_count"
     return {f"jax_{name}": str(getattr(jax.config, f"jax_{name}")) for name in names} | {
-        name: " ".join(flag for flag in given if "/" not in flag and not flag.startswith(own))
-        for name, given in flags.items()
+        name: _flags(os.environ.get(name, "")) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
     }
+
+
+def of_devices(devices: Sequence[Any]) -> dict[str, str]:
+    """Returns the number, the kind and the compiler of this process's devices, of all those of the run.
+
+    JAX waits for all processes to find its devices, so they are compared after what processes were started with.
+    """
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    kinds = sorted({f"{device.device_kind} ({device.platform})" for device in local})
+    return {
+        "devices of a process": f"{len(local)} {', '.join(kinds)}",
+        "version of the devices' runtime": local[0].client.platform_version if local else "none",
+    }
+
+
+def _flags(given: str) -> str:
+    """Returns flags in the order of their names, the last of each, without those that name a host's own place."""
+    flags = {flag.partition("=")[0]: flag for flag in given.split() if flag.startswith("-")}
+    return " ".join(flags[name] for name in sorted(flags) if not _OWN.search(name))
 
 
 def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], me: str, first: str) -> str:

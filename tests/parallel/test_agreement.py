@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 from safetensors.numpy import load_file, save_file
+from stored_records import rewrite, shout
 
 from lcm_jax import identity
 from lcm_jax.config import DataConfig, default_config, facts, from_dict
@@ -41,12 +43,10 @@ def other_model(quick, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other_data(quick, tmp_path_factory):
-    """The data of `quick` with one byte changed."""
+    """The data of `quick` with one caption changed."""
     data = shutil.copytree(value(quick, "data.data_dir"), tmp_path_factory.mktemp("other") / "data")
     (shard,) = data.glob("captioned_digits/*/*-train.array_record*")
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    rewrite(shard, shout(0))
     return data
 
 
@@ -120,7 +120,7 @@ def ended(quick, other_model, other_data, other_file, tmp_path_factory):
             "workdir",
             r"what is in --workdir \(config.json\) differs: process 1 on .* has nothing, process 0 on .* has",
         ),
-        ("data", r"data file \S+-train\.array_record\S+ differs: process 3 on .* has \w{32} \(\d+ bytes\), process 0"),
+        ("data", r"data records 0 to \d+ differs: process 3 on .* has \w{32}, process 0 on .* has \w{32};"),
     ],
 )
 def test_every_process_ends_with_the_line_that_names_the_difference(ended, case, said):
@@ -211,3 +211,32 @@ def test_one_process_alone_has_its_own_problem_only():
     agreement.agree({"config.steps": "6"})
     with pytest.raises(UserError, match="^its problem$"):
         agreement.agree({}, "its problem")
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "same"),
+    [
+        ("--a=1 --b=2", "--b=2  --a=1", True),
+        ("--a=1 --a=2", "--a=2", True),
+        ("--a=1 --a=2", "--a=1", False),
+        ("--xla_disable_hlo_passes=a/b", "", False),
+        ("--xla_gpu_enable_triton_gemm=false", "", False),
+        ("--xla_dump_to=dumps --xla_gpu_kernel_cache_file=k", "--xla_gpu_cuda_data_dir=/usr/cuda", True),
+        ("--xla_gpu_load_autotune_results_from=mine", "", True),
+        ("--xla_force_host_platform_device_count=4", "", True),
+    ],
+)
+def test_flags_of_the_compiler_are_compared_without_places(monkeypatch, here, there, same):
+    found = []
+    for flags in (here, there):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        found.append(agreement.settings())
+    assert (found[0] == found[1]) == same
+
+
+def test_devices_are_compared_by_number_and_kind(monkeypatch):
+    devices = jax.devices()
+    assert agreement.of_devices(devices)["devices of a process"] == "8 cpu (cpu)"
+    assert agreement.of_devices(devices[:4])["devices of a process"] == "4 cpu (cpu)"
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert agreement.of_devices(devices)["devices of a process"] == "0 "
