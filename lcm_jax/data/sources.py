@@ -59,7 +59,8 @@ class Source:
         """
         try:
             found = self.records.data_source.__getitems__(indices)  # pyright: ignore[reportAttributeAccessIssue]
-            return [tf_example_pb2.Example.FromString(x).SerializeToString(deterministic=True) for x in found]
+            parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
+            return [parse(record).SerializeToString(deterministic=True) for record in found]
         except Exception as error:
             for index in indices:  # finds which one it was
                 self._read_one(index)
