@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lcm_jax.errors import UserError, plain
 
@@ -38,14 +39,15 @@ def wholes(name: str, value: Any) -> list[int]:
 
 
 def number(name: str, value: Any) -> float:
-    """Returns a finite number as float: of any library, or "7.5". Raises UserError for others, and for bool."""
+    """Returns a number as float: of any library, or "7.5". Raises UserError for others, for bool, and for one that is
+    not finite in float32."""
     given = _scalar(value)
     if not isinstance(given, (bool, bytes, bytearray)) and not getattr(given, "ndim", 0):
         try:
             found = float(given)
         except (TypeError, ValueError, OverflowError):
             found = math.nan
-        if math.isfinite(found):
+        if abs(found) <= float(jnp.finfo(jnp.float32).max):
             return found
     _refuse(name, value, "a finite number")
 
@@ -95,7 +97,7 @@ def path(name: str, value: Any) -> str:
 def array(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
     """Returns an array of real numbers as float32; raises UserError for anything else, or another shape."""
     try:
-        found = jnp.asarray(value)
+        found = value if isinstance(value, jax.Array) else np.asarray(value)
         real = jnp.issubdtype(found.dtype, jnp.floating) or jnp.issubdtype(found.dtype, jnp.integer)
     except (TypeError, ValueError, OverflowError):
         real = False
@@ -103,7 +105,8 @@ def array(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
         _refuse(name, value, "an array of real numbers")
     if found.shape != shape:
         raise UserError(f"{name} has the shape {found.shape}; these prompts, steps and sizes need {shape} (NHWC)")
-    return found.astype(jnp.float32)
+    with np.errstate(over="ignore"):  # becomes inf, which is found in what is sampled
+        return jnp.asarray(found.astype(jnp.float32))
 
 
 def _scalar(value: Any) -> Any:

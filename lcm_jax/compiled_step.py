@@ -85,7 +85,7 @@ def _executable_in(step: bytes) -> tuple[int, int]:
 
 def given(text: str) -> None:
     """Raises UserError where the file of --compiled is not there."""
-    if not epath.Path(text).is_file():
+    if not (epath.Path(text).is_file() if files.in_bucket(text) else os.path.isfile(text)):
         raise UserError(f"--compiled={text}: there is no such file; plan --save={text} writes it")
 
 

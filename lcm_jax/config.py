@@ -8,6 +8,7 @@ the result into a `Config`; nothing below this file sees a ConfigDict. A run sto
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import re
 import sys
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lcm_jax import files, json_file
 from lcm_jax.data.pipeline import DataConfig
-from lcm_jax.errors import UserError, nearest, one_of
+from lcm_jax.errors import UserError, nearest, one_of, plain
 from lcm_jax.lora import LoraConfig
 from lcm_jax.objectives.autoencoder import AutoencoderConfig
 from lcm_jax.objectives.denoising import DenoisingConfig
@@ -254,8 +255,8 @@ def load(file: str, overrides: Sequence[str] = ()) -> Config:
       UserError: no such file or variant, an option that does not exist, a value of the wrong type or out of range.
     """
     path = file.split(":")[0]
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"--config={file}: there is no file {path}")
+    if not os.path.isfile(path):  # pathlib raises for a name that is too long
+        raise UserError(f"--config={plain(file, 100)}: there is no file {plain(path, 200)}")
     for override in overrides:
         if not override.startswith("--config."):
             raise UserError(

@@ -58,7 +58,20 @@ def test_numbers(value):
 
 @pytest.mark.parametrize(
     "value",
-    [*map(float, ("nan", "inf", "-inf")), "nan", "7,5", "", True, np.False_, 10**400, np.array([7.0]), [7.0], b"7", 7j],
+    [
+        *map(float, ("nan", "inf", "-inf")),
+        "nan",
+        "7,5",
+        "",
+        True,
+        np.False_,
+        10**400,
+        1e39,
+        np.array([7.0]),
+        [7.0],
+        b"7",
+        7j,
+    ],
 )
 def test_what_is_no_finite_number(value):
     with pytest.raises(UserError) as error:
@@ -132,7 +145,7 @@ def test_what_is_no_text(value, message):
 
 
 @pytest.mark.parametrize(
-    "value", ["abc", None, [[1], [1, 2]], np.ones(2, bool), np.ones(2, complex), np.array("a"), {}]
+    "value", ["abc", ["a", "b"], None, [[1], [1, 2]], np.ones(2, bool), np.ones(2, complex), np.array("a"), {}]
 )
 def test_what_is_no_array(value):
     with pytest.raises(UserError, match="latents is .*; supported: an array of real numbers"):

@@ -75,6 +75,8 @@ def test_train_takes_the_step_that_plan_saved(quick, cache, compiled, tmp_path, 
 
     assert run(quick, tmp_path / "typo", f"--compiled={saved}x") == 2
     assert f"--compiled={saved}x: there is no such file" in capsys.readouterr().err
+    assert run(quick, tmp_path / "typo", "--compiled=http://x/y") == 2
+    assert "--compiled=http://x/y: there is no such file" in capsys.readouterr().err
     assert not (tmp_path / "typo").exists()
 
 

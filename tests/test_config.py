@@ -84,7 +84,12 @@ def test_a_slip_ends_in_one_line_that_helps(override, said):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("nowhere.py", "there is no file"), ("digits.py:smok", "digits.py has :full and :smoke")]
+    ("name", "said"),
+    [
+        ("nowhere.py", "there is no file"),
+        ("x" * 300, "there is no file"),
+        ("digits.py:smok", "digits.py has :full and :smoke"),
+    ],
 )
 def test_a_wrong_file_or_variant_is_named(name, said):
     with pytest.raises(UserError, match=said):

@@ -20,14 +20,16 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
       UserError: neither is to be had.
     """
-    path = pathlib.Path(path_or_hub_id).expanduser()
-    if not path.exists():
-        unfinished.restore(pathlib.Path(os.path.realpath(path)))
-    if path.is_dir():
-        return path
-    name = str(path_or_hub_id)
-    if path.exists():
-        raise UserError(f"{name} is a file; give the folder that holds model_index.json")
+    path, name = pathlib.Path(os.path.expanduser(path_or_hub_id)), str(path_or_hub_id)
+    try:
+        if not path.exists():
+            unfinished.restore(pathlib.Path(os.path.realpath(path)))
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise UserError(f"{name} is a file; give the folder that holds model_index.json")
+    except OSError as error:  # a name that is too long, a folder that this user must not read
+        raise UserError(f"{name} can't be read: {error.strerror}") from None
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"there is no folder {name}")
     # imported late: it takes time, and most models are folders

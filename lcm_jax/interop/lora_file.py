@@ -152,7 +152,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
 
     In a folder that is the file that diffusers or peft would write there, or else the only one that is safetensors.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(os.path.expanduser(path))
     try:
         if path.is_dir():
             return _find_in(path)

@@ -28,7 +28,7 @@ def replacing(out: str | os.PathLike[str], source: pathlib.Path | None = None) -
       UserError: `out` is or holds `source`, is a file, or is a folder with something in it that no export writes; no
         place to write.
     """
-    target = pathlib.Path(os.path.realpath(pathlib.Path(out).expanduser()))
+    target = pathlib.Path(os.path.realpath(os.path.expanduser(out)))
     unfinished.restore(target)
     if target.exists():
         if source is not None and target == source.resolve():

@@ -15,7 +15,9 @@ from lcm_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILE = f"{ROOT}/configs/digits.py"
-WORDS = "0 -1 1 4 1.5 1e400 nan inf true None () (1,) [1,2] {} ' lambda:0 999,499 , x=3/0.5 : a:b:c - -- / ../x . gs://"
+WORDS = (
+    "0 -1 1 4 1.5 1e400 nan inf true None (1,) {} ' lambda:0 999,499 , x=3/0.5 : a:b:c - -- / ../x . gs:// ~nobody/x"
+)
 WORDS = [*WORDS.split(), *TEXTS, "9" * 40, "[" * 500, "\udcff", "http://x/y"]
 GOOD = {  # a command and what it needs at least
     train: [f"--config={FILE}", "--workdir=run"],

@@ -501,6 +501,8 @@ def test_unsupported_schedule(copy):
 
 def test_no_folder(tmp_path):
     fails(tmp_path / "nowhere", "there is no folder")
+    fails("~no-such-user/a/b", "there is no folder ~no-such-user/a/b")
+    fails(tmp_path / ("x" * 300), "x can't be read: File name too long")
 
 
 def test_file_in_place_of_a_folder(tmp_path):
