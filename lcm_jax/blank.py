@@ -17,7 +17,7 @@ import numpy as np
 from lcm_jax import cli, compile_cache, files
 from lcm_jax.data.bpe import write_tokenizer
 from lcm_jax.data.digits import ALL_PAIRS, DIGIT_NAMES, PHRASES, caption
-from lcm_jax.errors import UserError, one_of
+from lcm_jax.errors import UserError, one_of, say
 from lcm_jax.interop.folder import Component, Folder, make_network
 from lcm_jax.interop.folder_writing import write_folder
 
@@ -207,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--seed is {args.seed}; it must be in 0..{2**32 - 1}")
     compile_cache.enable()
     out = write_blank(args.preset, args.out, args.seed)
-    print(f"An untrained model is in {out}")
+    say(f"An untrained model is in {out}")
     return 0
 
 

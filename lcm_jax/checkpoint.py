@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lcm_jax import files, orbax_noise
-from lcm_jax.errors import Unavailable, UserError, plain
+from lcm_jax.errors import Unavailable, UserError, plain, say
 from lcm_jax.parallel.processes import all_agree, is_first, meet
 
 FOLDER = "checkpoints"
@@ -188,7 +188,7 @@ class Checkpoints:
                 continue
             if is_first():
                 for bad, why in damaged.items():
-                    print(
+                    say(
                         f"warning: the checkpoint of step {bad} is damaged ({why}); going on from step {step}; "
                         f"it is kept as {self._set_aside(bad)}",
                         file=sys.stderr,

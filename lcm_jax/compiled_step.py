@@ -33,7 +33,7 @@ from jaxlib import xla_client
 
 from lcm_jax import cache_entries, compile_cache, files, json_file, private
 from lcm_jax.config import Config
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, say
 
 CPU_INFO = pathlib.Path("/proc/cpuinfo")
 
@@ -123,7 +123,10 @@ class Ahead:
             except UserError as error:
                 if (self._given or isinstance(error, _Damaged)) and jax.process_index() == 0:
                     which = f"--compiled={self._given}" if self._given else f"the kept step {self._own}"
-                    print(f"{which} is not used: {error}", file=sys.stderr)
+                    say(f"{which} is not used: {error}", sys.stderr)
+                if not self._given and isinstance(error, _Damaged):
+                    with contextlib.suppress(OSError):  # of another user
+                        os.unlink(self._own)  # else it would be reported at every start
             else:
                 compile_cache.note_hit()
                 return compiled

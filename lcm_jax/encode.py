@@ -24,7 +24,7 @@ from lcm_jax.data import latents
 from lcm_jax.data.images import BadImage
 from lcm_jax.data.pipeline import open_data, prepare_image
 from lcm_jax.data.sources import Source, prepare
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, say
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.models import Policy
 from lcm_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, split_cpu
@@ -108,8 +108,8 @@ def main(argv: Sequence[str]) -> int:
     prepare(builder)
     if not builder.written:
         raise UserError(f"--out: {builder.data_path} was made by another run meanwhile; choose another folder")
-    print(f"Done: {len(source)} pictures in {builder.data_path}. Train from it with")
-    print(f"  --config.data.directory={builder.data_path} --config.data.latents=True")
+    say(f"Done: {len(source)} pictures in {builder.data_path}. Train from it with")
+    say(f"  --config.data.directory={builder.data_path} --config.data.latents=True")
     return 0
 
 

@@ -3,7 +3,7 @@
 import difflib
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 LONGEST = 500  # characters of a message
 _FEW, _LISTED = 3, 12  # names in a list that is cut; choices that are listed in full
@@ -16,12 +16,21 @@ def plain(text: Any, longest: int = LONGEST) -> str:
     writing and lone surrogates become escapes (`\\x1b`), any white space a blank. Of a long text the start and the end
     are kept, with ` … ` between them.
     """
-    line = " ".join(str(text)[: 100 * longest].split())
-    line = "".join(c if c.isprintable() or c == " " else _escape(c) for c in line)
+    line = printable(" ".join(str(text)[: 100 * longest].split()))
     if len(line) <= longest:
         return line
     end = longest // 3
     return f"{line[: longest - end - 3].rstrip()} … {line[-end:].lstrip()}"
+
+
+def printable(text: str) -> str:
+    """Returns text without characters that a terminal would obey, as `plain` does, but with all its blanks."""
+    return "".join(c if c.isprintable() or c == " " else _escape(c) for c in text)
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Prints one line that may hold paths and other words from outside; on stdout by default."""
+    print(printable(line), file=file, flush=True)
 
 
 def _escape(character: str) -> str:

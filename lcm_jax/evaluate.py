@@ -30,7 +30,7 @@ import numpy as np
 from lcm_jax import cli, compile_cache
 from lcm_jax.data.digits import SIZE, STYLES
 from lcm_jax.diffusion.sampling import lcm_timesteps
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, say
 from lcm_jax.evaluation import loras
 from lcm_jax.evaluation import teacher as teacher_rows
 from lcm_jax.evaluation.classifier import STYLE_WEIGHTS, WEIGHTS, Classifier, load_classifier
@@ -186,7 +186,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"\nimages/s: the teacher's on {where}; the others here, on {here}")
     write_png(out / "sheet.png", sheet(drawn, [prompt.text for prompt in on_sheet]))
     write_png(out / "curves.png", curves(rows))
-    print(f"Done: {out} holds table.md, evaluation.json, sheet.png and curves.png")
+    say(f"Done: {out} holds table.md, evaluation.json, sheet.png and curves.png")
     return 0
 
 
@@ -222,7 +222,7 @@ def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
     pictures = measured.sheet(on_sheet, [*base, *with_it])
     write_png(out / "sheet.png", sheet(pictures, [prompt.text for prompt in on_sheet]))
     write_png(out / "weights.png", loras.weight_curves(curve, weights, base[-1]))
-    print(f"Done: {out} holds table.md, evaluation.json, sheet.png and weights.png")
+    say(f"Done: {out} holds table.md, evaluation.json, sheet.png and weights.png")
     return 0
 
 

@@ -23,7 +23,7 @@ from lcm_jax import checkpoint, cli, compile_cache, identity, lora
 from lcm_jax.config import Config, load_resolved
 from lcm_jax.data.pipeline import batches, open_data
 from lcm_jax.data.sources import Source
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, say
 from lcm_jax.interop.export import DTYPES, with_lcm_scheduler, write_lcm_folder, write_trained_folder
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.folder_writing import write_folder
@@ -204,9 +204,9 @@ def main(argv: Sequence[str]) -> int:
 
         difference = verify(model, lora=lora_file)
         compared = "weight differences, latents and pictures" if lora_file else "latents and pictures"
-        print(f"diffusers loads it; its {compared} differ from ours by {difference:.1e} of their maximum.")
-    print(f"{args.out} holds {what}. Next:")
-    print(f'  python -m lcm_jax.sample --model={model}{how} --prompt="…" --seed=0 --out=picture.png')
+        say(f"diffusers loads it; its {compared} differ from ours by {difference:.1e} of their maximum.")
+    say(f"{args.out} holds {what}. Next:")
+    say(f'  python -m lcm_jax.sample --model={model}{how} --prompt="…" --seed=0 --out=picture.png')
     return 0
 
 

@@ -119,13 +119,14 @@ def _next_name(others: Iterable[str]) -> str:
     The name begins with the time, to the nanosecond: two runs may start within one second. Where the clock was ahead
     when another file was begun, its time and a second are taken instead.
     """
-    now = time.time_ns()
+    now, prefix = time.time_ns(), "events.out.tfevents."
     for name in others:
-        if found := re.match(r"events\.out\.tfevents\.(\d{10})\b", name):
-            second = int(found[1])
-            if f"{now // 10**9}.{now % 10**9:09d}" <= name.removeprefix("events.out.tfevents."):
+        if found := re.match(r"events\.out\.tfevents\.(\d+)", name):
+            # ten digits, so that the order of names is that of numbers; a name of more would sort by its first ten
+            second = int(found[1][:10].ljust(10, "0"))
+            if f"{prefix}{now // 10**9:010d}.{now % 10**9:09d}" <= name:
                 now = (second + 1) * 10**9
-    return f"events.out.tfevents.{now // 10**9}.{now % 10**9:09d}.{socket.gethostname()}"
+    return f"{prefix}{now // 10**9:010d}.{now % 10**9:09d}.{socket.gethostname()}"
 
 
 class _Parts:

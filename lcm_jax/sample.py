@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from lcm_jax import arguments, cli, compile_cache
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, say
 from lcm_jax.grids import grid, write_png
 from lcm_jax.pipeline import SAMPLERS, load_pipeline
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     columns, labels = math.ceil(math.sqrt(len(pictures))), prompts if args.label else None
     write_png(args.out, grid(pictures, columns=columns, scale=args.scale, labels=labels))
     what = "picture is" if len(pictures) == 1 else f"{len(pictures)} pictures are"
-    print(f"The {what} in {args.out}")
+    say(f"The {what} in {args.out}")
     return 0
 
 

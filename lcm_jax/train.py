@@ -28,7 +28,7 @@ from lcm_jax.compiled_step import Ahead
 from lcm_jax.config import Config
 from lcm_jax.data.pipeline import batches, open_data
 from lcm_jax.data.sources import Source
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, say
 from lcm_jax.grids import grid, write_png
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
@@ -325,13 +325,13 @@ def main(argv: Sequence[str]) -> int:
     if not speaks:
         return 128 + result.signal if result.signal else 0
     if result.signal:
-        print(f"Stopped at step {result.step} of {config.steps}, saved. The same command goes on from there.")
+        say(f"Stopped at step {result.step} of {config.steps}, saved. The same command goes on from there.")
         return 128 + result.signal
-    print(f"Done: {result.step} steps, checkpoints in {args.workdir}/checkpoints. Next:")
+    say(f"Done: {result.step} steps, checkpoints in {args.workdir}/checkpoints. Next:")
     beside = f"runs/{args.workdir.name}" if files.in_bucket(args.workdir) else args.workdir  # an export is local
     out = "lora.safetensors" if config.lora.rank else _OUT[config.objective]
     words = ("python", "-m", "lcm_jax.export", f"--workdir={args.workdir}", f"--out={beside}/{out}")
-    print(f"  {shlex.join(words)}")
+    say(f"  {shlex.join(words)}")
     return 0
 
 

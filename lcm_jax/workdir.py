@@ -26,7 +26,7 @@ from typing import Any
 from etils import epath
 
 from lcm_jax import files, json_file
-from lcm_jax.errors import Unavailable, UserError, plain
+from lcm_jax.errors import Unavailable, UserError, plain, say
 from lcm_jax.parallel import agreement
 from lcm_jax.parallel.processes import is_first
 
@@ -140,7 +140,7 @@ def _take(lock: "_FileLock | _BucketLock", content: bytes, place: Mapping[str, s
             raise UserError(f"{_owner(found[0])} trains there; wait for its end or stop it, or choose another folder")
         if alive is None and (not last or last[0] != found[0]):
             last, since = found, time.monotonic()
-            print(f"waiting up to {PATIENCE:g} s for a sign of life of {_owner(found[0])}", file=sys.stderr)
+            say(f"waiting up to {PATIENCE:g} s for a sign of life of {_owner(found[0])}", sys.stderr)
         elif alive is None and last and last[1] != found[1]:
             raise Unavailable(f"{_owner(found[0])} trains there; wait for its end, or choose another folder")
         elif alive is not None or time.monotonic() - since >= PATIENCE:

@@ -1,6 +1,7 @@
 """The compiled step in a file: what a second start reads ahead, and what plan keeps for train."""
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -231,3 +232,16 @@ def test_a_step_that_another_cache_had_is_not_kept(cache, compiled, monkeypatch)
     Ahead(Config(ModelConfig("teacher")), make_mesh(MeshConfig(), jax.devices()[:1])).step(lowered())
     assert len(compiled) == 1
     assert not list(cache.iterdir())
+
+
+def test_a_damaged_step_is_reported_once(cache, compiled, capsys, monkeypatch):
+    config, mesh = Config(ModelConfig("teacher")), make_mesh(MeshConfig(), jax.devices()[:1])
+    Ahead(config, mesh).step(lowered())
+    (kept,) = cache.glob("step-*")
+    kept.write_bytes(kept.read_bytes()[:-50])
+    hits = itertools.count()
+    monkeypatch.setattr(compile_cache, "from_cache", lambda: next(hits))  # the program itself is in JAX's cache
+    Ahead(config, mesh).step(lowered())
+    assert "is not used: it is damaged" in capsys.readouterr().err
+    Ahead(config, mesh).step(lowered())
+    assert capsys.readouterr().err == ""

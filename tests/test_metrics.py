@@ -93,10 +93,11 @@ def test_a_full_disk_is_an_error_and_no_endless_wait(tmp_path):
 # ---- names and places
 
 
-@pytest.mark.parametrize("back", [0.5, 3600, 10**8])
-def test_a_clock_that_jumped_back_hides_nothing(tmp_path, monkeypatch, back):
+@pytest.mark.parametrize("jumps", [(0, -0.5, -1), (0, -3600, -7200), (0, -(10**8), -(2 * 10**8)), (1970, 0, 1)])
+def test_a_clock_that_jumped_hides_nothing(tmp_path, monkeypatch, jumps):
     begun = time.time_ns()
-    for number, clock in enumerate((begun, begun - int(back * 1e9), begun - int(2 * back * 1e9))):
+    for number, jump in enumerate(jumps):
+        clock = 45 * 10**9 if jump == 1970 else begun + int(jump * 1e9)  # 45 s after the epoch, as without a clock
         monkeypatch.setattr(time, "time_ns", lambda clock=clock: clock)
         resumed = Metrics(tmp_path, start_step=2 * number)
         for step in (2 * number + 1, 2 * number + 2):

@@ -21,7 +21,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 import lcm_jax.data.digits  # noqa: F401 (registers captioned_digits)
 from lcm_jax.data.images import BadImage
 from lcm_jax.data.latents import CAPTIONS, MOMENTS
-from lcm_jax.errors import UserError, nearest, plain
+from lcm_jax.errors import UserError, nearest, plain, say
 
 LONGEST_CAPTION = 2**16  # characters; a text encoder sees some 300, and a megabyte takes a tokenizer 14 s
 
@@ -196,7 +196,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
             return
         for left in parent.glob(f"incomplete.*_{builder.data_path.name}"):
             epath.Path(left).rmtree()
-        print(f"preparing {builder.name} in {builder.data_path}", file=sys.stderr, flush=True)
+        say(f"preparing {builder.name} in {builder.data_path}", sys.stderr)
         try:
             with _quiet():
                 builder.download_and_prepare(

@@ -80,7 +80,7 @@ class RollCall:
                 continue
             if "challenge" in answer:
                 self._introduce(answer["challenge"])
-            elif "all" in answer:
+            elif answer.get("all") is True:
                 return
             elif "busy" in answer:
                 raise Unavailable(answer["busy"])

@@ -23,7 +23,7 @@ from lcm_jax import json_file
 from lcm_jax.errors import Unavailable, UserError, plain
 
 TOKEN = "LCM_JAX_JOB_TOKEN"  # an environment variable, the same for all processes of a run, or set for none
-LINE = 4096  # bytes of a message
+LINE = 8192  # bytes of a message: one of 500 characters, each of which JSON may write with 12
 INTRODUCE = 10.0  # seconds in which a connection must say which process it is
 STRANGERS = 64  # connections that have not said so yet, beside those of the processes that are missing
 KINDS = {
