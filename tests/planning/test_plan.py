@@ -7,10 +7,10 @@ import pickle
 
 import jax
 import pytest
-from fixtures_folders import write_little
 
 from lcm_jax import cli, plan
 from lcm_jax import config as config_lib
+from lcm_jax.blank import write_blank
 from lcm_jax.parallel.mesh import make_mesh
 from lcm_jax.parallel.program import make_program
 from lcm_jax.planning.blueprint import blueprint, published
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    teacher = write_little(tmp_path_factory.mktemp("little") / "teacher")
+    teacher = write_blank("micro", tmp_path_factory.mktemp("micro") / "teacher")
     return [
         f"--config={ROOT}/configs/digits.py:smoke",
         f"--config.model.folder={teacher}",
