@@ -250,7 +250,10 @@ def test_unknown_class(copy):
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "TCDScheduler"])
 def test_unknown_scheduler(copy, name):
     edit(copy / "model_index.json", scheduler=["diffusers", name])
-    fails(copy, f"scheduler_config.json: _class_name is '{name}'; supported, each with Scheduler behind: DDIM, DDPM")
+    fails(
+        copy,
+        f"scheduler_config.json: _class_name is '{name}'; supported, each with Scheduler behind: DDIMParallel, DDIM",
+    )
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_a_line_without_an_end_is_not_kept(address):
         connection.sendall(b"[" * (roll_list.LINE + 1))
         lines = connection.makefile("rb")
         assert b"challenge" in lines.readline()
-        assert b"process 0 refuses what it was sent: a message is longer than 4096 bytes" in lines.readline()
+        assert b"process 0 refuses what it was sent: a message is longer than 8192 bytes" in lines.readline()
 
 
 @pytest.mark.parametrize(("token", "its"), [("secret", ""), ("", "secret"), ("secret", "Secret")])
