@@ -83,8 +83,8 @@ def test_weights_divided_over_a_v5p(options, tmp_path, capsys):
     assert "at once on a chip" in table({**figures, "batch_a_chip": 8, "accumulate": 2})
     assert "at once on a chip" not in table({**figures, "batch_a_chip": 8})
     assert output.err == ""  # libtpu keeps quiet
-    made_for, _, content = (tmp_path / "x").read_bytes().partition(b"\n")
-    assert json.loads(made_for)["devices"] == "8 x TPU v5"
+    _, header, content = (tmp_path / "x").read_bytes().split(b"\n", 2)
+    assert json.loads(header)["made_for"]["devices"] == "8 x TPU v5"
     payload, _, _ = pickle.loads(content)
     assert len(payload) > 10_000
 
