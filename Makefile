@@ -62,6 +62,7 @@ test: .venv/test lint
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck --external-sources launch/*.sh
 

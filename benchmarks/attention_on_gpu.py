@@ -19,7 +19,7 @@ import numpy as np
 
 from lcm_jax import cli
 from lcm_jax.errors import UserError
-from lcm_jax.models.scaled_dot_product import cudnn_attention, plain_attention
+from lcm_jax.models.kernels.attend import cudnn_attention, plain_attention
 
 LAYERS = [  # tokens, tokens seen, heads, channels of a head
     *((4096, 4096, 8, 40), (4096, 77, 8, 40), (1024, 1024, 8, 80), (1024, 77, 8, 80), (256, 256, 8, 160)),

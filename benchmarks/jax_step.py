@@ -12,9 +12,9 @@ from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.parallel.mesh import make_mesh, split_cpu
 from lcm_jax.parallel.partition import place
-from lcm_jax.parallel.program import make_program
 from lcm_jax.planning import flops
-from lcm_jax.state import frozen_params, initial_params, make_parts
+from lcm_jax.training.program import make_program
+from lcm_jax.training.state import frozen_params, initial_params, make_parts
 
 
 class JaxStep:

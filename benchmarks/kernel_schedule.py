@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from lcm_jax import cli
 from lcm_jax.errors import UserError
-from lcm_jax.models import flash
+from lcm_jax.models.kernels import flash
 from lcm_jax.planning import topology
 from lcm_jax.planning.chips import Chip
 from lcm_jax.planning.compiled import Operation, Program

@@ -1,8 +1,9 @@
 """python benchmarks/lora_step.py [--config=configs/digits_lora.py] [--rounds=20] [--config.<option>=<value> …]
 
 The training step of a LoRA in two forms, beside that of all weights: with the adapters beside the weights
-(`lcm_jax.side_branch`, what `train` does), and merged into them, W + B A, before each forward pass. The three take
-turns in one process; times are ratios of neighbours. FLOPs are those of the traced step, memory the compiler's figure.
+(`lcm_jax.adapters.side_branch`, what `train` does), and merged into them, W + B A, before each forward pass. The three
+take turns in one process; times are ratios of neighbours. FLOPs are those of the traced step, memory the compiler's
+figure.
 """
 
 import argparse
@@ -17,18 +18,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from lcm_jax import cli, compile_cache, lora, side_branch
+from lcm_jax import cli
 from lcm_jax import config as config_lib
+from lcm_jax.adapters import lora, side_branch
+from lcm_jax.adapters.lora import LoraConfig
 from lcm_jax.config import Config
 from lcm_jax.errors import UserError
+from lcm_jax.host import compile_cache
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
-from lcm_jax.lora import LoraConfig
 from lcm_jax.parallel.mesh import make_mesh
 from lcm_jax.parallel.partition import place
-from lcm_jax.parallel.program import make_program
 from lcm_jax.planning import flops
-from lcm_jax.state import frozen_params, initial_params, make_parts
+from lcm_jax.training.program import make_program
+from lcm_jax.training.state import frozen_params, initial_params, make_parts
 
 FORMS = ("all weights", "side branch", "merged")
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lcm_jax import blank
-from lcm_jax.data.bpe import write_tokenizer
+from lcm_jax.digits.bpe import write_tokenizer
 from lcm_jax.interop.folder import Component, Folder, make_network
 from lcm_jax.interop.folder_writing import write_folder
 

@@ -16,8 +16,9 @@ import numpy as np
 import turns
 from samplers import JaxSampler, TorchSampler, Work, write_student
 
-from lcm_jax import cli, compile_cache
+from lcm_jax import cli
 from lcm_jax.errors import UserError
+from lcm_jax.host import compile_cache
 
 
 def main(argv: list[str]) -> int:

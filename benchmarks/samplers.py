@@ -12,7 +12,7 @@ from lcm_jax import load_pipeline
 from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.recipe import Recipe
-from lcm_jax.state import W_PROJECTION
+from lcm_jax.training.state import W_PROJECTION
 
 PROMPT, GUIDANCE = "a red seven on a blue background", 8.0
 
@@ -65,7 +65,7 @@ class TorchSampler:
         import diffusers
         import torch
 
-        from lcm_jax.interop.verify import injected_noise
+        from lcm_jax.inference.verify import injected_noise
 
         self._work, self._torch, self._injected = work, torch, injected_noise
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lcm_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from lcm_jax.pipeline import Pipeline, load_pipeline
+    from lcm_jax.inference.pipeline import Pipeline, load_pipeline
 
 __all__ = ["Pipeline", "UserError", "load_pipeline"]
 
@@ -19,7 +19,7 @@ __all__ = ["Pipeline", "UserError", "load_pipeline"]
 def __getattr__(name: str) -> Any:
     """Imports jax and the networks only when they are asked for: the commands' --help should be quick."""
     if name in ("Pipeline", "load_pipeline"):
-        from lcm_jax import pipeline
+        from lcm_jax.inference import pipeline
 
         return getattr(pipeline, name)
     raise AttributeError(f"module 'lcm_jax' has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """python -m lcm_jax.blank --preset=digits --out=runs/teacher/blank [--seed=0]
 
 Writes an untrained model: a StableDiffusionPipeline folder in Stable Diffusion's own shape, small, with random weights
-and a tokenizer made from the captions of the captioned digits (lcm_jax.data.digits). Training starts from it.
+and a tokenizer made from the captions of the captioned digits (lcm_jax.digits.dataset). Training starts from it.
 """
 
 import pathlib
@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lcm_jax import cli, compile_cache, files
-from lcm_jax.data.bpe import write_tokenizer
-from lcm_jax.data.digits import ALL_PAIRS, DIGIT_NAMES, PHRASES, caption
+from lcm_jax import cli
+from lcm_jax.digits.bpe import write_tokenizer
+from lcm_jax.digits.dataset import ALL_PAIRS, DIGIT_NAMES, PHRASES, caption
 from lcm_jax.errors import UserError, one_of, say
+from lcm_jax.host import compile_cache, files
 from lcm_jax.interop.folder import Component, Folder, make_network
 from lcm_jax.interop.folder_writing import write_folder
 

@@ -7,7 +7,6 @@ import logging
 import os
 import pathlib
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,8 @@ from typing import Any, NoReturn
 
 from etils import epath
 
-from lcm_jax import files
 from lcm_jax.errors import Unavailable, UserError, nearest, plain
+from lcm_jax.host import files
 
 Main = Callable[[Sequence[str]], int]
 
@@ -120,24 +119,6 @@ def workdir(text: str) -> epath.Path:
         raise UserError(f'--workdir={text} needs gcsfs: pip install gcsfs, or lcm_jax with its extra "tpu"')
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, with tracebacks, it raises as well
     return epath.Path(text.rstrip("/"))
-
-
-def make_folder(option: str, folder: epath.PathLike) -> None:
-    """Makes the folder that `option` names, before work that takes long; raises UserError where nothing can be written.
-
-    One that is there already stays as it is.
-    """
-    if files.in_bucket(folder):
-        return  # where there are no folders
-    folder = pathlib.Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except FileExistsError:
-        raise UserError(f"{option}: {folder} is a file; choose a folder") from None
-    except OSError as error:
-        raise UserError(f"{option}: {folder} can't be written: {error.strerror or error}") from None
 
 
 def run(main: Main, argv: Sequence[str] | None = None, command: str | None = None) -> int:

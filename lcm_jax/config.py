@@ -19,15 +19,15 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from lcm_jax import files, json_file
+from lcm_jax.adapters.lora import LoraConfig
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.errors import UserError, nearest, one_of, plain
-from lcm_jax.lora import LoraConfig
+from lcm_jax.host import files, json_file
+from lcm_jax.monitor.profiler import ProfileConfig
 from lcm_jax.objectives.autoencoder import AutoencoderConfig
 from lcm_jax.objectives.denoising import DenoisingConfig
 from lcm_jax.objectives.lcd import LCDConfig
 from lcm_jax.parallel.mesh import MeshConfig
-from lcm_jax.profile import ProfileConfig
 
 OBJECTIVES = ("lcd", "denoising", "autoencoder")
 

@@ -17,14 +17,15 @@ from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.progress import track
 
-from lcm_jax import cli, compile_cache
+from lcm_jax import cli
 from lcm_jax import config as config_lib
 from lcm_jax.config import Config
 from lcm_jax.data import latents
 from lcm_jax.data.images import BadImage
 from lcm_jax.data.pipeline import open_data, prepare_image
-from lcm_jax.data.sources import Source, prepare
+from lcm_jax.data.sources.tfds import Source, prepare
 from lcm_jax.errors import UserError, say
+from lcm_jax.host import compile_cache, files
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.models import Policy
 from lcm_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, split_cpu
@@ -85,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("config.data.latents is true; give the data set that holds the pictures")
     split_cpu(config.mesh.cpu_devices)
     compile_cache.enable()
-    cli.make_folder("--out", args.out)
+    files.make_folder("--out", args.out)
     folder = read_folder(config.model.folder)
     source = open_data(config.data)
     vae, size = folder.components["vae"], config.data.image_size

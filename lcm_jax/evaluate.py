@@ -27,24 +27,25 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax import cli, compile_cache
-from lcm_jax.data.digits import SIZE, STYLES
+from lcm_jax import cli
 from lcm_jax.diffusion.sampling import lcm_timesteps
+from lcm_jax.digits import lora_rows
+from lcm_jax.digits import teacher_rows as teacher_rows
+from lcm_jax.digits.classifier import STYLE_WEIGHTS, WEIGHTS, Classifier, load_classifier
+from lcm_jax.digits.dataset import SIZE, STYLES
+from lcm_jax.digits.draw import BATCH, draw_all, in_batches
+from lcm_jax.digits.guidance import best_guidance, trained_range
+from lcm_jax.digits.measures import Prompt, real_pictures, score, sheet_prompts, test_prompts
+from lcm_jax.digits.report import Row, curves, figure_class, said, table
+from lcm_jax.digits.sheet import sheet
 from lcm_jax.errors import UserError, say
-from lcm_jax.evaluation import loras
-from lcm_jax.evaluation import teacher as teacher_rows
-from lcm_jax.evaluation.classifier import STYLE_WEIGHTS, WEIGHTS, Classifier, load_classifier
-from lcm_jax.evaluation.digits import Prompt, real_pictures, score, sheet_prompts, test_prompts
-from lcm_jax.evaluation.draw import BATCH, draw_all, in_batches
-from lcm_jax.evaluation.guidance import best_guidance, trained_range
-from lcm_jax.evaluation.report import Row, curves, figure_class, said, table
-from lcm_jax.evaluation.sheet import sheet
-from lcm_jax.files import write, write_json
-from lcm_jax.generate import to_unit
-from lcm_jax.grids import write_png
-from lcm_jax.interop import verify
-from lcm_jax.interop.lora_file import find
-from lcm_jax.pipeline import Pipeline, load_pipeline
+from lcm_jax.host import compile_cache, files
+from lcm_jax.host.files import write, write_json
+from lcm_jax.host.images import write_png
+from lcm_jax.inference import verify
+from lcm_jax.inference.generate import to_unit
+from lcm_jax.inference.pipeline import Pipeline, load_pipeline
+from lcm_jax.interop.lora.file import find
 
 STEPS = (1, 2, 4, 8)
 
@@ -157,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
         original = student.folder.scheduler.get("original_inference_steps", 50)
         for steps in args.steps:
             lcm_timesteps(steps, original, student.schedule.num_train_timesteps)
-        cli.make_folder("--out", out)
+        files.make_folder("--out", out)
         in_diffusers = verify.lcm_drawer(student, args.steps[-1]) if args.diffusers else None
         rows = student_rows(student, classifier, prompts, args.steps, args.guidance_scale)
         for row in rows:
@@ -166,7 +167,7 @@ def main(argv: Sequence[str]) -> int:
         if in_diffusers:
             rows.append(diffusers_row(in_diffusers, student, classifier, prompts, rows[-1]))
     if args.teacher:
-        cli.make_folder("--out", out)
+        files.make_folder("--out", out)
         print("Measuring the teacher …", flush=True)
         shipped = teacher_rows.measure(teacher, classifier, lambda line: print(line, flush=True))
         write_json(out / "teacher.json", teacher_rows.to_json(shipped, teacher.folder.path))
@@ -192,7 +193,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
     """Evaluates an LCM-LoRA on a model of the digits."""
-    style, weights = args.style or STYLES[0], args.weights or loras.WEIGHTS
+    style, weights = args.style or STYLES[0], args.weights or lora_rows.WEIGHTS
     (lcm, weight), *others = cli.loras(args.lora).items()
     classifier_file = WEIGHTS if style == STYLES[0] else STYLE_WEIGHTS
     classifier = load_classifier(classifier_file)
@@ -206,8 +207,8 @@ def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
             UserWarning,
             stacklevel=2,
         )
-    measured = loras.Measured(pipe, (lcm, weight), dict(others), classifier, style)
-    cli.make_folder("--out", out)
+    measured = lora_rows.Measured(pipe, (lcm, weight), dict(others), classifier, style)
+    files.make_folder("--out", out)
     print("Measuring the model itself …", flush=True)
     base = measured.without()
     with_it = measured.with_lora(args.steps)
@@ -221,7 +222,7 @@ def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
     on_sheet = sheet_prompts()
     pictures = measured.sheet(on_sheet, [*base, *with_it])
     write_png(out / "sheet.png", sheet(pictures, [prompt.text for prompt in on_sheet]))
-    write_png(out / "weights.png", loras.weight_curves(curve, weights, base[-1]))
+    write_png(out / "weights.png", lora_rows.weight_curves(curve, weights, base[-1]))
     say(f"Done: {out} holds table.md, evaluation.json, sheet.png and weights.png")
     return 0
 

@@ -19,18 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lcm_jax import checkpoint, cli, compile_cache, identity, lora
+from lcm_jax import cli
+from lcm_jax.adapters import lora
 from lcm_jax.config import Config, load_resolved
 from lcm_jax.data.pipeline import batches, open_data
-from lcm_jax.data.sources import Source
+from lcm_jax.data.sources.tfds import Source
 from lcm_jax.errors import UserError, say
+from lcm_jax.host import compile_cache
 from lcm_jax.interop.export import DTYPES, with_lcm_scheduler, write_lcm_folder, write_trained_folder
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.folder_writing import write_folder
-from lcm_jax.interop.lora_file import DIALECTS, write_lora
-from lcm_jax.interop.lora_merge import Loras, lcm_recipe, merged_kernels, with_kernels
+from lcm_jax.interop.lora.file import DIALECTS, write_lora
+from lcm_jax.interop.lora.merge import Loras, lcm_recipe, merged_kernels, with_kernels
 from lcm_jax.interop.recipe import Recipe
-from lcm_jax.state import adapted, trained_components
+from lcm_jax.training import checkpoint, identity
+from lcm_jax.training.state import adapted, trained_components
 
 BATCHES, PICTURES = 16, 32  # of the training data, from which an autoencoder's scaling_factor is measured
 
@@ -200,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
             model, lora_file = config.model.folder, args.out
             how = f" --lora={args.out}" + " --sampler=lcm" * (config.objective == "lcd")
     if args.verify:
-        from lcm_jax.interop.verify import verify
+        from lcm_jax.inference.verify import verify
 
         difference = verify(model, lora=lora_file)
         compared = "weight differences, latents and pictures" if lora_file else "latents and pictures"

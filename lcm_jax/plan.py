@@ -19,19 +19,21 @@ from typing import Any
 
 import jax
 
-from lcm_jax import cli, compile_cache, compiled_step, files
+from lcm_jax import cli
 from lcm_jax import config as config_lib
 from lcm_jax.config import Config
 from lcm_jax.errors import UserError
+from lcm_jax.host import compile_cache, files
 from lcm_jax.parallel.mesh import found_devices, make_mesh, split_cpu
-from lcm_jax.parallel.program import Program as Step
-from lcm_jax.parallel.program import make_program
 from lcm_jax.planning import estimate, flops, topology
 from lcm_jax.planning.blueprint import blueprint
 from lcm_jax.planning.compiled import Program
 from lcm_jax.planning.estimate import Compiled, Report
 from lcm_jax.planning.report import no_fit_table, search_table, table
 from lcm_jax.planning.topology import Topology
+from lcm_jax.training import saved_step
+from lcm_jax.training.program import Program as Step
+from lcm_jax.training.program import make_program
 
 
 def compile_step(config: Config, where: Topology | None) -> Compiled:
@@ -182,7 +184,7 @@ def main(argv: Sequence[str]) -> int:
         if path is not None and path.is_dir():
             raise UserError(f"{option}={path} is a folder; give the name of a file")
         if path is not None:
-            cli.make_folder(option, path.parent)
+            files.make_folder(option, path.parent)
     where = None if local else topology.parse(args.topology, args.slices)
     if local:
         split_cpu(config.mesh.cpu_devices)
@@ -215,7 +217,7 @@ def main(argv: Sequence[str]) -> int:
     print(table(figures))
     _write_json(args.json, figures)
     if args.save:
-        compiled_step.save(args.save, compiled.step.mesh, compiled.lowered, compiled.executable)
+        saved_step.save(args.save, compiled.step.mesh, compiled.lowered, compiled.executable)
         option = shlex.quote(f"--compiled={args.save}")
         print(f"The compiled step is in {args.save}; train takes it with {option}")
     return int(figures["fits"] is False)

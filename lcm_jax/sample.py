@@ -11,10 +11,11 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from lcm_jax import arguments, cli, compile_cache
+from lcm_jax import cli
 from lcm_jax.errors import UserError, say
-from lcm_jax.grids import grid, write_png
-from lcm_jax.pipeline import SAMPLERS, load_pipeline
+from lcm_jax.host import arguments, compile_cache
+from lcm_jax.host.images import grid, write_png
+from lcm_jax.inference.pipeline import SAMPLERS, load_pipeline
 
 
 def main(argv: Sequence[str]) -> int:

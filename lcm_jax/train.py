@@ -5,300 +5,23 @@ the workdir: config.json, checkpoints/, tensorboard/ and samples/. Started again
 from its last checkpoint and ends with the same bits as a run that was never stopped.
 """
 
-import dataclasses
-import math
 import shlex
-import signal
 import sys
-import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-from etils import epath
-from jax.sharding import Mesh
-from rich.console import Console
-
-from lcm_jax import cli, compile_cache, compiled_step, files, identity
+from lcm_jax import cli
 from lcm_jax import config as config_lib
-from lcm_jax.checkpoint import FOLDER, Checkpoints, good_steps
-from lcm_jax.compiled_step import Ahead
-from lcm_jax.config import Config
-from lcm_jax.data.pipeline import batches, open_data
-from lcm_jax.data.sources import Source
 from lcm_jax.errors import UserError, say
-from lcm_jax.grids import grid, write_png
-from lcm_jax.interop.folder import Folder, read_folder
-from lcm_jax.interop.tokenizer import load_tokenizer
-from lcm_jax.metrics import Metrics
-from lcm_jax.parallel import agreement, processes
-from lcm_jax.parallel.mesh import check_batch, found_devices, make_mesh, split_cpu
-from lcm_jax.parallel.partition import place
-from lcm_jax.parallel.processes import is_first, meet
-from lcm_jax.parallel.program import make_program
-from lcm_jax.previews import make_preview
-from lcm_jax.profile import ProfileConfig, Profiler
-from lcm_jax.progress import Progress
-from lcm_jax.state import frozen_params, initial_params, make_parts
-from lcm_jax.workdir import Held, hold
+from lcm_jax.host import compile_cache, files
+from lcm_jax.parallel import processes
+from lcm_jax.parallel.mesh import split_cpu
+from lcm_jax.training import saved_step
+from lcm_jax.training.loop import train
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a run ended: at which step, and the signal that stopped it early (0: none)."""
-
-    step: int
-    signal: int
-
-
-def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) -> Result:
-    """Trains until `config.steps`, or until SIGINT or SIGTERM, and leaves a checkpoint of the last step in `workdir`.
-
-    Args:
-      config, workdir: of the run.
-      compiled: a file of `plan --save`, from which the step is taken if it fits.
-
-    Raises:
-      UserError: a mistake in the configuration, the folder, the data or the workdir; processes that differ in these; a
-        folder or data that changed since the run began; a workdir that another run holds, or that is deleted, moved or
-        taken in mid-run; a loss that stays non-finite.
-    """
-    workdir = epath.Path(workdir)
-    # ---- the machine
-    # before anything in which processes that differ would wait for each other
-    agreement.agree(config_lib.facts(config) | identity.of_code() | agreement.settings())
-    agreement.agree(agreement.of_devices(found_devices()))
-    mesh = make_mesh(config.mesh)
-    check_batch(config.batch_size, config.accumulate, mesh)
-    if config.profile.steps and config.profile.steps[1] > config.steps:
-        raise UserError(f"config.profile.steps={config.profile.steps} goes beyond the last step, {config.steps}")
-    with hold(workdir) as held:
-        return _train(config, workdir, compiled, mesh, held)
-
-
-def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh, held: Held) -> Result:
-    """Trains in a workdir that this run holds."""
-    begun = _claim(workdir, config)
-    ahead = Ahead(config, mesh, compiled)
-
-    # ---- models and state
-    folder, source = read_folder(config.model.folder), open_data(config.data)
-    inputs = _check_inputs(workdir, config, folder, source, begun)
-    tokenizer = load_tokenizer(folder)
-    parts = make_parts(config, folder, tokenizer)
-    program = make_program(config, parts, mesh)
-    checkpoints = Checkpoints(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-    restored = checkpoints.restore_newest(program.state)
-    if restored:
-        state, data_state, start = restored
-    else:
-        params = place(initial_params(config, parts, folder), program.state["params"])
-        state, data_state, start = program.start(params), None, 0
-    if start >= config.steps:
-        checkpoints.close()
-        return Result(start, 0)
-    profiled = config.profile
-    if profiled.steps and profiled.steps[1] <= start:
-        if is_first():
-            warnings.warn(f"config.profile.steps={profiled.steps} are over: step {start} is done", stacklevel=2)
-        profiled = ProfileConfig()
-    frozen = place(frozen_params(config, folder), program.frozen)
-
-    data = batches(
-        config.data,
-        tokenize=tokenizer,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        rows=program.rows,
-        vae=folder.components["vae"].params,
-        vae_config=folder.components["vae"].config,
-        source=source,
-    )
-    if data_state is not None:
-        data.set_state(data_state)
-    preview = make_preview(config, parts, tokenizer)
-    metrics = Metrics(workdir, start_step=start) if is_first() else None
-    console = Console(quiet=not is_first())
-    progress = Progress(config.steps, start, config.batch_size, console, compiled=compile_cache.summary)
-
-    def read(done: int, values: dict[str, jax.Array], waited: float) -> int:
-        """Waits for that step's metrics and passes them on; returns the signal that any process has received, or 0.
-
-        Raises: UserError if the loss stays non-finite.
-        """
-        scalars = {name: float(value) for name, value in jax.device_get(values).items()}
-        received = int(scalars.pop("stop"))
-        rate = progress.update(done, scalars["loss"])
-        if metrics and (done % config.log.every == 0 or done == config.steps):
-            held.check()
-            speed = {"images_per_second": rate} if math.isfinite(rate) else {}  # the first step has none
-            metrics.scalars(done, {**scalars, **speed, "data_wait_seconds": waited})
-        if scalars["skipped"] >= config.max_skipped:
-            checkpoints.wait()
-            raise UserError(_diverged(workdir, config, done, checkpoints.newest_step()))
-        return received
-
-    # ---- the loop: dispatch step n, then read what step n-1 said
-    with (
-        checkpoints,
-        closing(data),
-        progress,
-        _stop_signals() as stop,
-        Profiler(profiled, workdir) as profiler,
-        closing(metrics) if metrics else nullcontext(),
-    ):
-        step = ahead.step(program.lower())
-        meet("step compiled")  # it may take one longer than the devices wait for each other
-        pending, received, last, done = None, 0, False, start
-        while not last:
-            before = time.perf_counter()
-            batch = program.put(next(data))
-            waited = time.perf_counter() - before
-            with profiler.step(done + 1):
-                state, values = step(state, frozen, batch, program.put_stop(stop.signal))
-            if pending:
-                received = read(*pending)
-            done += 1
-            pending = (done, values, waited)
-
-            last = done == config.steps or received != 0
-            save = last or done % config.checkpoint.every == 0
-            show = config.log.samples_every and (done % config.log.samples_every == 0 or done == config.steps)
-            if save or show or profiler.is_last(done):
-                received = read(*pending) or received  # so that no state is saved whose loss has not been seen
-                pending, last = None, last or received != 0
-            if profiler.is_last(done):
-                held.check()
-                profiler.stop()
-            if save or last:
-                held.check()
-                _put_back(workdir, config, inputs)
-                if metrics:
-                    metrics.flush()
-                checkpoints.save(done, state, data.get_state())
-            if show:
-                pictures = preview(*program.whole((state["ema"] or state["params"], frozen)))
-                held.check()
-                if metrics:
-                    metrics.images(done, "samples", pictures)
-                    write_png(workdir / "samples" / f"step_{done:06d}.png", grid(pictures, columns=8))
-    held.check()
-    _put_back(workdir, config, inputs)
-    checkpoints.check_there(done)
-    return Result(done, received if done < config.steps else 0)
-
-
-def _claim(workdir: epath.Path, config: Config) -> bool:
-    """Makes the workdir this run's own, or checks that it is; one without a checkpoint has nothing to lose.
-
-    Returns: whether the run has begun already. Then config.json is not written before its inputs are checked.
-    """
-    for name in () if files.in_bucket(workdir) else (FOLDER, "samples", "tensorboard"):
-        if (workdir / name).exists() and not (workdir / name).is_dir():
-            raise UserError(f"--workdir={workdir}: {workdir / name} is a file; move it away, or choose another folder")
-    begun = bool(good_steps(workdir / FOLDER))
-    if begun:
-        config_path = workdir / "config.json"
-        with files.one_line(config_path, "read"):
-            there = config_path.exists()
-        if not there:
-            raise UserError(
-                f"--workdir={workdir} has checkpoints, but no config.json to say of which run; put it back (the "
-                "command that began this run writes the same one when it begins in a new --workdir), or choose another"
-            )
-        stored = config_lib.load_resolved(workdir)
-        config_lib.check_same_run(config, stored, workdir, places=not identity.recorded(workdir))
-    meet("config.json read")
-    if not begun:
-        _write_config(workdir, config)
-    return begun
-
-
-def _write_config(workdir: epath.Path, config: Config) -> None:
-    if not is_first():
-        return
-    try:
-        files.write(workdir / "config.json", config_lib.resolved(config))
-    except UserError as error:
-        raise type(error)(f"--workdir={workdir}: {error}") from None
-
-
-Inputs = dict[str, identity.Identity]
-
-
-def _check_inputs(workdir: epath.Path, config: Config, folder: Folder, source: Source, begun: bool) -> Inputs:
-    """Returns what the run reads, recorded in the workdir.
-
-    Raises: UserError unless folder, data and workdir are the same on all processes, and as when the run began.
-    """
-    now = {"model": identity.of_folder(folder), "data": identity.of_data(source)}
-    problem = identity.changed(workdir, now) if begun else ""
-    agreement.agree(now["model"].facts | now["data"].facts, problem)
-    if is_first():
-        identity.record(workdir, now)
-    if begun:
-        _write_config(workdir, config)
-    meet("config.json written")
-    agreement.agree({"what is in --workdir (config.json)": identity.of_config(workdir)})
-    return now
-
-
-def _put_back(workdir: epath.Path, config: Config, inputs: Inputs) -> None:
-    """Writes config.json and the record of the inputs again where they were deleted in mid-run.
-
-    Without them the run could be neither exported nor resumed.
-    """
-    if not is_first():
-        return
-    files.forget_listings(workdir)
-    for name, write in (
-        ("config.json", lambda: _write_config(workdir, config)),
-        (identity.RECORD, lambda: identity.record(workdir, inputs)),
-    ):
-        with files.one_line(workdir / name, "read"):
-            there = (workdir / name).exists()
-        if not there:
-            warnings.warn(f"{workdir / name} was deleted in mid-run; it is written again", stacklevel=2)
-            write()
-
-
-def _diverged(workdir: epath.Path, config: Config, step: int, good: int | None) -> str:
-    kept = (
-        f"the checkpoint of step {good} in {workdir}/checkpoints is good" if good else "no checkpoint was written yet"
-    )
-    return (
-        f"loss or gradient was not finite in {config.max_skipped} steps in a row, up to step {step}; {kept}; "
-        f"try a smaller config.optimizer.learning_rate (now {config.optimizer.learning_rate:g}) in a new workdir"
-    )
-
-
-@dataclasses.dataclass
-class _Stop:
-    signal: int = 0
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads; a second Ctrl-C interrupts at once."""
-    stop = _Stop()
-
-    def handler(number: int, _: Any) -> None:
-        if stop.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the command; `argv` without the program's name. Returns the exit code."""
+def main(argv: Sequence[str], devices: Sequence[Any] | None = None) -> int:
+    """Runs the command; `argv` without the program's name. Returns the exit code. `devices`: as `train` takes them."""
     parser = cli.parser("train", __doc__)
     parser.add_argument("--config", required=True, help="a file of configs/, with its variant: configs/digits.py:smoke")
     parser.add_argument("--workdir", required=True, type=cli.workdir, help="of this run: a folder, or gs://BUCKET/PATH")
@@ -312,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         args, overrides = parser.parse_with_config(argv)
         where = processes.find(args.coordinator, args.num_processes, args.process_id, args.wait)
         if args.compiled is not None:
-            compiled_step.given(args.compiled)
+            saved_step.given(args.compiled)
         config = config_lib.load(args.config, overrides)
     except UserError as error:  # of this process alone, perhaps
         processes.tell(processes.find_leniently(argv), error)
@@ -320,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     split_cpu(config.mesh.cpu_devices)
     compile_cache.enable()
     with processes.Processes(where, args.wait):
-        result = train(config, args.workdir, args.compiled)
+        result = train(config, args.workdir, args.compiled, devices)
         speaks = processes.is_first()
     if not speaks:
         return 128 + result.signal if result.signal else 0

@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def digits_data_dir(tmp_path_factory):
     """A data_dir in which captioned_digits is prepared, once for all tests and workers, as training does it."""
-    from lcm_jax.data.sources import open_source
+    from lcm_jax.data.sources.tfds import open_source
 
     root = tmp_path_factory.getbasetemp()  # of this worker; above it is what they share, and the preparation locks
     root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "digits"
@@ -72,16 +72,3 @@ def quick(digits_data_dir, tmp_path_factory):
         "--config.checkpoint.every=2",
         "--config.log.samples_every=0",
     ]
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    """Runs of the train command take one device: eight copies of each array make Orbax slow and nothing clearer."""
-    import jax
-
-    from lcm_jax import train
-    from lcm_jax.parallel.mesh import make_mesh
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        yield

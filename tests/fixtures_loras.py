@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from lcm_jax import lora
+from lcm_jax.adapters import lora
 from lcm_jax.interop.folder import Folder
 
 UNET_TARGETS = (

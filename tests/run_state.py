@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lcm_jax import checkpoint
+from lcm_jax.training import checkpoint
 
 ITEMS = ("params", "ema", "opt_state", "counters")
 

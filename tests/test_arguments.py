@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import lcm_jax
-from lcm_jax import arguments
 from lcm_jax.errors import UserError
+from lcm_jax.host import arguments
 
 NOT_WHOLE = "; supported: a whole number"
 NOT_A_NUMBER = "; supported: a finite number"

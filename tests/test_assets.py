@@ -7,12 +7,12 @@ import pytest
 
 import lcm_jax
 from lcm_jax.config import load
-from lcm_jax.evaluation import teacher
+from lcm_jax.digits import teacher_rows
 from lcm_jax.export import recipe_of
 from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
-from lcm_jax.state import initial_params, make_parts
+from lcm_jax.training.state import initial_params, make_parts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT = "a red seven on a blue background"
@@ -53,9 +53,11 @@ def test_diffusers_runs_what_is_exported_from_it(config, tmp_path):
 
 def test_its_evaluation_is_its_own(config):
     """The rows that come with the package were measured with the files that come with it."""
-    rows, machine = teacher.shipped()
-    assert [(row.name, row.steps) for row in rows] == [(n, s) for n in teacher.SAMPLERS.values() for s in teacher.STEPS]
-    assert teacher.folder_hash(pathlib.Path(config.model.folder)) == teacher.folder_hash(teacher.TEACHER)
+    rows, machine = teacher_rows.shipped()
+    assert [(row.name, row.steps) for row in rows] == [
+        (n, s) for n in teacher_rows.SAMPLERS.values() for s in teacher_rows.STEPS
+    ]
+    assert teacher_rows.folder_hash(pathlib.Path(config.model.folder)) == teacher_rows.folder_hash(teacher_rows.TEACHER)
     assert machine
 
 

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 
 from lcm_jax import blank
 from lcm_jax.blank import PRESETS, TOKENS, ZERO_INIT, write_blank
-from lcm_jax.data.digits import ALL_PAIRS, PHRASES, caption
+from lcm_jax.digits.dataset import ALL_PAIRS, PHRASES, caption
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import make_network, read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer

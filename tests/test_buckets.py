@@ -9,16 +9,18 @@ import time
 
 import pytest
 from bucket_server import serve
+from commands import train_on_one
 from etils import epath
 from event_files import visible
 
-from lcm_jax import checkpoint, cli, export, metrics, train, workdir
+from lcm_jax import cli, export
 from lcm_jax.errors import Unavailable, UserError
+from lcm_jax.monitor import tensorboard
+from lcm_jax.training import checkpoint, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 pytestmark = [
-    pytest.mark.usefixtures("one_device"),
     pytest.mark.filterwarnings("ignore:Sending a large body directly"),  # gcsfs, of objects beyond a megabyte
 ]
 
@@ -86,11 +88,11 @@ def _files(folder):
 def test_what_is_damaged_or_cut_short_is_passed_over(bucket, quick, capsys):
     run = bucket / "runs" / "damaged"
     four = [*quick, f"--workdir={run}", "--config.steps=4"]
-    assert cli.run(train.main, four) == 0
+    assert train_on_one(four) == 0
     before = state(run, 4)
     meta = run / "checkpoints" / "4" / "meta" / "metadata"
     meta.write_text(meta.read_text().replace('"crc": ', '"crc": 1'))
-    assert cli.run(train.main, four) == 0
+    assert train_on_one(four) == 0
     said = f"step 4 is damaged (its description does not have its checksum); going on from step 2; it is kept as {run}"
     assert said in capsys.readouterr().err
     assert state(run, 4) == before
@@ -99,21 +101,21 @@ def test_what_is_damaged_or_cut_short_is_passed_over(bucket, quick, capsys):
     (run / "checkpoints" / "4" / "commit_success.txt").unlink()  # the object that Orbax writes last
     assert steps(run) == [2]
     (run / "checkpoints" / "2" / "params" / "d").rmtree()
-    assert cli.run(train.main, four) == 2
+    assert train_on_one(four) == 2
     assert f"{run}/checkpoints: no checkpoint is whole (step 2: " in capsys.readouterr().err
 
 
 def test_a_profile_goes_to_the_bucket(bucket, quick):
     run = bucket / "runs" / "profile"
-    assert cli.run(train.main, [*quick, f"--workdir={run}", "--config.profile.steps=(2, 3)", "--config.steps=4"]) == 0
+    assert train_on_one([*quick, f"--workdir={run}", "--config.profile.steps=(2, 3)", "--config.steps=4"]) == 0
     (session,) = (run / "profile" / "process_0" / "plugins" / "profile").iterdir()
     assert any(path.name.endswith(".xplane.pb") for path in session.iterdir())
 
 
 def test_curves_grow_in_parts(bucket, monkeypatch):
     run = bucket / "runs" / "curves"
-    monkeypatch.setattr(metrics, "PART", 2000)
-    written = metrics.Metrics(run)
+    monkeypatch.setattr(tensorboard, "PART", 2000)
+    written = tensorboard.Metrics(run)
     for step in range(100):
         written.scalars(step, {"loss": step / 100})
         if step % 10 == 9:
@@ -124,7 +126,7 @@ def test_curves_grow_in_parts(bucket, monkeypatch):
     parts = list((run / "tensorboard").iterdir())
     assert 2 < len(parts) < 10
     assert [step for step, _ in visible(run)["loss"]] == list(range(101))
-    resumed = metrics.Metrics(run, start_step=50)
+    resumed = tensorboard.Metrics(run, start_step=50)
     resumed.close()
     assert [step for step, _ in visible(run)["loss"]] == list(range(51))
 
@@ -142,7 +144,7 @@ def test_curves_grow_in_parts(bucket, monkeypatch):
 )
 def test_places_that_do_not_do(bucket, quick, tmp_path, monkeypatch, capsys, workdir, message):
     monkeypatch.chdir(tmp_path)
-    assert cli.run(train.main, [*quick, f"--workdir={workdir}"]) == 2
+    assert train_on_one([*quick, f"--workdir={workdir}"]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -153,14 +155,14 @@ def test_a_bucket_that_does_not_answer_is_not_an_empty_one(bucket, quick, monkey
         raise OSError(why)
 
     monkeypatch.setattr(type(bucket), "iterdir", refuse)
-    assert cli.run(train.main, [*quick, f"--workdir={bucket}/runs/refused"]) == code  # 1: worth another start
+    assert train_on_one([*quick, f"--workdir={bucket}/runs/refused"]) == code  # 1: worth another start
     said = f"gs://bucket/runs/refused/checkpoints can't be read: {' '.join(why.split())}\n"
     assert capsys.readouterr().err.endswith(said)
 
 
 def test_without_gcsfs(bucket, quick, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.run(train.main, [*quick, "--workdir=gs://bucket/run"]) == 2
+    assert train_on_one([*quick, "--workdir=gs://bucket/run"]) == 2
     assert 'needs gcsfs: pip install gcsfs, or lcm_jax with its extra "tpu"' in capsys.readouterr().err
 
 

@@ -13,13 +13,14 @@ from compiling import QUICK_FLAGS
 from fixtures_folders import write_little
 from jax._src import compilation_cache
 
-from lcm_jax import cache_entries, compile_cache
+from lcm_jax.host import cache_entries, compile_cache
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = """
 import sys
 from importlib import import_module
-from lcm_jax import cli, compile_cache
+from lcm_jax import cli
+from lcm_jax.host import compile_cache
 name = sys.argv[1]
 code = cli.run(import_module(f"lcm_jax.{name}").main, sys.argv[2:], name)
 print(compile_cache.summary())

@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import train_on_one
 
-from lcm_jax import cache_entries, cli, compile_cache, compiled_step, plan, train
-from lcm_jax.checkpoint import restore_params
-from lcm_jax.compiled_step import Ahead
+from lcm_jax import cli, plan
 from lcm_jax.config import Config, ModelConfig
-from lcm_jax.parallel import program
+from lcm_jax.host import cache_entries, compile_cache
 from lcm_jax.parallel.mesh import MeshConfig, make_mesh
+from lcm_jax.training import program, saved_step
+from lcm_jax.training.checkpoint import restore_params
+from lcm_jax.training.saved_step import Ahead
 
 
 @pytest.fixture
@@ -45,14 +47,13 @@ def compiled(monkeypatch):
 
 
 def run(quick, workdir, *more):
-    return cli.run(train.main, [*quick, "--config.steps=2", f"--workdir={workdir}", *more])
+    return train_on_one([*quick, "--config.steps=2", f"--workdir={workdir}", *more])
 
 
 def weights(workdir):
     return jax.tree.leaves(restore_params(workdir, "student")[0])
 
 
-@pytest.mark.usefixtures("one_device")
 def test_a_second_start_reads_the_step(quick, cache, compiled, tmp_path):
     for folder in ("first", "second"):
         assert run(quick, tmp_path / folder) == 0
@@ -62,7 +63,6 @@ def test_a_second_start_reads_the_step(quick, cache, compiled, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.usefixtures("one_device")
 def test_train_takes_the_step_that_plan_saved(quick, cache, compiled, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan, "make_mesh", lambda config, devices: make_mesh(config, devices[:1]))
     saved = tmp_path / "saved"
@@ -91,7 +91,7 @@ def lowered():
 
 
 def sealed(rest):
-    return compiled_step._BEGIN + hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
+    return saved_step._BEGIN + hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
 
 
 def with_header(change):
@@ -167,7 +167,7 @@ def test_no_other_step_is_taken(harm, said, heard, cache, compiled, capsys, monk
     assert kept.stat().st_mode & 0o777 == 0o600
     kept.write_bytes(harm(kept.read_bytes()))
     with monkeypatch.context() as patch:  # nothing of it is loaded
-        patch.setattr(compiled_step._Saved, "load", lambda *_: pytest.fail("loaded"))
+        patch.setattr(saved_step._Saved, "load", lambda *_: pytest.fail("loaded"))
         assert step(given=str(kept)) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"--compiled={kept} is not used: ")
@@ -209,7 +209,7 @@ def test_a_kept_step_is_this_users_own(harm, said, cache, compiled, capsys, monk
         harm(kept)
     else:
         monkeypatch.setattr(os, "geteuid", lambda user=os.geteuid(): user + 1)
-    monkeypatch.setattr(compiled_step._Saved, "load_executable", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(saved_step._Saved, "load_executable", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(cache_entries, "_warned", True)  # that it is not kept again
     Ahead(config, mesh).step(lowered())
     assert len(compiled) == 2

@@ -8,12 +8,13 @@ import pytest
 import torch
 from fixtures_folders import W_DIM
 
-from lcm_jax import checkpoint, cli, config, export, load_pipeline
+from lcm_jax import cli, config, export, load_pipeline
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.recipe import Recipe
 from lcm_jax.objectives.autoencoder import AutoencoderConfig
 from lcm_jax.objectives.lcd import LCDConfig
+from lcm_jax.training import checkpoint
 
 
 @pytest.fixture

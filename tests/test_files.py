@@ -6,7 +6,7 @@ import os
 import pytest
 
 from lcm_jax.errors import UserError
-from lcm_jax.files import write, write_json
+from lcm_jax.host.files import write, write_json
 
 
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):

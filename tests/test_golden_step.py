@@ -22,8 +22,8 @@ from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.names import file_key, from_file, to_file
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.objectives import lcd
-from lcm_jax.state import W_PROJECTION, frozen_params, initial_params, initial_state, make_parts
-from lcm_jax.step import make_step
+from lcm_jax.training.state import W_PROJECTION, frozen_params, initial_params, initial_state, make_parts
+from lcm_jax.training.step import make_step
 
 BATCH, SIZE, W_DIM = 3, 8, 32
 LEARNING_RATES = (5e-4, 1e-3)  # a warm-up of two steps

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lcm_jax.errors import UserError
-from lcm_jax.grids import GAP, LABEL, grid, write_png
+from lcm_jax.host.images import GAP, LABEL, grid, write_png
 
 
 def pictures(n, h=6, w=40):

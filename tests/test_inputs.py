@@ -6,17 +6,19 @@ import shutil
 
 import numpy as np
 import pytest
+from commands import train_on_one
 from safetensors.numpy import load_file, save_file
 from stored_records import rewrite, shout, turned
 from transformers import CLIPTokenizer
 
-from lcm_jax import cli, export, identity, train
+from lcm_jax import export
+from lcm_jax.adapters.lora import LoraConfig
 from lcm_jax.config import load_resolved, resolved
-from lcm_jax.data.sources import Source, open_source
+from lcm_jax.data.sources.tfds import Source, open_source
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
-from lcm_jax.lora import LoraConfig
 from lcm_jax.objectives.autoencoder import AutoencoderConfig
+from lcm_jax.training import identity, loop
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -35,10 +37,10 @@ class Run:
             (original,) = (o.partition("=")[2] for o in quick if o.startswith(f"--config.{name}="))
             shutil.copytree(original, copy)
         self.options = [*quick, "--config.data.split=validation", f"--workdir={self.workdir}"]
-        monkeypatch.setattr(train, "load_tokenizer", self._reached)
+        monkeypatch.setattr(loop, "load_tokenizer", self._reached)
         self._patch = monkeypatch
         self.accepted()
-        monkeypatch.setattr(train, "good_steps", lambda _: [2])  # begun: a checkpoint is there
+        monkeypatch.setattr(loop, "good_steps", lambda _: [2])  # begun: a checkpoint is there
 
     @staticmethod
     def _reached(_):
@@ -46,7 +48,7 @@ class Run:
 
     def start(self, *more):
         places = [f"--config.model.folder={self.model}", f"--config.data.data_dir={self.data}"]
-        return cli.run(train.main, [*self.options, *places, *more])
+        return train_on_one([*self.options, *places, *more])
 
     def accepted(self):
         with pytest.raises(Reached):
@@ -54,7 +56,7 @@ class Run:
 
 
 @pytest.fixture
-def run(quick, tmp_path, monkeypatch, one_device):
+def run(quick, tmp_path, monkeypatch):
     return Run(quick, tmp_path, monkeypatch)
 
 

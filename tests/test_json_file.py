@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lcm_jax import json_file
 from lcm_jax.errors import UserError
+from lcm_jax.host import json_file
 
 
 def test_an_object_is_returned_as_it_is(tmp_path):

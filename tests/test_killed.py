@@ -16,7 +16,7 @@ from compiling import QUICK_FLAGS
 from fixtures_folders import write_little
 from run_state import ITEMS, assert_same_bits, everything
 
-from lcm_jax.checkpoint import good_steps
+from lcm_jax.training.checkpoint import good_steps
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS, EVERY = 12, 3
@@ -31,7 +31,9 @@ SAVING, BETWEEN = ("saving", 2 * EVERY), ("training", EVERY + 1)  # moments
 # of a process' time goes into its start.
 PROGRAM = """
 import json, os, sys, time
-from lcm_jax import checkpoint, cli, progress, train
+from lcm_jax.training import checkpoint
+from lcm_jax import cli, train
+from lcm_jax.monitor import progress
 save, update = checkpoint.Checkpoints.save, progress.Progress.update
 def strike(*now):
     if now == tuple(moment):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fixtures_loras import UNET_TARGETS, random_adapter
 
-from lcm_jax import lora, side_branch
+from lcm_jax.adapters import lora, side_branch
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import make_network, read_folder
 

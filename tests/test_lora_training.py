@@ -10,27 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from commands import train_on_one
 from compiling import QUICK
 from fixtures_folders import write_little
 from safetensors import safe_open
 
 import lcm_jax
-from lcm_jax import blank, cli, export, identity, lora, sample, train
-from lcm_jax.checkpoint import restore_params
+from lcm_jax import blank, cli, export, sample
+from lcm_jax.adapters import lora
+from lcm_jax.adapters.lora import LoraConfig
 from lcm_jax.config import Config, ModelConfig, from_dict, load_resolved
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.errors import UserError
+from lcm_jax.inference.verify import verify
 from lcm_jax.interop.folder import read_folder
-from lcm_jax.interop.lora_file import read_header, read_lora, write_lora
+from lcm_jax.interop.lora.file import read_header, read_lora, write_lora
 from lcm_jax.interop.recipe import Recipe
 from lcm_jax.interop.tokenizer import load_tokenizer
-from lcm_jax.interop.verify import verify
-from lcm_jax.lora import LoraConfig
-from lcm_jax.losses import make_loss
 from lcm_jax.objectives.denoising import DenoisingConfig
 from lcm_jax.objectives.lcd import LCDConfig
-from lcm_jax.previews import make_preview
-from lcm_jax.state import frozen_params, initial_params, make_parts
+from lcm_jax.training import identity
+from lcm_jax.training.checkpoint import restore_params
+from lcm_jax.training.losses import make_loss
+from lcm_jax.training.previews import make_preview
+from lcm_jax.training.state import frozen_params, initial_params, make_parts
 
 TOLD = LCDConfig(w_embedding_dim=0, huber_c=0.1)
 BOTH = DenoisingConfig(train_text_encoder=True)
@@ -181,7 +184,7 @@ OTHERS = r"mid_block\..*(conv1|to_q)"
 
 
 @pytest.fixture(scope="module")
-def run(folder, digits_data_dir, tmp_path_factory, one_device):
+def run(folder, digits_data_dir, tmp_path_factory):
     """A run of two steps."""
     root = tmp_path_factory.mktemp("lora")
     (root / "config.py").write_text(
@@ -206,7 +209,7 @@ def run(folder, digits_data_dir, tmp_path_factory, one_device):
         "    return config\n"
     )
 
-    assert cli.run(train.main, [f"--config={root}/config.py", f"--workdir={root}/run"]) == 0
+    assert train_on_one([f"--config={root}/config.py", f"--workdir={root}/run"]) == 0
     return root / "run"
 
 
@@ -307,7 +310,7 @@ def test_its_own_timesteps_are_taken(files, folder, tmp_path):
 
 
 def test_closing_lines_and_mistakes(run, files, folder, capsys, tmp_path):
-    assert cli.run(train.main, [f"--config={run.parent}/config.py", f"--workdir={run}"]) == 0
+    assert train_on_one([f"--config={run.parent}/config.py", f"--workdir={run}"]) == 0
     assert f"lcm_jax.export --workdir={run} --out={run}/lora.safetensors" in capsys.readouterr().out
     assert cli.run(export.main, [f"--workdir={run}", f"--out={tmp_path / 'x.safetensors'}"]) == 0
     *_, line = capsys.readouterr().out.splitlines()

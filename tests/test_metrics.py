@@ -15,7 +15,7 @@ from event_files import events, visible
 from PIL import Image
 
 from lcm_jax.errors import UserError
-from lcm_jax.metrics import Metrics
+from lcm_jax.monitor.tensorboard import Metrics
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from fixtures_folders import write_little
 
-from lcm_jax import train
 from lcm_jax.config import CheckpointConfig, Config, LogConfig, ModelConfig, default_config, from_dict
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.parallel.mesh import MeshConfig
-from lcm_jax.previews import make_preview
-from lcm_jax.state import frozen_params, initial_params, initial_state, make_parts
-from lcm_jax.step import make_step
+from lcm_jax.training.loop import train
+from lcm_jax.training.previews import make_preview
+from lcm_jax.training.state import frozen_params, initial_params, initial_state, make_parts
+from lcm_jax.training.step import make_step
 
 SIZE = 8  # pixels
 CPU, TPU = types.SimpleNamespace(platform="cpu"), types.SimpleNamespace(platform="tpu")
@@ -208,7 +208,7 @@ def test_a_preview_follows_its_options(folder):
 )
 def test_a_preview_is_guided_as_a_pipeline_is(folder, changes, guided, monkeypatch):
     made = []
-    monkeypatch.setattr("lcm_jax.previews.Sampler", lambda **options: made.append(options))
+    monkeypatch.setattr("lcm_jax.training.previews.Sampler", lambda **options: made.append(options))
     config = configure(folder, changes)
     make_preview(config, make_parts(config, folder, load_tokenizer(folder)), load_tokenizer(folder))
     assert [options["guided"] for options in made] == [guided]
@@ -230,14 +230,13 @@ def leavings(folder, workdir, digits_data_dir, changes):
             **changes,
         },
     )
-    train.train(config, workdir)
+    train(config, workdir, devices=jax.devices()[:1])
     checkpoints = {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
     samples = {path.name for path in (workdir / "samples").iterdir()} if (workdir / "samples").exists() else set()
     size = sum(path.stat().st_size for path in (workdir / "tensorboard").iterdir())
     return checkpoints, samples, size
 
 
-@pytest.mark.usefixtures("one_device")
 def test_the_loop_does_what_it_is_told(folder, tmp_path, digits_data_dir):
     def run(name, **changes):
         options = {key.replace("__", "."): value for key, value in changes.items()}
@@ -256,7 +255,6 @@ def test_the_loop_does_what_it_is_told(folder, tmp_path, digits_data_dir):
     assert more > size
 
 
-@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("allowed", [1, 3])
 def test_max_skipped_is_how_many_steps_are_forgiven(allowed, folder, tmp_path, digits_data_dir):
     changes = {"max_skipped": allowed, "autoencoder.kl_weight": 3e38, "steps": 9}

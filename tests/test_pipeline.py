@@ -14,10 +14,10 @@ from fixtures_folders import latents
 from safetensors.numpy import load_file, save_file
 
 import lcm_jax
-from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError
-from lcm_jax.generate import generate, seed_key
-from lcm_jax.interop.verify import injected_noise
+from lcm_jax.inference.generate import generate, seed_key
+from lcm_jax.inference.verify import injected_noise
+from lcm_jax.interop.scheduler import read_schedule
 
 PROMPTS = ["a red seven", "red red words"]
 SHAPE = (2, 8, 8, 4)
@@ -61,7 +61,7 @@ def test_diffusion_model_against_diffusers(teacher, teacher_pipeline, sampler, s
     options = {"clip_sample": True} if sampler == "ddim" else {}
     clipping = scheduler.from_config(teacher_pipeline.scheduler.config, timestep_spacing="trailing", **options)
     config = {**clipping.config, "set_alpha_to_one": False, "_class_name": scheduler.__name__}
-    assert Schedule.from_config(config) == teacher.schedule
+    assert read_schedule(config) == teacher.schedule
     parts = {**teacher_pipeline.components, "scheduler": clipping}
     teacher_pipeline = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     teacher_pipeline.set_progress_bar_config(disable=True)
@@ -201,7 +201,7 @@ def test_compiled_once_for_each_number_of_steps(lcm_folder, monkeypatch):
         traced.append(1)
         return generate(*args)
 
-    monkeypatch.setattr("lcm_jax.pipeline.generate", counted)
+    monkeypatch.setattr("lcm_jax.inference.pipeline.generate", counted)
     pipe = lcm_jax.load_pipeline(lcm_folder)
     for seed, scale in ((0, 5.0), (1, 8.0), (2, None)):
         pipe(PROMPTS, 1, scale, seed)

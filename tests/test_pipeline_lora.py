@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 
 from lcm_jax import cli, export, load_pipeline, sample
 from lcm_jax.errors import UserError
+from lcm_jax.inference.verify import verify
 from lcm_jax.interop.folder import read_folder
-from lcm_jax.interop.lora_file import write_lora
-from lcm_jax.interop.verify import verify
+from lcm_jax.interop.lora.file import write_lora
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 

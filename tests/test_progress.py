@@ -8,8 +8,8 @@ import types
 import pytest
 from rich.console import Console
 
-from lcm_jax import progress
-from lcm_jax.progress import Progress
+from lcm_jax.monitor import progress
+from lcm_jax.monitor.progress import Progress
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from lcm_jax import cli, load_pipeline, sample
 from lcm_jax.errors import UserError
-from lcm_jax.grids import GAP, LABEL
+from lcm_jax.host.images import GAP, LABEL
 
 
 def test_one_prompt(lcm_folder, tmp_path, capsys):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lcm_jax import unfinished
+from lcm_jax.host import unfinished
 
 
 def names(folder: pathlib.Path) -> list[str]:

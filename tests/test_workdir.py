@@ -11,12 +11,13 @@ import threading
 import time
 
 import pytest
+from commands import train_on_one
 
-from lcm_jax import cli, train, workdir
-from lcm_jax.checkpoint import good_steps
 from lcm_jax.errors import Unavailable, UserError
-from lcm_jax.progress import Progress
-from lcm_jax.workdir import LOCK, hold
+from lcm_jax.monitor.progress import Progress
+from lcm_jax.training import workdir
+from lcm_jax.training.checkpoint import good_steps
+from lcm_jax.training.workdir import LOCK, hold
 
 
 @pytest.fixture
@@ -217,7 +218,6 @@ def without_checkpoints(folder):
     shutil.rmtree(folder / "checkpoints")
 
 
-@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(
     ("harm", "step", "said"),
     [
@@ -234,14 +234,13 @@ def test_training_ends_at_its_next_write(harm, step, said, quick, tmp_path, monk
         return update(self, done, loss)
 
     monkeypatch.setattr(Progress, "update", harmed)
-    assert cli.run(train.main, [*quick, f"--workdir={run}"]) == 2
+    assert train_on_one([*quick, f"--workdir={run}"]) == 2
     out, err = capsys.readouterr()
     assert said.format(run=run) in err.splitlines()[-1]
     assert "Done" not in out
     assert not (run / LOCK).exists()
 
 
-@pytest.mark.usefixtures("one_device")
 def test_a_run_s_description_is_put_back_and_missed(quick, tmp_path, monkeypatch, capsys):
     run, update, names = tmp_path / "run", Progress.update, ("config.json", "inputs.json")
     content = {}
@@ -254,21 +253,20 @@ def test_a_run_s_description_is_put_back_and_missed(quick, tmp_path, monkeypatch
         return update(self, done, loss)
 
     monkeypatch.setattr(Progress, "update", harmed)
-    assert cli.run(train.main, [*quick, f"--workdir={run}"]) == 0
+    assert train_on_one([*quick, f"--workdir={run}"]) == 0
     out, err = capsys.readouterr()
     assert "Done" in out
     assert {name: (run / name).read_bytes() for name in names} == content
     for name in names:
         assert err.count(f"lcm-jax train: warning: {run / name} was deleted in mid-run; it is written again\n") == 2
     (run / "config.json").unlink()
-    assert cli.run(train.main, [*quick, f"--workdir={run}"]) == 2
+    assert train_on_one([*quick, f"--workdir={run}"]) == 2
     assert f"error: --workdir={run} has checkpoints, but no config.json" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("one_device")
 def test_a_second_training_is_one_line(quick, tmp_path, capsys):
     with hold(tmp_path):
-        assert cli.run(train.main, [*quick, f"--workdir={tmp_path}"]) == 2
+        assert train_on_one([*quick, f"--workdir={tmp_path}"]) == 2
         err = capsys.readouterr().err
         assert f"error: --workdir={tmp_path}: process {os.getpid()} on " in err
         assert [path.name for path in tmp_path.iterdir()] == [LOCK]

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from lcm_jax.data import images, latents
-from lcm_jax.data.sources import Source, open_source
+from lcm_jax.data.sources.tfds import Source, open_source
 from lcm_jax.errors import UserError, one_of
 
 Tokenize = Callable[[list[str]], Int32[np.ndarray, "batch length"]]

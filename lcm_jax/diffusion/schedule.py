@@ -8,15 +8,12 @@ float64 and become JAX's default float at use: float32, or float64 under enable_
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lcm_jax.diffusion import scheduler_config
 from lcm_jax.errors import UserError, one_of
 
 MOST_TIMESTEPS = 100_000  # a hundred times what models are trained with; the tables have one value per timestep
@@ -71,21 +68,6 @@ class Schedule:
                 f"beta_start {self.beta_start}, beta_end {self.beta_end} and num_train_timesteps {T} give a schedule "
                 "that does not fall from one timestep to the next to a positive number"
             )
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
-        """Reads scheduler_config.json; a key that is missing means what it means to the class that it names.
-
-        Raises:
-          UserError: a class or a value that isn't supported.
-        """
-        values = scheduler_config.read_values(config)
-        self = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
-        if (grid := values["original_inference_steps"]) > self.num_train_timesteps:
-            raise UserError(
-                f"original_inference_steps is {grid}, more than num_train_timesteps, {self.num_train_timesteps}"
-            )
-        return self
 
     # ---- tables
 

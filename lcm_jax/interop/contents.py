@@ -9,8 +9,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from lcm_jax import json_file
 from lcm_jax.errors import UserError, few
+from lcm_jax.host import json_file
 from lcm_jax.interop import model_index as model_index_json
 from lcm_jax.interop import places, weights
 from lcm_jax.models import MODEL_CLASSES

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from lcm_jax import json_file
-from lcm_jax.diffusion import scheduler_config
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError
+from lcm_jax.host import json_file
 from lcm_jax.interop import contents, hub, model_index, names, places, weights
 from lcm_jax.interop.fit import check_fit
 from lcm_jax.interop.model_index import NETWORK_CLASSES
+from lcm_jax.interop.scheduler import KNOWN as SCHEDULER_KEYS
+from lcm_jax.interop.scheduler import read_schedule
 from lcm_jax.interop.weight_faults import check_finite
 from lcm_jax.models import FP32, MODEL_CLASSES, Network, Policy
 from lcm_jax.models.config_json import warn_of_unknown
@@ -96,7 +97,7 @@ class Folder:
     def schedule(self) -> Schedule:
         """The noise schedule that scheduler_config.json describes; raises UserError if it isn't supported."""
         try:
-            return Schedule.from_config({**self.scheduler, "_class_name": self.scheduler_class})
+            return read_schedule({**self.scheduler, "_class_name": self.scheduler_class})
         except UserError as error:
             raise UserError(f"{self.path}/scheduler/scheduler_config.json: {error}") from None
 
@@ -179,7 +180,7 @@ def _warn_of_copied(path: pathlib.Path, classes: dict[str, str]) -> None:
 def _read_scheduler(path: pathlib.Path, pipeline_class: str) -> dict[str, Any]:
     where = path / "scheduler" / "scheduler_config.json"
     scheduler = json_file.read(where, largest=json_file.CONFIG)
-    warn_of_unknown(scheduler, scheduler_config.KNOWN, str(where))
+    warn_of_unknown(scheduler, SCHEDULER_KEYS, str(where))
     if pipeline_class == "LatentConsistencyModelPipeline" and scheduler.get("clip_sample"):
         raise UserError(f"{where}: clip_sample is on, and {pipeline_class} would clip latents; supported: false")
     return scheduler

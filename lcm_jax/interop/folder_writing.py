@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lcm_jax import json_file
 from lcm_jax.errors import UserError, few
+from lcm_jax.host import json_file
 from lcm_jax.interop import contents, names, places, weights
 from lcm_jax.interop.folder import Component, Folder, Source, make_network
 from lcm_jax.interop.recipe import RECIPE_FILE

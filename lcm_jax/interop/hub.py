@@ -4,8 +4,8 @@ import os
 import pathlib
 import re
 
-from lcm_jax import unfinished
 from lcm_jax.errors import UserError
+from lcm_jax.host import unfinished
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # No pickles, no single-file checkpoints of the whole model at the top, and the variant without a name only.

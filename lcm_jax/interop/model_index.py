@@ -4,8 +4,8 @@ import json
 import pathlib
 from typing import Any
 
-from lcm_jax import json_file
 from lcm_jax.errors import UserError, nearest, plain
+from lcm_jax.host import json_file
 from lcm_jax.interop import places
 
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")

@@ -6,8 +6,8 @@ The old folder is removed as a whole. A file that is nobody's copy would be lost
 import pathlib
 import re
 
-from lcm_jax import json_file
 from lcm_jax.errors import UserError, plain
+from lcm_jax.host import json_file
 from lcm_jax.interop import contents
 
 _FILES = ("model_index.json", "lcm_jax.json", ".gitattributes", ".gitignore", ".DS_Store")

@@ -18,8 +18,8 @@ import pathlib
 import re
 from typing import Any
 
-from lcm_jax import json_file
 from lcm_jax.errors import UserError, plain
+from lcm_jax.host import json_file
 
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a blob: the SHA-1 or SHA-256 of its content
 _LONGEST_NAME = 255  # bytes, the limit of the usual file systems

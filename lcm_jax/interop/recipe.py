@@ -6,11 +6,11 @@ import pathlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from lcm_jax import json_file
+from lcm_jax.diffusion.distances import DISTANCES
 from lcm_jax.diffusion.solvers import SOLVERS
 from lcm_jax.errors import UserError
-from lcm_jax.json_file import INTEGER, NUMBER, POSITIVE, TEXT, WHOLE, Kind
-from lcm_jax.objectives.lcd import DISTANCES
+from lcm_jax.host import json_file
+from lcm_jax.host.json_file import INTEGER, NUMBER, POSITIVE, TEXT, WHOLE, Kind
 
 RECIPE_FILE = "lcm_jax.json"
 HEADER_KEY = "lcm_jax"

@@ -8,8 +8,8 @@ import shutil
 import stat
 from collections.abc import Iterator
 
-from lcm_jax import files, unfinished
 from lcm_jax.errors import UserError
+from lcm_jax.host import files, unfinished
 from lcm_jax.interop.old_folder import check_replaceable
 from lcm_jax.interop.weights import is_weights
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcm_jax import arguments, json_file
 from lcm_jax.errors import UserError, few, plain
+from lcm_jax.host import arguments, json_file
 from lcm_jax.interop.folder import Folder
 from lcm_jax.models import CLIPTextConfig
 

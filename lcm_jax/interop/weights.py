@@ -20,8 +20,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lcm_jax import json_file
 from lcm_jax.errors import UserError, few
+from lcm_jax.host import json_file
 from lcm_jax.interop import places
 from lcm_jax.interop.weight_faults import unreadable
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lcm_jax.models.kernels.attend import Implementation, attend
 from lcm_jax.models.layers import conv
 from lcm_jax.models.norms import GroupNorm, LayerNorm
 from lcm_jax.models.policy import Policy
-from lcm_jax.models.scaled_dot_product import Implementation, attend
 
 
 class Attention(nnx.Module):

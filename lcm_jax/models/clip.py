@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lcm_jax import json_file
 from lcm_jax.errors import UserError, one_of
+from lcm_jax.host import json_file
 from lcm_jax.models.config_json import SIZE, check_fixed, check_size, read_values
 from lcm_jax.models.policy import FP32, Policy
 

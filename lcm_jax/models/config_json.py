@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lcm_jax import json_file
 from lcm_jax.errors import UserError, few, plain
+from lcm_jax.host import json_file
 
 LEVELS = 16  # max; published models have up to 4, and each halves the image
 MOST_TENSORS = 20_000  # a network of more takes minutes to describe; the UNet of SDXL has 1,680

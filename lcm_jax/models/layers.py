@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-from lcm_jax.models.convolution import convolve
+from lcm_jax.models.kernels.convolution import convolve
 from lcm_jax.models.norms import GroupNorm
 from lcm_jax.models.policy import Policy
 

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Num
 from lcm_jax.errors import one_of
 from lcm_jax.models.attention import Transformer2DModel
 from lcm_jax.models.blocks import REMAT, run_block
+from lcm_jax.models.kernels.attend import IMPLEMENTATIONS, Implementation
 from lcm_jax.models.layers import ResnetBlock2D, TimestepEmbedding, conv, enlarge, sinusoid
 from lcm_jax.models.norms import GroupNorm
 from lcm_jax.models.policy import FP32, Policy
-from lcm_jax.models.scaled_dot_product import IMPLEMENTATIONS, Implementation
 from lcm_jax.models.unet_config import CROSS, UNetConfig
 
 

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from lcm_jax import json_file
 from lcm_jax.errors import UserError, one_of
+from lcm_jax.host import json_file
 from lcm_jax.models.config_json import BLOCKS, SIZE, SIZES, check_fixed, check_size, per_level, read_values
 
 # whether a block has attention to the text

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lcm_jax import json_file
 from lcm_jax.errors import UserError, one_of
+from lcm_jax.host import json_file
 from lcm_jax.models.config_json import BLOCKS, SIZE, SIZES, check_fixed, check_size, per_level, read_values
 from lcm_jax.models.layers import ResnetBlock2D, conv, enlarge
 from lcm_jax.models.norms import GroupNorm

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lcm_jax.diffusion.consistency import consistency_function
+from lcm_jax.diffusion.distances import DISTANCES
 from lcm_jax.diffusion.guidance import cfg_denoiser, drop_condition, w_embedding
 from lcm_jax.diffusion.sampling import lcm_grid
 from lcm_jax.diffusion.schedule import Schedule
@@ -20,19 +21,6 @@ from lcm_jax.diffusion.solvers import SOLVERS
 from lcm_jax.errors import UserError, one_of
 
 Latent = Float[Array, "b h w c"]
-
-
-def huber(difference: Latent, c: float) -> Float[Array, ""]:
-    """Pseudo-Huber: the mean of sqrt(d^2 + c^2) - c."""
-    return jnp.mean(jnp.sqrt(difference**2 + c**2) - c)
-
-
-def l2(difference: Latent, c: float) -> Float[Array, ""]:
-    """The mean of d^2; c is not used."""
-    return jnp.mean(difference**2)
-
-
-DISTANCES: dict[str, Callable[[Latent, float], Float[Array, ""]]] = {"huber": huber, "l2": l2}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ import threading
 import time
 from typing import Any
 
-from lcm_jax import json_file
 from lcm_jax.errors import Unavailable, UserError, plain
+from lcm_jax.host import json_file
 
 TOKEN = "LCM_JAX_JOB_TOKEN"  # an environment variable, the same for all processes of a run, or set for none
 LINE = 8192  # bytes of a message: one of 500 characters, each of which JSON may write with 12

@@ -9,7 +9,7 @@ import numpy as np
 from lcm_jax.config import Config
 from lcm_jax.interop.folder import Component, Folder, read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
-from lcm_jax.state import Parts, make_parts
+from lcm_jax.training.state import Parts, make_parts
 
 
 def blueprint(config: Config) -> Parts:

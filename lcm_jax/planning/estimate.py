@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from lcm_jax.parallel.program import Program as Step
 from lcm_jax.planning import exchange_time
 from lcm_jax.planning.chips import Chip
 from lcm_jax.planning.compiled import COLLECTIVES, Collective, Operation, Program
 from lcm_jax.planning.exchange_time import Position
 from lcm_jax.planning.topology import Topology
+from lcm_jax.training.program import Program as Step
 
 Report = dict[str, Any]
 

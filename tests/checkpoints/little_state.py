@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import SingleDeviceSharding
 
-from lcm_jax.checkpoint import Checkpoints
+from lcm_jax.training.checkpoint import Checkpoints
 
 DATA = {"position": 7, "nested": {"2": [1, 2], "10": "ü"}}
 

@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from little_state import DATA, FILES, HARMS, assert_same_bits, like, make_state, restore, save
 
-from lcm_jax import checkpoint
-from lcm_jax.checkpoint import Checkpoints, checksums, good_steps, restore_params
 from lcm_jax.errors import UserError
+from lcm_jax.training import checkpoint
+from lcm_jax.training.checkpoint import Checkpoints, checksums, good_steps, restore_params
 
 # ---- the same bits
 

@@ -22,8 +22,8 @@ from little_state import (
     restore,
 )
 
-from lcm_jax.checkpoint import Checkpoints, good_steps, restore_params
 from lcm_jax.errors import UserError
+from lcm_jax.training.checkpoint import Checkpoints, good_steps, restore_params
 
 
 @pytest.mark.parametrize("harm", HARMS)

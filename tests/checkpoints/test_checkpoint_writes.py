@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec as P
 from little_state import DATA, assert_same_bits, like, make_state, restore, save
 from orbax.checkpoint._src.serialization import serialization
 
-from lcm_jax import orbax_noise
-from lcm_jax.checkpoint import Checkpoints, good_steps
 from lcm_jax.errors import UserError
+from lcm_jax.training import orbax_noise
+from lcm_jax.training.checkpoint import Checkpoints, good_steps
 
 # ---- while the next step runs
 

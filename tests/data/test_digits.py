@@ -9,14 +9,14 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lcm_jax.data import digits
-from lcm_jax.data.digits import ALL_PAIRS, COLOURS, HELD_OUT_PAIRS, SEEN_PAIRS, caption, draw
+from lcm_jax.digits import dataset
+from lcm_jax.digits.dataset import ALL_PAIRS, COLOURS, HELD_OUT_PAIRS, SEEN_PAIRS, caption, draw
 from lcm_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def grids():
-    return digits.load_grids()
+    return dataset.load_grids()
 
 
 def examples(builder, split):
@@ -51,15 +51,15 @@ def test_coverage_is_smoothstep_of_bicubic(grids):
     grid = grids[0][3]
     value = np.asarray(Image.fromarray(np.float32(grid / 16)).resize((24, 24), Image.Resampling.BICUBIC))
     s = np.clip((value - 0.3) / 0.4, 0, 1)
-    np.testing.assert_allclose(digits.coverage(grid), s**2 * (3 - 2 * s), atol=1e-5)
-    np.testing.assert_array_equal(digits.coverage(grids[0][:5])[3], digits.coverage(grid))
+    np.testing.assert_allclose(dataset.coverage(grid), s**2 * (3 - 2 * s), atol=1e-5)
+    np.testing.assert_array_equal(dataset.coverage(grids[0][:5])[3], dataset.coverage(grid))
 
 
 def test_italic_digits_are_slanted():
     """By 0.6 pixels a pixel of height to the right, around the middle; what is inked stays as much."""
     bar = np.zeros((8, 8))
     bar[:, 3:5] = 16
-    upright, italic = (digits.coverage(bar, style=style) for style in digits.STYLES)
+    upright, italic = (dataset.coverage(bar, style=style) for style in dataset.STYLES)
     columns = np.arange(24)
     centres = [(cover * columns).sum(1) / cover.sum(1) for cover in (upright, italic)]
     np.testing.assert_allclose(centres[0], 11.5, atol=0.01)
@@ -86,7 +86,7 @@ def test_italic_digits_differ_in_style_only(tmp_path):
 
 def test_a_drawn_digit_can_be_read(grids):
     """Classified by the nearest other drawn picture, almost every digit is itself: nothing was mirrored or mixed up."""
-    drawn = digits.coverage(grids[0][:600]).reshape(600, -1)
+    drawn = dataset.coverage(grids[0][:600]).reshape(600, -1)
     distance = ((drawn[:, None, ::7] - drawn[None, :, ::7]) ** 2).sum(-1)
     np.fill_diagonal(distance, np.inf)
     assert (grids[1][:600][distance.argmin(1)] == grids[1][:600]).mean() > 0.95
@@ -116,7 +116,7 @@ def test_held_out_pairs_are_even():
 
 
 def test_splits_share_no_picture_and_are_stratified(grids):
-    parts = digits.split_pictures(grids[1])
+    parts = dataset.split_pictures(grids[1])
     assert {name: len(part) for name, part in parts.items()} == {"train": 1300, "validation": 200, "test": 297}
     assert sorted(np.concatenate(list(parts.values()))) == list(range(1797))
     whole = np.bincount(grids[1]) / 1797
@@ -126,7 +126,7 @@ def test_splits_share_no_picture_and_are_stratified(grids):
 
 def test_prepared_set(digits_builder, grids):
     assert digits_builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
-    parts = digits.split_pictures(grids[1])
+    parts = dataset.split_pictures(grids[1])
     pairs = {}
     for split, pictures in parts.items():
         stored = examples(digits_builder, split)
@@ -153,8 +153,8 @@ def test_prepared_set(digits_builder, grids):
 
 def test_examples_are_the_same_every_time(grids):
     def some():
-        builder = digits.CaptionedDigits
-        made = builder._generate_examples(None, digits.coverage(grids[0]), grids[1], [5, 9], "train")
+        builder = dataset.CaptionedDigits
+        made = builder._generate_examples(None, dataset.coverage(grids[0]), grids[1], [5, 9], "train")
         return [(key, example["caption"], example["image"].getvalue()) for key, example in made]
 
     np.random.seed(1)
@@ -170,9 +170,9 @@ def test_no_tensorflow_and_nothing_on_the_screen(tmp_path):
 import sys, warnings
 warnings.simplefilter("error")
 import numpy as np
-from lcm_jax.data import digits
+from lcm_jax.digits import dataset
 from lcm_jax.data.pipeline import DataConfig, batches
-digits.PAIRS_PER_PICTURE.update(train=1, validation=1, test=1)  # a small set, to save time
+dataset.PAIRS_PER_PICTURE.update(train=1, validation=1, test=1)  # a small set, to save time
 made = batches(DataConfig(data_dir={str(tmp_path)!r}), tokenize=lambda c: np.zeros((len(c), 4)), batch_size=8, seed=0)
 assert next(made)["image"].shape == (8, 32, 32, 3)
 made.close()
@@ -187,4 +187,4 @@ assert not [m for m in sys.modules if m.split(".")[0] in ("tensorflow", "torch")
 def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=r"pip install 'lcm_jax\[demo\]'"):
-        digits.load_grids()
+        dataset.load_grids()

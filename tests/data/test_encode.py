@@ -14,12 +14,12 @@ from lcm_jax.blank import write_blank
 from lcm_jax.config import default_config, from_dict
 from lcm_jax.data import latents
 from lcm_jax.data.pipeline import DataConfig, batches
-from lcm_jax.data.sources import open_source
+from lcm_jax.data.sources.tfds import open_source
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
-from lcm_jax.losses import make_loss
-from lcm_jax.state import frozen_params, initial_params, make_parts
+from lcm_jax.training.losses import make_loss
+from lcm_jax.training.state import frozen_params, initial_params, make_parts
 
 SPLIT = "validation[:20]"  # no multiple of a batch
 

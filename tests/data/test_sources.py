@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lcm_jax.data.sources import LONGEST_CAPTION, Source, open_source
+from lcm_jax.data.sources.tfds import LONGEST_CAPTION, Source, open_source
 from lcm_jax.errors import UserError
 
 PHOTOS = {"image_key": "photo", "caption_key": "title"}
@@ -157,12 +157,12 @@ def test_data_dir_that_cannot_be_written(tmp_path):
 
 
 def test_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
-    from lcm_jax.data import digits
+    from lcm_jax.digits import dataset
 
     def broken(*_):
         raise ValueError("two\nlines")
 
-    monkeypatch.setattr(digits, "caption", broken)
+    monkeypatch.setattr(dataset, "caption", broken)
     text = message(dataset="captioned_digits", data_dir=str(tmp_path))
     assert "cannot be prepared" in text
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [".lock"]
@@ -171,10 +171,10 @@ def test_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
 
 PREPARE = """
 import sys
-from lcm_jax.data import digits
-digits.PAIRS_PER_PICTURE.update(train=1, validation=1, test=1)  # a small set, to save time
-digits.HELD_OUT_PER_PICTURE.update(test=0)
-from lcm_jax.data.sources import LONGEST_CAPTION, Source, open_source
+from lcm_jax.digits import dataset
+dataset.PAIRS_PER_PICTURE.update(train=1, validation=1, test=1)  # a small set, to save time
+dataset.HELD_OUT_PER_PICTURE.update(test=0)
+from lcm_jax.data.sources.tfds import LONGEST_CAPTION, Source, open_source
 print(len(open_source("captioned_digits", data_dir=sys.argv[1])))
 """
 

@@ -12,6 +12,7 @@ from lcm_jax.diffusion import sampling
 from lcm_jax.diffusion.consistency import consistency_function
 from lcm_jax.diffusion.schedule import PREDICTION_TYPES, Schedule
 from lcm_jax.errors import UserError
+from lcm_jax.interop.scheduler import read_schedule
 
 # diffusers' DPMSolverMultistepScheduler turns a tensor into an array
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -157,7 +158,7 @@ def check_trajectory(schedule, peer, timesteps, monkeypatch):
 def test_consistency_sampling_is_the_peers(prediction_type, steps, monkeypatch):
     peer = diffusers.LCMScheduler(**BETAS, prediction_type=prediction_type)
     peer.set_timesteps(steps)
-    schedule = Schedule.from_config({**peer.config, "_class_name": "LCMScheduler"})
+    schedule = read_schedule({**peer.config, "_class_name": "LCMScheduler"})
     check_trajectory(schedule, peer, sampling.lcm_timesteps(steps, 50), monkeypatch)
 
 
@@ -212,7 +213,7 @@ def test_ddim_is_the_peers(prediction_type, steps, to_one):
     z = torch.from_numpy(z_T)
     for t in peer.timesteps:
         z = peer.step(torch_network(z, t), t, z).prev_sample
-    schedule = Schedule.from_config({"_class_name": "DDIMScheduler", **config})
+    schedule = read_schedule({"_class_name": "DDIMScheduler", **config})
     ours = sampling.ddim_sample(denoise_of(schedule), schedule, z_T, sampling.trailing_timesteps(steps))
     assert_close(ours, z)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from lcm_jax import json_file
 from lcm_jax.diffusion.schedule import BETA_SCHEDULES, PREDICTION_TYPES, Schedule
-from lcm_jax.diffusion.scheduler_config import KNOWN, SCHEDULER_CLASSES
 from lcm_jax.errors import UserError
+from lcm_jax.host import json_file
+from lcm_jax.interop.scheduler import KNOWN, SCHEDULER_CLASSES, read_schedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -31,7 +31,7 @@ def test_alphas_cumprod_are_the_peers(beta_schedule, zero_snr, T):
         prediction_type="v_prediction",
         clip_sample=False,
     )
-    ours = Schedule.from_config({"_class_name": "DDIMScheduler", **peer.config})
+    ours = read_schedule({"_class_name": "DDIMScheduler", **peer.config})
     # the peer's cumulative product is float32
     np.testing.assert_allclose(ours.alphas_cumprod, peer.alphas_cumprod, rtol=2e-4, atol=2e-7)
     assert ours.alphas_cumprod.shape == (T,)
@@ -42,7 +42,7 @@ def test_alphas_cumprod_are_the_peers(beta_schedule, zero_snr, T):
 @pytest.mark.parametrize("name", SCHEDULER_CLASSES)
 def test_a_missing_key_means_what_it_means_to_the_class(name):
     peer = inspect.signature(getattr(diffusers, name)).parameters
-    ours = Schedule.from_config({"_class_name": name, "clip_sample": False})
+    ours = read_schedule({"_class_name": name, "clip_sample": False})
     for field in dataclasses.fields(Schedule):
         if field.name in peer:
             assert getattr(ours, field.name) == peer[field.name].default, field.name
@@ -55,18 +55,18 @@ def test_what_diffusers_saves_is_read(name, tmp_path):
     """With all that its class writes by default, such as the -Infinity of DPM-Solver's classes."""
     peer = getattr(diffusers, name)(**SD)
     peer.save_pretrained(tmp_path)
-    ours = Schedule.from_config(json_file.read(tmp_path / "scheduler_config.json"))
+    ours = read_schedule(json_file.read(tmp_path / "scheduler_config.json"))
     np.testing.assert_allclose(ours.alphas_cumprod, peer.alphas_cumprod, rtol=2e-4)
 
 
 def test_no_offset_is_none_of_the_schedule():
     config = {"_class_name": "DDIMScheduler", **SD, "steps_offset": None}
-    assert Schedule.from_config(config) == Schedule.from_config({**config, "steps_offset": 0})
+    assert read_schedule(config) == read_schedule({**config, "steps_offset": 0})
 
 
 def test_missing_keys_differ_between_classes():
-    ddim = Schedule.from_config({"_class_name": "DDIMScheduler", "clip_sample": False})
-    lcm = Schedule.from_config({"_class_name": "LCMScheduler"})
+    ddim = read_schedule({"_class_name": "DDIMScheduler", "clip_sample": False})
+    lcm = read_schedule({"_class_name": "LCMScheduler"})
     assert (ddim.beta_start, ddim.beta_schedule) == (0.0001, "linear")
     assert (lcm.beta_start, lcm.beta_schedule) == (0.00085, "scaled_linear")
 
@@ -74,7 +74,7 @@ def test_missing_keys_differ_between_classes():
 @pytest.mark.parametrize(("to_one", "final"), [(True, lambda peer: 1.0), (False, lambda peer: peer.alphas_cumprod[0])])
 def test_where_ddim_ends(to_one, final):
     peer = diffusers.DDIMScheduler(**SD, set_alpha_to_one=to_one, clip_sample=False)
-    ours = Schedule.from_config({"_class_name": "DDIMScheduler", **peer.config})
+    ours = read_schedule({"_class_name": "DDIMScheduler", **peer.config})
     np.testing.assert_allclose(ours.final_alpha_cumprod, final(peer), rtol=1e-6)
 
 
@@ -122,7 +122,7 @@ def test_where_ddim_ends(to_one, final):
 )
 def test_what_is_not_supported_is_named(config, named):
     with pytest.raises(UserError, match=named) as error:
-        Schedule.from_config({"_class_name": "LCMScheduler", **config})
+        read_schedule({"_class_name": "LCMScheduler", **config})
     assert "\n" not in str(error.value)
     assert "_class_name" not in config or "did you mean" not in str(error.value)  # it would sample in another way
 
@@ -137,14 +137,14 @@ def test_all_keys_of_diffusers_are_known(name):
     "off", [{}, {"clip_sample": True}, {"thresholding": None, "rescale_betas_zero_snr": None}], ids=str
 )
 def test_clipping_is_no_part_of_a_schedule_and_null_is_off(name, off):
-    assert Schedule.from_config({"_class_name": name, **SD, **off}) == Schedule.from_config(
+    assert read_schedule({"_class_name": name, **SD, **off}) == read_schedule(
         {"_class_name": name, **SD, "clip_sample": False}
     )
 
 
 def test_a_config_without_a_class_is_refused():
     with pytest.raises(UserError, match="_class_name is missing"):
-        Schedule.from_config(SD)
+        read_schedule(SD)
 
 
 # ---- time

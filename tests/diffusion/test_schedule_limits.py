@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lcm_jax.diffusion.schedule import PREDICTION_TYPES, Schedule, alpha_sigma
+from lcm_jax.interop.scheduler import read_schedule
 
 ZERO_SNR = Schedule(rescale_betas_zero_snr=True, prediction_type="v_prediction")
 LAST = jnp.array([999])
@@ -57,7 +58,7 @@ def test_zero_terminal_snr_gives_x0_and_eps(prediction_type):
 
 
 def test_equal_schedules_are_one_to_jit():
-    a, b = Schedule(), Schedule.from_config({"_class_name": "LCMScheduler"})
+    a, b = Schedule(), read_schedule({"_class_name": "LCMScheduler"})
     assert a == b
     traced = []
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from lcm_jax.blank import write_blank
-from lcm_jax.evaluation.classifier import load_classifier
+from lcm_jax.digits.classifier import load_classifier
 from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.recipe import Recipe
-from lcm_jax.state import W_PROJECTION
+from lcm_jax.training.state import W_PROJECTION
 
 W_DIM = 16
 RECIPE = Recipe(

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lcm_jax.data.digits import ALL_PAIRS, COLOURS, coverage, draw, load_grids, split_pictures
-from lcm_jax.evaluation.colours import NAMES, read_colours
+from lcm_jax.digits.colours import NAMES, read_colours
+from lcm_jax.digits.dataset import ALL_PAIRS, COLOURS, coverage, draw, load_grids, split_pictures
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,16 @@ import torch
 
 from lcm_jax import cli, evaluate, load_pipeline
 from lcm_jax.blank import write_blank
+from lcm_jax.digits import draw, guidance, measures, teacher_rows
+from lcm_jax.digits.draw import draw_all
+from lcm_jax.digits.measures import first_noise, later_noise, real_pictures, score, sheet_prompts
+from lcm_jax.digits.report import Row, table
+from lcm_jax.digits.sheet import HEAD, LEFT
 from lcm_jax.errors import UserError
-from lcm_jax.evaluation import digits, draw, guidance, teacher
-from lcm_jax.evaluation.digits import first_noise, later_noise, real_pictures, score, sheet_prompts
-from lcm_jax.evaluation.draw import draw_all
-from lcm_jax.evaluation.report import Row, table
-from lcm_jax.evaluation.sheet import HEAD, LEFT
-from lcm_jax.grids import GAP
-from lcm_jax.interop.verify import lcm_drawer
+from lcm_jax.host.images import GAP
+from lcm_jax.inference.verify import lcm_drawer
 
-PROMPTS = [*digits.test_prompts()[::400], sheet_prompts()[8]]  # three, and one of a held-out pair
+PROMPTS = [*measures.test_prompts()[::400], sheet_prompts()[8]]  # three, and one of a held-out pair
 ON_SHEET = sheet_prompts()[3:8:4]
 
 
@@ -34,16 +34,16 @@ def few(monkeypatch, micro_teacher, micro_student):
     monkeypatch.setattr(evaluate, "sheet_prompts", lambda: ON_SHEET)
     for module in (evaluate, draw):
         monkeypatch.setattr(module, "BATCH", 2)
-    monkeypatch.setattr(teacher, "SAMPLERS", {"ddim": "teacher, DDIM"})
-    monkeypatch.setattr(teacher, "STEPS", (4,))
+    monkeypatch.setattr(teacher_rows, "SAMPLERS", {"ddim": "teacher, DDIM"})
+    monkeypatch.setattr(teacher_rows, "STEPS", (4,))
     for module in (guidance, teacher):
         monkeypatch.setattr(module, "GUIDANCE", (2.0, 3.0))
-    monkeypatch.setattr(teacher, "TEACHER", micro_teacher)
+    monkeypatch.setattr(teacher_rows, "TEACHER", micro_teacher)
     return f"--model={micro_student}"
 
 
 def ship(rows_file, micro_teacher, monkeypatch):
-    monkeypatch.setattr(teacher, "shipped", functools.partial(teacher.shipped, micro_teacher, rows_file))
+    monkeypatch.setattr(teacher_rows, "shipped", functools.partial(teacher_rows.shipped, micro_teacher, rows_file))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def shipped(few, micro_teacher, tmp_path_factory, monkeypatch):
     """Rows as they come with the package."""
     row = Row("teacher, DDIM", score_of(PROMPTS), 4, 2.0, 10.0)
     rows_file = tmp_path_factory.mktemp("assets") / "rows.json"
-    values = teacher.to_json([row, Row("teacher, DDIM", score_of(PROMPTS), 50, 3.0, 1.0)], micro_teacher)
+    values = teacher_rows.to_json([row, Row("teacher, DDIM", score_of(PROMPTS), 50, 3.0, 1.0)], micro_teacher)
     rows_file.write_text(json.dumps({**values, "machine": "a slide rule"}))
     ship(rows_file, micro_teacher, monkeypatch)
     return few
@@ -157,7 +157,7 @@ def test_rows_that_come_with_the_package(shipped, micro_student, tmp_path, capsy
     assert {path.name for path in out.iterdir()} == {"evaluation.json", "table.md", "sheet.png", "curves.png"}
     values = json.loads((out / "evaluation.json").read_text())
     rows = [Row.from_dict(row) for row in values["rows"]]
-    assert rows[2:4] == teacher.shipped()[0]
+    assert rows[2:4] == teacher_rows.shipped()[0]
     assert [(row.name, row.steps, row.guidance_scale) for row in rows[4:]] == [("student", 4, 2.5), ("student", 1, 2.5)]
     assert rows[5].images_per_second == 7
     students = [(True, count, steps, 2.5) for count in (4, 2) for steps in (4, 1)]
@@ -178,7 +178,7 @@ class Model:
 
 
 def test_ceilings(classifier):
-    prompts = digits.test_prompts()[::6]
+    prompts = measures.test_prompts()[::6]
     assert len(prompts) > evaluate.BATCH
     real, through = evaluate.ceilings(Model, classifier, prompts)
     pictures, others = (real_pictures(prompts, split) for split in ("test", "validation"))
@@ -251,7 +251,7 @@ def test_no_rows_of_the_teacher(few, micro_teacher, tmp_path, monkeypatch, capsy
 @pytest.mark.usefixtures("nothing_is_drawn")
 def test_a_student_of_another_teacher(shipped, tmp_path, monkeypatch):
     other = write_blank("micro", tmp_path / "other", seed=1)
-    monkeypatch.setattr(teacher, "TEACHER", other)
+    monkeypatch.setattr(teacher_rows, "TEACHER", other)
     with pytest.raises(UserError, match=r"/lcm was not distilled from .*/other, whose rows .* --teacher=FOLDER$"):
         evaluate.main([shipped])
 

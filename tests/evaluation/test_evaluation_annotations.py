@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from beartype import beartype
 
-from lcm_jax.evaluation import colours, digits, draw, frechet, sheet
-from lcm_jax.evaluation.classifier import Classifier
+from lcm_jax.digits import colours, draw, measures, sheet
+from lcm_jax.digits.classifier import Classifier
+from lcm_jax.evaluation import frechet
 
-PROMPTS = digits.test_prompts()[:3]
+PROMPTS = measures.test_prompts()[:3]
 
 
 def checked(function):
@@ -16,17 +17,17 @@ def checked(function):
 
 
 def test_shapes_and_dtypes_are_as_declared(classifier):
-    images = checked(digits.real_pictures)(PROMPTS, "test")
+    images = checked(measures.real_pictures)(PROMPTS, "test")
     checked(colours.read_colours)(images)
     features, _ = checked(Classifier.__call__)(classifier, images)
     checked(frechet.frechet_distance)(features, features[:2])
-    checked(digits.score)(images, PROMPTS, classifier, features)
-    checked(digits.first_noise)(3, (2, 4, 1), 0)
-    checked(digits.later_noise)(3, 2, (2, 4, 1), 1)
+    checked(measures.score)(images, PROMPTS, classifier, features)
+    checked(measures.first_noise)(3, (2, 4, 1), 0)
+    checked(measures.later_noise)(3, 2, (2, 4, 1), 1)
     checked(sheet.sheet)({"a": images, "b": images}, ["a", "b", "c"])
     checked(draw.in_batches)(lambda texts, *noise: images[: len(texts)], PROMPTS, (2, 4, 1), 2)
     for wrong in (images[..., :2], images.astype(np.float32)):
         with pytest.raises(jaxtyping.TypeCheckError):
             checked(colours.read_colours)(wrong)
     with pytest.raises(jaxtyping.TypeCheckError):  # of equally many pictures
-        checked(digits.score)(images, PROMPTS, classifier, features[:2])
+        checked(measures.score)(images, PROMPTS, classifier, features[:2])

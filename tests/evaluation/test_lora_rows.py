@@ -7,16 +7,16 @@ import pytest
 from fixtures_loras import random_lora
 
 from lcm_jax import evaluate, load_pipeline
+from lcm_jax.digits import draw, guidance, lora_rows, measures
+from lcm_jax.digits.classifier import STYLE_WEIGHTS, load_classifier
+from lcm_jax.digits.draw import draw_all
+from lcm_jax.digits.measures import real_pictures, score, sheet_prompts
+from lcm_jax.digits.report import Row, table
 from lcm_jax.errors import UserError
-from lcm_jax.evaluation import digits, draw, guidance, loras
-from lcm_jax.evaluation.classifier import STYLE_WEIGHTS, load_classifier
-from lcm_jax.evaluation.digits import real_pictures, score, sheet_prompts
-from lcm_jax.evaluation.draw import draw_all
-from lcm_jax.evaluation.report import Row, table
 from lcm_jax.interop.folder import read_folder
-from lcm_jax.interop.lora_file import write_lora
+from lcm_jax.interop.lora.file import write_lora
 
-PROMPTS = [*digits.test_prompts()[::400], sheet_prompts()[8]]
+PROMPTS = [*measures.test_prompts()[::400], sheet_prompts()[8]]
 ON_SHEET = sheet_prompts()[3:8:4]
 
 
@@ -28,9 +28,9 @@ def few(monkeypatch):
     monkeypatch.setattr(evaluate, "sheet_prompts", lambda: ON_SHEET)
     for module in (evaluate, draw):
         monkeypatch.setattr(module, "BATCH", 2)
-    monkeypatch.setattr(loras, "BASE_STEPS", (2, 3))
-    monkeypatch.setattr(loras, "BASE_GUIDANCE", (2.0,))
-    monkeypatch.setattr(loras, "LORA_GUIDANCE", (1.0,))
+    monkeypatch.setattr(lora_rows, "BASE_STEPS", (2, 3))
+    monkeypatch.setattr(lora_rows, "BASE_GUIDANCE", (2.0,))
+    monkeypatch.setattr(lora_rows, "LORA_GUIDANCE", (1.0,))
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def test_rows_are_those_of_what_is_attached(micro_teacher, files, tmp_path, caps
     assert [(row.name, row.steps) for row in rows] == [
         ("real test pictures", None),
         ("the same through the VAE", None),
-        *((loras.WITHOUT, n) for n in (2, 3)),
-        (loras.WITH, 2),
-        *((f"{loras.WITH} × {weight}", 2) for weight in (0, 1)),
+        *((lora_rows.WITHOUT, n) for n in (2, 3)),
+        (lora_rows.WITH, 2),
+        *((f"{lora_rows.WITH} × {weight}", 2) for weight in (0, 1)),
     ]
     assert rows[0].score.style.value == 1
 
@@ -85,13 +85,13 @@ def test_the_sheet_shows_the_rows(micro_teacher, files):
     lcm, style = files
     pipe = load_pipeline(micro_teacher)
     classifier = load_classifier(STYLE_WEIGHTS)
-    measured = loras.Measured(pipe, (lcm, 0.5), {style: 0.8}, classifier, "italic")
-    rows = [Row(loras.WITHOUT, None, 2, 2.0), Row(loras.WITH, None, 2, 1.0)]
+    measured = lora_rows.Measured(pipe, (lcm, 0.5), {style: 0.8}, classifier, "italic")
+    rows = [Row(lora_rows.WITHOUT, None, 2, 2.0), Row(lora_rows.WITH, None, 2, 1.0)]
     drawn = measured.sheet(ON_SHEET, rows)
     for (name, pictures), attached, row in zip(
         list(drawn.items())[1:], ({style: 0.8}, {lcm: 0.5, style: 0.8}), rows, strict=True
     ):
-        sampler = "ddim" if row.name == loras.WITHOUT else "lcm"
+        sampler = "ddim" if row.name == lora_rows.WITHOUT else "lcm"
         expected, _ = draw_all(load_pipeline(micro_teacher, loras=attached), ON_SHEET, 2, row.guidance_scale, sampler)
         np.testing.assert_array_equal(pictures, expected, err_msg=name)
 
@@ -120,7 +120,7 @@ def test_mistakes_with_loras(arguments, message, micro_teacher, micro_student, f
         arguments = [argument.replace(name, str(place)) for argument in arguments]
         message = message.replace(name, str(place))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loras, "draw_all", None)
+    monkeypatch.setattr(lora_rows, "draw_all", None)
     with pytest.raises(UserError) as error:
         evaluate.main(arguments)
     assert str(error.value).startswith(message)

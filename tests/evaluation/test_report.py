@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from lcm_jax.digits import report
+from lcm_jax.digits.measures import Score, Share
+from lcm_jax.digits.report import Row, curves, table
 from lcm_jax.errors import UserError
-from lcm_jax.evaluation import report
-from lcm_jax.evaluation.digits import Score, Share
-from lcm_jax.evaluation.report import Row, curves, table
 
 SCORE = Score(Share(50, 100), Share(45, 80), Share(5, 20), Share(70, 100), Share(60, 100), 12.34, 0.756)
 PLAIN = Score(Share(9, 9), Share(9, 9), None, Share(9, 9), Share(9, 9), 0.5)

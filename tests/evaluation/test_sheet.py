@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from lcm_jax.evaluation.sheet import HEAD, LEFT, sheet
-from lcm_jax.grids import GAP
+from lcm_jax.digits.sheet import HEAD, LEFT, sheet
+from lcm_jax.host.images import GAP
 
 RANDOM = np.random.default_rng(0)
 ROWS = {name: RANDOM.integers(0, 256, (3, 8, 10, 3), dtype=np.uint8) for name in ("real", "student")}

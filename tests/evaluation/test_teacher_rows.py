@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from lcm_jax.digits import guidance as choice
+from lcm_jax.digits import teacher_rows
+from lcm_jax.digits.measures import Score, Share
+from lcm_jax.digits.report import Row
+from lcm_jax.digits.teacher_rows import folder_hash, measure, shipped, to_json
 from lcm_jax.errors import UserError
-from lcm_jax.evaluation import guidance as choice
-from lcm_jax.evaluation import teacher
-from lcm_jax.evaluation.digits import Score, Share
-from lcm_jax.evaluation.report import Row
-from lcm_jax.evaluation.teacher import folder_hash, measure, shipped, to_json
 
 
 def score_of(accuracy, frechet):
@@ -29,9 +29,9 @@ def measured(monkeypatch, table, *, guidance):
     With test prompts the accuracy is 0 and the distance is the guidance.
     """
     asked = []
-    monkeypatch.setattr(teacher, "GUIDANCE", guidance)
+    monkeypatch.setattr(teacher_rows, "GUIDANCE", guidance)
     monkeypatch.setattr(choice, "validation_prompts", lambda: "validation prompts")
-    monkeypatch.setattr(teacher, "test_prompts", lambda: "test prompts")
+    monkeypatch.setattr(teacher_rows, "test_prompts", lambda: "test prompts")
 
     def draw_all(pipe, prompts, steps, guidance_scale, sampler, *, seed=None):
         assert pipe == "a model"
@@ -55,10 +55,10 @@ def measured(monkeypatch, table, *, guidance):
 
 
 def test_every_sampler_and_number_of_steps(monkeypatch):
-    monkeypatch.setattr(teacher, "STEPS", (1, 4))
+    monkeypatch.setattr(teacher_rows, "STEPS", (1, 4))
     rows, asked, lines = measured(monkeypatch, {1.0: (0.5, 9.0), 3.0: (0.9, 5.0)}, guidance=(1.0, 3.0))
     expected = [("ddim", 1), ("ddim", 4), ("dpmpp", 1), ("dpmpp", 4)]
-    assert [(row.name, row.steps) for row in rows] == [(teacher.SAMPLERS[s], n) for s, n in expected]
+    assert [(row.name, row.steps) for row in rows] == [(teacher_rows.SAMPLERS[s], n) for s, n in expected]
     assert rows[1] == Row("teacher, DDIM", score_of(0, 3.0), 4, 3.0, 40.0)
     validation, test = "validation prompts", "test prompts"
     assert asked == [
@@ -76,13 +76,13 @@ def test_every_sampler_and_number_of_steps(monkeypatch):
     ],
 )
 def test_the_guidance_that_is_chosen(monkeypatch, table, best):
-    monkeypatch.setattr(teacher, "STEPS", (2,))
+    monkeypatch.setattr(teacher_rows, "STEPS", (2,))
     rows, _, _ = measured(monkeypatch, table, guidance=tuple(table))
     assert [row.guidance_scale for row in rows] == [best, best]
 
 
 def test_usual_numbers():
-    assert teacher.STEPS == (1, 2, 4, 8, 50)
+    assert teacher_rows.STEPS == (1, 2, 4, 8, 50)
     assert {1.0, 6.0} <= set(choice.GUIDANCE)
 
 
@@ -155,7 +155,7 @@ def rows_file(folder, tmp_path):
 
 
 def test_shipped_rows_there_and_back(folder, rows_file):
-    assert shipped(folder, rows_file) == (ROWS, teacher.machine())
+    assert shipped(folder, rows_file) == (ROWS, teacher_rows.machine())
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -167,8 +167,8 @@ def test_rows_of_another_folder(folder, rows_file, change):
 
 def test_rows_of_another_classifier(folder, rows_file, tmp_path, monkeypatch):
     other = tmp_path / "classifier.safetensors"
-    other.write_bytes(teacher.WEIGHTS.read_bytes() + b" ")
-    monkeypatch.setattr(teacher, "WEIGHTS", other)
+    other.write_bytes(teacher_rows.WEIGHTS.read_bytes() + b" ")
+    monkeypatch.setattr(teacher_rows, "WEIGHTS", other)
     with pytest.raises(UserError, match=f"other files than those of {other}; measure again with --teacher"):
         shipped(folder, rows_file)
 
@@ -187,5 +187,5 @@ def test_no_rows(folder, tmp_path):
 
 
 def test_the_machine_is_named():
-    assert teacher.machine().startswith(f"{os.cpu_count()} cores, ")
-    assert len(teacher.machine()) > len(f"{os.cpu_count()} cores, ")
+    assert teacher_rows.machine().startswith(f"{os.cpu_count()} cores, ")
+    assert len(teacher_rows.machine()) > len(f"{os.cpu_count()} cores, ")

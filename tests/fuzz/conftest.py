@@ -24,7 +24,7 @@ import pytest
 
 from lcm_jax.blank import write_blank
 from lcm_jax.errors import LONGEST, UserError
-from lcm_jax.pipeline import load_pipeline
+from lcm_jax.inference.pipeline import load_pipeline
 
 SECONDS, MEMORY = 10, 2**30
 Case = Callable[[np.random.Generator, pathlib.Path], Iterator[str]]

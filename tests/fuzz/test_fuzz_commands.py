@@ -12,6 +12,7 @@ from mutations import TEXTS, VALUES, pick
 
 from lcm_jax import cli, encode, evaluate, export, plan, sample, train
 from lcm_jax import config as config_lib
+from lcm_jax.training import loop
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILE = f"{ROOT}/configs/digits.py"
@@ -38,7 +39,7 @@ def options(command) -> list[str]:
 @pytest.fixture
 def nothing_runs(monkeypatch, pipe):
     """The commands read their options; those that are right then find nothing to do."""
-    monkeypatch.setattr(train, "train", lambda config, *_: train.Result(config.steps, 0))
+    monkeypatch.setattr(train, "train", lambda config, *_: loop.Result(config.steps, 0))
     monkeypatch.setattr(train.processes, "Processes", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(sample, "load_pipeline", lambda *_, **__: pipe)
     monkeypatch.setattr(sample, "write_png", lambda *_: None)

@@ -9,7 +9,7 @@ from mutations import TEXTS, damage_bytes, pick
 from PIL import Image
 
 from lcm_jax.data.pipeline import DataConfig, _LoadBatch
-from lcm_jax.data.sources import Source
+from lcm_jax.data.sources.tfds import Source
 
 MODES = {
     "PNG": "1 L LA P RGB RGBA I;16",

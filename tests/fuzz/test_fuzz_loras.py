@@ -11,9 +11,9 @@ from mutations import RECIPE, damage_file, pick
 from safetensors.numpy import load_file, save_file
 
 from lcm_jax.interop.folder import read_folder
-from lcm_jax.interop.ldm_names import ldm_names
-from lcm_jax.interop.lora_file import write_lora
-from lcm_jax.interop.lora_merge import lcm_recipe, merged_kernels
+from lcm_jax.interop.lora.file import write_lora
+from lcm_jax.interop.lora.ldm_names import ldm_names
+from lcm_jax.interop.lora.merge import lcm_recipe, merged_kernels
 
 FILE = "x.safetensors"
 CONFIG = {"r": 4, "lora_alpha": 2.0, "peft_type": "LORA", "target_modules": ["to_q"], "bias": "none"}

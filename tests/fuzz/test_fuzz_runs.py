@@ -16,9 +16,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "checkpoints"))
 from little_state import DATA, assert_same_bits, like, make_state, save
 from mutations import damage_bytes, damage_file, pick
 
-from lcm_jax import compiled_step, identity
 from lcm_jax import config as config_lib
-from lcm_jax.checkpoint import Checkpoints, restore_params
+from lcm_jax.training import identity, saved_step
+from lcm_jax.training.checkpoint import Checkpoints, restore_params
 
 CONFIG = config_lib.from_dict({"model": {"folder": "teacher"}})
 INPUTS = {name: identity.Identity(f"the {name}", {f"{name}/a": "0" * 64, "b": "1"}) for name in ("model", "data")}
@@ -62,12 +62,12 @@ def test_compiled_steps(fuzz, tmp_path):
     mesh = Mesh(jax.devices()[:1], ("data",))
     lowered = jax.jit(lambda x: 2 * x + 1).lower(jnp.zeros(4))
     file = tmp_path / "step"
-    compiled_step.save(file, mesh, lowered, lowered.compile())
+    saved_step.save(file, mesh, lowered, lowered.compile())
 
     def case(rng, place):
         shutil.copy(file, place)
         yield damage(rng, place / "step")
-        step = compiled_step._read(epath.Path(place / "step"), mesh, kept=False).load(mesh.devices.flat)
+        step = saved_step._read(epath.Path(place / "step"), mesh, kept=False).load(mesh.devices.flat)
         assert (place / "step").read_bytes() == file.read_bytes(), "a damaged program is run"
         np.testing.assert_array_equal(step(jnp.arange(4.0)), [1, 3, 5, 7])
 

@@ -14,13 +14,13 @@ from safetensors.numpy import load_file, save_file
 
 import lcm_jax
 from lcm_jax.errors import UserError
-from lcm_jax.interop import verify as verify_module
+from lcm_jax.inference import verify as verify_module
+from lcm_jax.inference.verify import verify
 from lcm_jax.interop.export import write_lcm_folder, write_trained_folder
 from lcm_jax.interop.folder import read_folder
-from lcm_jax.interop.lora_file import write_lora
-from lcm_jax.interop.lora_merge import lcm_recipe
+from lcm_jax.interop.lora.file import write_lora
+from lcm_jax.interop.lora.merge import lcm_recipe
 from lcm_jax.interop.recipe import Recipe
-from lcm_jax.interop.verify import verify
 
 RECIPE = Recipe(
     teacher="someone/teacher",

@@ -6,7 +6,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from fixtures_folders import UNET
 
-from lcm_jax.interop.ldm_names import ldm_names
+from lcm_jax.interop.lora.ldm_names import ldm_names
 
 OTHER = {
     **UNET,

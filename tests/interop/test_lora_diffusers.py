@@ -20,13 +20,13 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import lcm_jax
-from lcm_jax import lora
+from lcm_jax.adapters import lora
 from lcm_jax.errors import UserError
+from lcm_jax.inference.verify import injected_noise, verify
 from lcm_jax.interop import names
 from lcm_jax.interop.folder import read_folder
-from lcm_jax.interop.ldm_names import ldm_names
-from lcm_jax.interop.lora_file import read_lora, write_lora
-from lcm_jax.interop.verify import injected_noise, verify
+from lcm_jax.interop.lora.file import read_lora, write_lora
+from lcm_jax.interop.lora.ldm_names import ldm_names
 
 SHAPE = (1, 8, 8, 4)
 MODULES = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "ff.net.2", "conv1", "time_emb_proj"]

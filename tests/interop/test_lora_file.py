@@ -8,10 +8,10 @@ from fixtures_loras import assert_same_differences, differences, kernels, random
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from lcm_jax import lora
+from lcm_jax.adapters import lora
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
-from lcm_jax.interop.lora_file import read_lora, write_lora
+from lcm_jax.interop.lora.file import read_lora, write_lora
 
 UNET_KEY = "unet.mid_block.resnets.0.conv1.lora_A.weight"
 UNET_UP = "unet.mid_block.resnets.0.conv1.lora_B.weight"

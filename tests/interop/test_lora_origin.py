@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lcm_jax.errors import UserError
-from lcm_jax.interop.lora_file import read_lora
+from lcm_jax.interop.lora.file import read_lora
 
 TO_K = "attentions.0.transformer_blocks.0.attn2.to_k"
 SD1 = {

@@ -7,7 +7,7 @@ import pytest
 from peft.utils.other import get_pattern_key
 
 from lcm_jax.errors import UserError
-from lcm_jax.interop.lora_patterns import LONGEST, Patterns
+from lcm_jax.interop.lora.patterns import LONGEST, Patterns
 
 MODULES = [
     "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q",

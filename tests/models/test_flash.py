@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from lcm_jax import compile_cache
-from lcm_jax.models import flash, scaled_dot_product
-from lcm_jax.models.flash import BLOCK, flash_attention
-from lcm_jax.models.scaled_dot_product import attend
+from lcm_jax.host import compile_cache
+from lcm_jax.models.kernels import attend as attend_module
+from lcm_jax.models.kernels import flash
+from lcm_jax.models.kernels.attend import attend
+from lcm_jax.models.kernels.flash import BLOCK, flash_attention
 from lcm_jax.planning import topology
 
 
@@ -151,9 +152,9 @@ def test_each_layer_takes_the_program_that_can(monkeypatch, implementation, quer
     def take(name):
         seen.append(name)
 
-    monkeypatch.setattr(scaled_dot_product, "flash_attention", lambda *_: take("pallas"))
-    monkeypatch.setattr(scaled_dot_product, "plain_attention", lambda *_: take("xla"))
-    monkeypatch.setattr(scaled_dot_product, "cudnn_attention", lambda *_: take("cudnn"))
+    monkeypatch.setattr(attend_module, "flash_attention", lambda *_: take("pallas"))
+    monkeypatch.setattr(attend_module, "plain_attention", lambda *_: take("xla"))
+    monkeypatch.setattr(attend_module, "cudnn_attention", lambda *_: take("cudnn"))
     q, k = (jax.ShapeDtypeStruct((1, n, 8, head), jnp.bfloat16) for n in (queries, keys))
     attend(q, k, k, implementation)
     assert seen == [taken]
@@ -171,7 +172,7 @@ def test_cudnn_is_given_even_numbers_of_tokens(monkeypatch, queries, keys):
     q, k, v, g = (normal(i, 2, tokens, 2, 8) for i, tokens in enumerate((queries, keys, keys, queries)))
     expected = with_gradients(xla, g)(q, k, v)
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    found = with_gradients(scaled_dot_product.cudnn_attention, g)(q, k, v)
+    found = with_gradients(attend_module.cudnn_attention, g)(q, k, v)
     assert seen == [("cudnn", 0, 0)]
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))

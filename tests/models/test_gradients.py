@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
 
-from lcm_jax.models import attention, row_attention
-from lcm_jax.models.convolution import convolve
+from lcm_jax.models import attention
+from lcm_jax.models.kernels import row_attention
+from lcm_jax.models.kernels.attend import plain_attention
+from lcm_jax.models.kernels.convolution import convolve
 from lcm_jax.models.norms import GroupNorm, LayerNorm
 from lcm_jax.models.policy import FP32, Policy
-from lcm_jax.models.scaled_dot_product import plain_attention
 
 EPS = 1e-5
 NUMBERS = ("NHWC", "HWIO", "NHWC")

@@ -12,7 +12,7 @@ from torch_weights import assert_close, nchw, network, nhwc, normal, random_weig
 
 from lcm_jax.errors import UserError
 from lcm_jax.models import Network, Policy, UNet2DConditionModel, UNetConfig, attention
-from lcm_jax.models.scaled_dot_product import IMPLEMENTATIONS
+from lcm_jax.models.kernels.attend import IMPLEMENTATIONS
 
 TOKENS, WIDTH, W_DIM = 5, 12, 10
 SD = {

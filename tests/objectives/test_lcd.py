@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from lcm_jax.diffusion.distances import DISTANCES
 from lcm_jax.diffusion.guidance import w_embedding
 from lcm_jax.diffusion.schedule import PREDICTION_TYPES, Schedule
 from lcm_jax.diffusion.solvers import SOLVERS
 from lcm_jax.errors import UserError
-from lcm_jax.objectives.lcd import DISTANCES, Draws, LCDConfig, draw, lcd_loss, summary
+from lcm_jax.objectives.lcd import Draws, LCDConfig, draw, lcd_loss, summary
 
 B, H, W, C, L, D, HIDDEN, W_DIM = 5, 4, 6, 3, 3, 5, 16, 8
 CONFIG = LCDConfig(w_embedding_dim=W_DIM)

@@ -15,13 +15,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from stored_records import rewrite, shout
 
-from lcm_jax import identity
 from lcm_jax.config import DataConfig, default_config, facts, from_dict
 from lcm_jax.data.pipeline import open_data
 from lcm_jax.errors import Unavailable, UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.parallel import agreement
-from lcm_jax.workdir import LOCK, _here
+from lcm_jax.training import identity
+from lcm_jax.training.workdir import LOCK, _here
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

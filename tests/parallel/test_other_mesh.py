@@ -5,7 +5,7 @@ import pathlib
 from little import assert_weights_equal
 
 from lcm_jax import cli, train
-from lcm_jax.checkpoint import restore_params
+from lcm_jax.training.checkpoint import restore_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ import pytest
 from event_files import visible
 from little import assert_weights_equal
 
-from lcm_jax.checkpoint import good_steps, restore_params
+from lcm_jax.training.checkpoint import good_steps, restore_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEVICES, STEPS = 4, 40

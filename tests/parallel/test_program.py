@@ -9,13 +9,13 @@ from compiling import QUICK
 from jax.extend.core import jaxprs_in_params
 from little import batch, collectives
 
+from lcm_jax.adapters.lora import LoraConfig
 from lcm_jax.errors import UserError
-from lcm_jax.lora import LoraConfig
 from lcm_jax.objectives.lcd import LCDConfig
 from lcm_jax.parallel.mesh import MeshConfig, make_mesh
 from lcm_jax.parallel.partition import place
-from lcm_jax.parallel.program import make_program
-from lcm_jax.state import frozen_params, initial_params
+from lcm_jax.training.program import make_program
+from lcm_jax.training.state import frozen_params, initial_params
 
 STEPS = 3
 REMAT = {"remat": "block"}

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lcm_jax.models.convolution import convolve
-from lcm_jax.models.scaled_dot_product import plain_attention
+from lcm_jax.models.kernels.attend import plain_attention
+from lcm_jax.models.kernels.convolution import convolve
 from lcm_jax.parallel.mesh import MeshConfig, make_mesh
 from lcm_jax.planning.flops import count
 

@@ -11,10 +11,10 @@ from lcm_jax import cli, plan
 from lcm_jax import config as config_lib
 from lcm_jax.blank import write_blank
 from lcm_jax.parallel.mesh import make_mesh
-from lcm_jax.parallel.program import make_program
 from lcm_jax.planning.blueprint import blueprint, published
 from lcm_jax.planning.compiled import COLLECTIVES
 from lcm_jax.planning.report import table
+from lcm_jax.training.program import make_program
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,1 @@
+"""LoRA: which modules are adapted, and how adapters run beside frozen weights."""

@@ -1,0 +1,288 @@
+"""Opens a TFDS data set for random access, without TensorFlow: a registered builder, or any ArrayRecord directory.
+
+The data set's own layout (dataset_info.json, features.json, shards) is TFDS's; only `array_record` files give random
+access, so other formats are refused with the command that converts them.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.proto import tf_example_pb2
+
+from lcm_jax.data.images import BadImage
+from lcm_jax.data.latents import CAPTIONS, MOMENTS
+from lcm_jax.errors import UserError, nearest, plain, say
+
+# builders of this package: TFDS knows a builder once its module is imported
+PROVIDED = {"captioned_digits": "lcm_jax.digits.dataset"}
+LONGEST_CAPTION = 2**16  # characters; a text encoder sees some 300, and a megabyte takes a tokenizer 14 s
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Pictures, or what they were encoded to, with captions, by index. `read` may be called from several threads."""
+
+    where: str  # names the data set and split in error messages
+    records: Sequence[Any]  # TFDS data source; images undecoded
+    image_key: str
+    caption_key: str  # a path through nested features, "captions/text"
+    metadata: dict[str, Any]  # what the data set says of itself
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def read(self, indices: Sequence[int]) -> list[tuple[Any, list[str]]]:
+        """Reads records. Returns for each the image file (PNG, JPEG, …) or moments, and its captions (at least one).
+
+        Raises UserError naming the record that cannot be read or has no caption.
+        """
+        try:
+            records = self.records.__getitems__(indices)  # pyright: ignore[reportAttributeAccessIssue]
+        except Exception:
+            records = [self._read_one(i) for i in indices]  # finds which one it was
+        return [(record[self.image_key], self._captions(record, i)) for record, i in zip(records, indices, strict=True)]
+
+    def stored(self, indices: Sequence[int]) -> list[bytes]:
+        """Returns records as they are stored, each a tf.Example, but with its features in the order of their names.
+
+        TFDS writes them in an order of each process's own, so files of the same records differ.
+
+        Raises UserError naming the record that cannot be read.
+        """
+        try:
+            found = self.records.data_source.__getitems__(indices)  # pyright: ignore[reportAttributeAccessIssue]
+            parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
+            return [parse(record).SerializeToString(deterministic=True) for record in found]
+        except Exception as error:
+            for index in indices:  # finds which one it was
+                self._read_one(index)
+            raise UserError(f"{self.where}: its records cannot be read ({_line(error)})") from None
+
+    def bad_image(self, index: int, error: BadImage) -> UserError:
+        """Returns the error that names the record whose image can't be used."""
+        return UserError(f"{self.where}: the image of record {index} cannot be decoded: {error}")
+
+    def _read_one(self, index: int) -> dict:
+        try:
+            return self.records[index]
+        except Exception as error:
+            raise UserError(f"{self.where}: record {index} cannot be read ({_line(error)})") from None
+
+    def _captions(self, record: dict, index: int) -> list[str]:
+        value: Any = record
+        for key in self.caption_key.split("/"):
+            value = value[key]
+        texts = [value] if isinstance(value, bytes | str) else list(value)
+        if not texts:
+            raise UserError(f"{self.where}: record {index} has no caption in {self.caption_key!r}")
+        return [_text(text) for text in texts]
+
+
+def open_source(
+    dataset: str = "",
+    *,
+    directory: str = "",
+    data_dir: str = "",
+    split: str = "train",
+    image_key: str = "image",
+    caption_key: str = "caption",
+    encoded: bool = False,
+) -> Source:
+    """Opens one split of a data set.
+
+    Args:
+      dataset: name of a registered TFDS builder ("captioned_digits", "name/config:1.0.0"); prepared in `data_dir` if
+        it is not there yet.
+      directory: a prepared data set's version directory, in place of `dataset`.
+      data_dir: where prepared data sets lie; "" means TFDS's default, ~/tensorflow_datasets.
+      split: TFDS split expression: "train", "train[:10%]", "train+test".
+      image_key, caption_key: features to read; `caption_key` may be a path ("captions/text") and may hold several.
+      encoded: whether it is a data set of `lcm_jax.data.latents`; then the keys are those it has.
+
+    Raises UserError for a data set, split or key that is not there, an empty split, and files of another format.
+    """
+    builder = _from_directory(directory) if directory else _from_name(dataset, data_dir)
+    info, place = builder.info, builder.data_path
+    if tfds.core.FileFormat.ARRAY_RECORD not in info.available_file_formats():
+        found = info.file_format.value if info.file_format else "unknown"
+        raise UserError(
+            f"{place} holds {found} files, not array_record: convert it where TensorFlow is installed, with"
+            f" tfds convert_format --dataset_version_dir={place} --out_file_format=array_record"
+        )
+    if encoded:
+        if MOMENTS not in info.features:
+            raise UserError(f"{place} holds no encoded pictures (data.latents); lcm_jax.encode writes such data sets")
+        image_key, caption_key = MOMENTS, CAPTIONS
+    elif MOMENTS in info.features and image_key not in info.features:
+        raise UserError(f"{place} holds encoded pictures; read them with data.latents=True")
+    else:
+        _check_keys(info.features, image_key, caption_key, place)
+    _check_split(info, split, place)
+    # Only the wanted image is decoded, later and by Pillow; the others are left as bytes as well.
+    undecoded = {k: tfds.decode.SkipDecoding() for k, f in info.features.items() if isinstance(f, tfds.features.Image)}
+    try:
+        records = builder.as_data_source(split, decoders=undecoded, file_format="array_record")
+    except Exception as error:
+        raise UserError(f"{place}: split {split!r} cannot be opened ({_line(error)})") from None
+    metadata = dict(info.metadata or {})
+    source = Source(f"{place} split {split!r}", records, image_key, caption_key, metadata)
+    if not len(source):
+        raise UserError(f"{source.where} is empty; a data set needs at least one example")
+    source.read([0])
+    return source
+
+
+def _from_directory(directory: str) -> Any:
+    path = epath.Path(directory).expanduser()
+    if not path.exists():
+        raise UserError(f"data directory {directory} does not exist")
+    if not (path / "dataset_info.json").exists():
+        inside = sorted(str(p.parent) for p in [*path.glob("*/dataset_info.json"), *path.glob("*/*/dataset_info.json")])
+        hint = f"; did you mean {inside[-1]}?" if inside else " (prepare it with file_format='array_record')"
+        raise UserError(f"{directory} is no prepared TFDS data set: it has no dataset_info.json{hint}")
+    try:
+        builder = tfds.builder_from_directory(path)
+        builder.info.metadata  # noqa: B018 (read at its first use)
+        return builder
+    except Exception as error:
+        raise UserError(f"{directory}: the data set's description cannot be read ({_line(error)})") from None
+
+
+def _from_name(name: str, data_dir: str) -> Any:
+    builder = _builder(name, data_dir)
+    if not builder.data_path.exists():
+        prepare(builder)
+        builder = _builder(name, data_dir)  # a builder reads what is there when it is made
+    return builder
+
+
+def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    base = re.split("[/:]", name)[0]
+    if base in PROVIDED:
+        importlib.import_module(PROVIDED[base])
+    try:
+        return tfds.builder(name, data_dir=str(epath.Path(data_dir).expanduser()) if data_dir else None)
+    except tfds.core.DatasetNotFoundError:
+        hint = nearest(base, {*tfds.list_builders(with_community_datasets=False), *PROVIDED})
+        if not hint.startswith("; did"):  # the whole list is hundreds of names
+            hint = "; give 'captioned_digits', a registered TFDS name, or data.directory"
+        raise UserError(f"data set {name!r} is not registered in TFDS{hint}") from None
+    except Exception as error:
+        raise UserError(f"data set {name!r} cannot be opened ({_line(error)})") from None
+
+
+def prepare(builder: tfds.core.DatasetBuilder) -> None:
+    """Writes the data set once, whatever starts at the same time or died before.
+
+    TFDS writes beside the target and renames at the end; the lock keeps a second process waiting, and whoever holds it
+    may clear what a killed one left.
+    """
+    parent = Path(builder.data_path).parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        lock = (parent / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"data.data_dir: {parent} is not writable ({error.strerror})") from None
+    with lock:
+        with contextlib.suppress(OSError):  # a file system without locks: TFDS's rename still lets only one win
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if builder.data_path.exists():
+            return
+        for left in parent.glob(f"incomplete.*_{builder.data_path.name}"):
+            epath.Path(left).rmtree()
+        say(f"preparing {builder.name} in {builder.data_path}", sys.stderr)
+        try:
+            with _quiet():
+                builder.download_and_prepare(
+                    file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+                )
+        except UserError:
+            raise
+        except ImportError as error:
+            raise UserError(
+                f"data set {builder.name!r} cannot be prepared here ({_line(error)}): prepare it where its packages"
+                " are installed, with file_format='array_record', and give data.directory"
+            ) from None
+        except Exception as error:
+            if not builder.data_path.exists():  # else another machine on the same disk was first
+                raise UserError(f"data set {builder.name!r} cannot be prepared ({_line(error)})") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS's progress bars and its banners, which it prints to standard output, off the screen."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(None):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+
+
+def _check_keys(features: Any, image_key: str, caption_key: str, place: epath.Path) -> None:
+    if image_key not in features:
+        raise UserError(f"data.image_key {image_key!r} is not in {place}{_among(image_key, features)}")
+    image = features[image_key]
+    if not isinstance(image, tfds.features.Image) or not _holds(image, np.uint8):
+        raise UserError(f"data.image_key {image_key!r} of {place} is {_line(image)}, not an 8-bit Image feature")
+    feature = features
+    for key in caption_key.split("/"):
+        inner = getattr(feature, "feature", feature)  # a Sequence of a dict is read as a dict of lists
+        if not hasattr(inner, "keys") or key not in inner:
+            raise UserError(f"data.caption_key {caption_key!r} is not in {place}{_among(caption_key, features)}")
+        feature = inner[key]
+    if not _holds(getattr(feature, "feature", feature), np.object_):
+        raise UserError(f"data.caption_key {caption_key!r} of {place} is {_line(feature)}, not text")
+
+
+def _holds(feature: Any, dtype: Any) -> bool:
+    kind = getattr(feature, "np_dtype", None)  # a dict for nested features
+    return kind is not None and not isinstance(kind, dict) and np.dtype(kind) == dtype
+
+
+def _among(key: str, features: Any) -> str:
+    hint = nearest(key, features.keys())
+    return f"{hint} (it has {', '.join(sorted(features.keys()))})" if hint.startswith("; did") else hint
+
+
+def _check_split(info: tfds.core.DatasetInfo, split: str, place: epath.Path) -> None:
+    for name in re.findall(r"(?:^|\+)\s*(\w+)", split):
+        if name not in info.splits and name != "all":
+            raise UserError(f"data.split {split!r}: {place} has no split {name!r}{nearest(name, info.splits)}")
+    try:
+        count, files = info.splits[split].num_examples, info.splits[split].filenames
+    except Exception as error:
+        raise UserError(f"data.split {split!r} cannot be read ({_line(error)})") from None
+    if not count:
+        raise UserError(f"{place} split {split!r} is empty; a data set needs at least one example")
+    missing = [name for name in files if not (place / name).exists()]
+    if missing:
+        raise UserError(f"{place} misses {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+
+
+def _text(caption: bytes | str) -> str:
+    """Returns a caption as text that any tokenizer and TFDS take: it has a UTF-8 form, and an end.
+
+    Bytes that are no UTF-8 (Latin-1, a character cut in half) and lone surrogates become U+FFFD. Another encoding is
+    not guessed: for a damaged UTF-8 caption, a guess would change all its other letters beyond ASCII too.
+    """
+    if isinstance(caption, bytes):
+        text = caption.decode("utf-8", "replace")
+    else:
+        text = str(caption).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text[:LONGEST_CAPTION]
+
+
+def _line(error: object) -> str:
+    """Any message as one line of modest length."""
+    return plain(str(error) or type(error).__name__, 200)

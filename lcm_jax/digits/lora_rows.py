@@ -1,0 +1,107 @@
+"""What an LCM-LoRA makes of a model of the digits: in few steps, beside the model itself, and over its own weight."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+
+from lcm_jax.digits.classifier import Classifier
+from lcm_jax.digits.dataset import STYLES
+from lcm_jax.digits.draw import draw_all
+from lcm_jax.digits.guidance import best_guidance
+from lcm_jax.digits.measures import Prompt, real_pictures, score, test_prompts
+from lcm_jax.digits.report import Row, figure_class, pixels, said
+from lcm_jax.inference.pipeline import Pipeline
+from lcm_jax.interop.lora.merge import Loras
+
+WITHOUT, WITH = "the model, DDIM", "LCM-LoRA"
+BASE_STEPS = (4, 50)
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+# candidates: those that suit the teacher in few steps and in many; a LoRA has guidance in it already
+BASE_GUIDANCE, LORA_GUIDANCE = (1.5, 3.0), (1.0, 1.5, 2.0)
+
+
+class Measured:
+    """A diffusion model of the digits with an LCM-LoRA beside it, and how its pictures are scored.
+
+    Attributes:
+      pipe: the model.
+      style: its pictures' style, of STYLES; any but the first is counted, and the classifier must be trained for it.
+    """
+
+    def __init__(
+        self, pipe: Pipeline, lcm: tuple[str, float], others: Loras, classifier: Classifier, style: str
+    ) -> None:
+        """Args: lcm: the LCM-LoRA's file and weight. others: the LoRAs that belong to the model."""
+        self.pipe, self.style = pipe, style
+        self._lcm, self._others, self._classifier = lcm, dict(others), classifier
+        self._asked = None if style == STYLES[0] else style
+        self._prompts = test_prompts()
+        self._features, _ = classifier(real_pictures(self._prompts, "test", style))
+
+    def without(self) -> list[Row]:
+        """The model itself by DDIM, each time at the guidance that suits it best."""
+        self.pipe.set_loras(self._others)
+        return [self._row(WITHOUT, n, BASE_GUIDANCE, "ddim") for n in BASE_STEPS]
+
+    def with_lora(self, steps: Sequence[int]) -> list[Row]:
+        """The model with the LCM-LoRA at the weight that was given."""
+        self._attach(self._lcm[1])
+        return [self._row(WITH, n, LORA_GUIDANCE, "lcm") for n in steps]
+
+    def over_weights(self, row: Row, weights: Sequence[float] = WEIGHTS) -> list[Row]:
+        """The same as `row`, its steps and its guidance, with the LCM-LoRA at each of these weights."""
+        rows = []
+        for weight in weights:
+            self._attach(weight)
+            rows.append(self._row(f"{WITH} × {weight:g}", row.steps or 1, [row.guidance_scale or 1.0], "lcm"))
+        return rows
+
+    def sheet(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> dict[str, UInt8[np.ndarray, "n 32 32 3"]]:
+        """Pictures of these prompts, drawn as the rows were."""
+        drawn = {"real test pictures": real_pictures(prompts, "test", self.style)}
+        for row in rows:
+            lora = row.name == WITH
+            self._attach(self._lcm[1] if lora else 0.0)
+            name = f"{row.name}, {row.steps} step{'s' * (row.steps != 1)}"
+            sampler = "lcm" if lora else "ddim"
+            drawn[name], _ = draw_all(self.pipe, prompts, row.steps or 1, row.guidance_scale, sampler, fill=True)
+        return drawn
+
+    def _attach(self, weight: float) -> None:
+        self.pipe.set_loras({**self._others, self._lcm[0]: weight})
+
+    def _row(self, name: str, steps: int, candidates: Sequence[float], sampler: str) -> Row:
+        guidance = best_guidance(self.pipe, self._classifier, steps, candidates, sampler, self.style)
+        pictures, rate = draw_all(self.pipe, self._prompts, steps, guidance, sampler)
+        measured = score(pictures, self._prompts, self._classifier, self._features, self._asked)
+        row = Row(name, measured, steps, guidance, rate)
+        print(said(row), flush=True)
+        return row
+
+
+def weight_curves(rows: Sequence[Row], weights: Sequence[float], base: Row) -> np.ndarray:
+    """Prompt accuracy, style and Fréchet distance over the LoRA's weight: a picture, uint8 (H, W, 3).
+
+    Args:
+      rows: of `Measured.over_weights`.
+      base: the model's own row, at 50 steps.
+    """
+    figure = figure_class()(figsize=(9, 3.4), dpi=110, layout="constrained")
+    share, frechet = figure.subplots(1, 2)
+    share.plot(weights, [100 * row.score.prompt.value for row in rows], marker="o", label="digit and colours right")
+    share.axhline(100 * base.score.prompt.value, color="0.6", ls=":", label=f"{base.name}, {base.steps} steps")
+    if rows[0].score.style:
+        share.plot(
+            weights, [100 * row.score.style.value for row in rows if row.score.style], marker="s", label="style right"
+        )
+    frechet.plot(weights, [row.score.frechet for row in rows], marker="o")
+    frechet.axhline(base.score.frechet, color="0.6", ls=":")
+    share.set_ylabel("%")
+    share.legend(fontsize=7)
+    frechet.set_ylabel("Fréchet distance to real pictures")
+    frechet.set_ylim(bottom=0)
+    for axes in (share, frechet):
+        axes.set_xlabel(f"weight of the LCM-LoRA, {rows[0].steps} steps")
+        axes.grid(alpha=0.3)
+    return pixels(figure)

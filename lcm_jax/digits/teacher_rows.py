@@ -1,0 +1,101 @@
+"""The teacher's rows: measured once, shipped with the package, and tied to the teacher's files by their hash."""
+
+import hashlib
+import os
+import pathlib
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lcm_jax.digits.classifier import WEIGHTS, Classifier
+from lcm_jax.digits.draw import draw_all
+from lcm_jax.digits.guidance import GUIDANCE, best_guidance
+from lcm_jax.digits.measures import real_pictures, score, test_prompts
+from lcm_jax.digits.report import Row
+from lcm_jax.digits.report import said as line_of
+from lcm_jax.errors import UserError
+from lcm_jax.host import json_file
+from lcm_jax.inference.pipeline import Pipeline
+
+ASSETS = pathlib.Path(__file__).parent.parent / "assets"
+TEACHER = ASSETS / "digits_teacher"
+ROWS = ASSETS / "digits_teacher_rows.json"
+
+SAMPLERS = {"ddim": "teacher, DDIM", "dpmpp": "teacher, DPM-Solver++"}
+STEPS = (1, 2, 4, 8, 50)
+
+
+def measure(pipe: Pipeline, classifier: Classifier, say: Callable[[str], None]) -> list[Row]:
+    """Measures a diffusion model with each sampler and number of steps, at the guidance that suits it best."""
+    prompts = test_prompts()
+    test_features, _ = classifier(real_pictures(prompts, "test"))
+    rows = []
+    for sampler, name in SAMPLERS.items():
+        for steps in STEPS:
+            guidance = best_guidance(pipe, classifier, steps, GUIDANCE, sampler)
+            images, rate = draw_all(pipe, prompts, steps, guidance, sampler)
+            rows.append(Row(name, score(images, prompts, classifier, test_features), steps, guidance, rate))
+            say(line_of(rows[-1]))
+    return rows
+
+
+def to_json(rows: list[Row], folder: pathlib.Path) -> dict[str, Any]:
+    """What ROWS holds."""
+    return {
+        **hashes(folder),
+        "machine": machine(),
+        "rows": [row.to_dict() for row in rows],
+    }
+
+
+def shipped(folder: pathlib.Path = TEACHER, path: pathlib.Path = ROWS) -> tuple[list[Row], str]:
+    """Returns the rows that come with the package, and the machine that they were measured on.
+
+    Raises UserError if they belong to other files than the teacher's or the classifier's.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing; measure the teacher's rows with --teacher")
+    values = json_file.read(path)
+    for key, value in hashes(folder).items():
+        if values.get(key) != value:
+            what = folder if key == "folder_sha256" else WEIGHTS
+            raise UserError(f"{path} was measured with other files than those of {what}; measure again with --teacher")
+    try:
+        return [Row.from_dict(row) for row in values["rows"]], values["machine"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no table of rows ({type(error).__name__}: {error}); measure again with --teacher"
+        ) from None
+
+
+def hashes(folder: pathlib.Path, classifier: pathlib.Path | None = None) -> dict[str, str]:
+    """What a row was measured with: the SHA-256 of the model's folder and of the classifier, WEIGHTS by default."""
+    of_classifier = hashlib.sha256((classifier or WEIGHTS).read_bytes()).hexdigest()
+    return {"folder_sha256": folder_hash(folder), "classifier_sha256": of_classifier}
+
+
+def folder_hash(folder: pathlib.Path) -> str:
+    """SHA-256 over the names and contents of a model folder's files; README.md and hidden ones are left out."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "README.md" and not path.name.startswith("."):
+            total.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+            total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def machine() -> str:
+    """The processor or accelerator, in words."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} × {device.device_kind}"
+    names = [
+        line.partition(":")[2].strip()
+        for line in (
+            pathlib.Path("/proc/cpuinfo").read_text().splitlines() if pathlib.Path("/proc/cpuinfo").exists() else []
+        )
+        if line.startswith("model name")
+    ]
+    return f"{os.cpu_count()} cores, {names[0] if names else platform.processor() or platform.machine()}"

@@ -1,0 +1,50 @@
+"""Pictures side by side, and PNG files that are whole or not there."""
+
+import io
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from lcm_jax.host import files
+
+GAP = 2  # pixels between pictures
+LABEL = 14  # pixels of a label's line
+
+
+def grid(
+    images: UInt8[np.ndarray, "n h w 3"], columns: int = 8, *, scale: int = 1, labels: Sequence[str] | None = None
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Lays pictures out row by row on white, enlarged `scale` times without smoothing, each above its label.
+
+    A label is one line, cut where its picture ends; there is one for each picture or none at all.
+    """
+    if scale > 1:
+        images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    n, h, w, _ = images.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    cell = h + (LABEL if labels else 0)
+    sheet = np.full((rows * (cell + GAP) - GAP, columns * (w + GAP) - GAP, 3), 255, np.uint8)
+    corners = [(i // columns * (cell + GAP), i % columns * (w + GAP)) for i in range(n)]
+    for image, (top, left) in zip(images, corners, strict=True):
+        sheet[top : top + h, left : left + w] = image
+    if not labels:
+        return sheet
+    canvas = Image.fromarray(sheet)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(10)
+    for text, (top, left) in zip(labels, corners, strict=True):
+        text = " ".join(text.split())
+        while pen.textlength(text, font=font) > w:
+            text = text[:-1]
+        pen.text((left, top + h), text, fill="black", font=font)
+    return np.array(canvas)
+
+
+def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Writes a PNG beside `path` and renames it there; makes the folder. Raises UserError where that can't be done."""
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, format="PNG")
+    files.write(path, encoded.getvalue())

@@ -1,0 +1,1 @@
+"""From prompts to pictures: a loaded folder as something to call."""

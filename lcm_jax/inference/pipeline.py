@@ -1,0 +1,365 @@
+"""A diffusers folder as something to call: prompts in, pictures out.
+
+    pipe = load_pipeline("path/to/diffusers/folder")
+    images = pipe(["a red seven on a blue background"], steps=4, guidance_scale=8.0, seed=0)
+
+What kind of sampler runs is in the folder: with `LCMScheduler` multistep consistency sampling, otherwise the
+diffusion model's own ODE by DDIM or DPM-Solver++. An LCM-LoRA makes a diffusion model one for `sampler="lcm"`, which is
+the default beside one that this project trained; other files don't say what they are:
+
+    pipe = load_pipeline("folder", loras={"lcm.safetensors": 1.0, "style.safetensors": 0.8})
+    images = pipe(["a red seven on a blue background"], sampler="lcm")
+"""
+
+import functools
+import os
+import pathlib
+import secrets
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from lcm_jax.diffusion import sampling
+from lcm_jax.diffusion.guidance import is_guided
+from lcm_jax.errors import UserError, one_of, plain
+from lcm_jax.host import arguments
+from lcm_jax.inference.generate import Sampler, generate, seed_key, to_unit
+from lcm_jax.interop.folder import Component, Folder, read_folder
+from lcm_jax.interop.folder_writing import write_folder
+from lcm_jax.interop.lora.merge import Loras, check, lcm_recipe, merged_kernels, with_kernels
+from lcm_jax.interop.recipe import Recipe
+from lcm_jax.interop.tokenizer import Tokenizer, load_tokenizer
+from lcm_jax.models import Flat, Network, Policy
+
+SAMPLERS = ("ddim", "dpmpp", "lcm")  # of a diffusion model, the last with an LCM-LoRA; a consistency model has "lcm"
+OUTPUTS = ("uint8", "float", "latents")
+PEER_LCM_GUIDANCE = 8.5  # what diffusers' LatentConsistencyModelPipeline takes when it is not told
+LARGEST = 2**14  # pixels of a side; far beyond, XLA ends the whole process
+TEACHER_GUIDANCE, TEACHER_STEPS, LCM_STEPS = 7.5, 50, 4
+
+
+class Bound:
+    """A network with its weights: call it with arrays; `method` names another method than `__call__`."""
+
+    def __init__(self, network: Network, params: Flat) -> None:
+        self.network = network
+        self.params = params
+        self._apply: Callable[..., Any] = jax.jit(network.apply, static_argnames="method")
+
+    def __call__(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        """Applies the network, jitted; arrays are NHWC."""
+        return self._apply(self.params, *args, method=method, **kwargs)
+
+
+class Pipeline:
+    """A loaded folder: `unet`, `vae` and `text_encoder` (`Bound`), `tokenizer`, `schedule`, `folder`, `recipe`."""
+
+    def __init__(self, folder: Folder, tokenizer: Tokenizer, policy: Policy) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.policy = policy
+        self.schedule = folder.schedule
+        self.recipe = Recipe.read(folder.path)  # None unless lcm_jax distilled it
+        self.unet, self.vae, self.text_encoder = (
+            _bind(folder.components[name], policy) for name in ("unet", "vae", "text_encoder")
+        )
+        self.is_lcm = folder.scheduler_class == "LCMScheduler"
+        self.has_w_embedding = bool(self.unet.network.config.time_cond_proj_dim)
+        self._programs: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
+        self.lora_recipe: Recipe | None = None  # of an attached LCM-LoRA that lcm_jax distilled
+        self._merged: dict[str, dict[str, np.ndarray]] = {}  # what the attached LoRAs have changed
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = 0,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        timesteps: int | Sequence[int] | None = None,
+        latents: Float[np.ndarray, "b h w c"] | None = None,
+        noise: Float[np.ndarray, "n b h w c"] | None = None,
+        output: str = "uint8",
+        sampler: str | None = None,
+    ) -> np.ndarray:
+        """Samples one image per prompt.
+
+        One program is compiled for each (number of prompts, steps, size), and kept. Numbers may be of any library's
+        types, or text ("4").
+
+        Args:
+          prompts: a text, or several; too long ones are cut with a warning. The word of a multi-vector textual
+            inversion stands for all its vectors, as in diffusers.
+          steps: network steps; 4 for a consistency model, else 50.
+          guidance_scale: w + 1. By default the middle of the range that a consistency model was trained for (8.5 where
+            that is unknown; 1, which is none, for one without w-embedding, as an LCM-LoRA makes it), 7.5 for a
+            diffusion model. Outside the trained range: a warning. Without w-embedding each step calls the UNet with
+            and without the prompt; up to 1 (0 and negative values too, as in diffusers) there is no guidance, and the
+            UNet is called with the prompt only.
+          seed: in 0 … 2^64 - 1; image i depends on seed, i and, between the steps of a consistency model, the number of
+            prompts. None: another seed in each call.
+          negative_prompt: what guidance leads away from: one text for all prompts, or a list with one per prompt. A
+            consistency model with a w-embedding takes none, and without guidance it would have no effect.
+          height, width: in pixels; the size that the UNet was trained for by default.
+          timesteps: instead of `steps`, a falling list of training timesteps, or a single one.
+          latents: the first noise, NHWC, instead of noise from the seed.
+          noise: (n-1, …) what a consistency model adds between its n steps, likewise.
+          output: "uint8" (B, H, W, 3), "float" (the same in [0, 1]) or "latents" (B, h, w, C), scaled.
+          sampler: "ddim" (default) or "dpmpp" for a diffusion model, "lcm" with an LCM-LoRA (default, if it says so).
+
+        Raises:
+          UserError: a value of another type or out of range, or one that this kind of model doesn't take; a word that
+            the text encoder has no row for.
+        """
+        prompts = arguments.texts("prompts", prompts)
+        if not prompts:
+            raise UserError("prompts is empty; give at least one prompt")
+        one_of("output", output, OUTPUTS)
+        kind = self._kind(sampler)
+        grid = self._timesteps(kind, steps, timesteps)
+        scale = self._guidance(kind, guidance_scale)
+        guided = is_guided(scale, self.unet.network.config.time_cond_proj_dim)
+        negatives = _negatives(negative_prompt, len(prompts))
+        if any(negatives) and self.has_w_embedding:
+            raise UserError(
+                "a consistency model with a w-embedding takes no negative_prompt: it has learnt guidance away from the "
+                "empty prompt; leave it out"
+            )
+        if any(negatives) and not guided:
+            raise UserError(f"negative_prompt has no effect at guidance_scale {scale:g}; choose one above 1")
+        for prompt in dict.fromkeys([*prompts, *negatives]):
+            if cut := self.tokenizer.cut(prompt):
+                warnings.warn(
+                    f"the prompt {_short(prompt)!r} is longer than {self.tokenizer.max_length} tokens; "
+                    f"cut off: {cut!r}",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+        shape = self.latent_shape(len(prompts), height, width)
+        latent_key, noise_key = jax.random.split(
+            seed_key(secrets.randbits(64) if seed is None else arguments.seed(seed))
+        )
+        if latents is None:
+            keys = jax.vmap(functools.partial(jax.random.fold_in, latent_key))(jnp.arange(shape[0]))
+            z_T = jax.vmap(functools.partial(jax.random.normal, shape=shape[1:]))(keys)
+        else:
+            z_T = arguments.array("latents", latents, shape)
+        if noise is not None and kind != "lcm":
+            raise UserError(f"noise has no effect with the sampler {kind}, which adds none; leave it out")
+        between = noise_key if noise is None else arguments.array("noise", noise, (len(grid) - 1, *shape))
+
+        program = self._program(kind, guided, output != "latents")
+        try:
+            result = program(
+                {"unet": self.unet.params, "vae": self.vae.params, "text_encoder": self.text_encoder.params},
+                self.tokenizer(prompts),
+                self.tokenizer(negatives),
+                jnp.full(len(prompts), scale - 1.0, jnp.float32),
+                grid,
+                z_T,
+                between,
+            )
+            drawn = np.asarray(result, np.float32)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"{len(prompts)} latents of {shape[1]} x {shape[2]} don't fit into this device's memory; "
+                "give fewer prompts, or a smaller height and width"
+            ) from None
+        if not np.isfinite(drawn).all():
+            raise UserError(
+                f"{self.folder.path} draws values that are not finite at guidance_scale {scale:g}: its weights, or "
+                "what was given, are not finite or too large"
+            )
+        if output == "latents":
+            return drawn
+        pictures = to_unit(drawn)
+        return np.round(pictures * 255).astype(np.uint8) if output == "uint8" else pictures
+
+    @property
+    def default_guidance(self) -> float:
+        """The guidance_scale that is taken where none is given, with the folder's own sampler."""
+        return self._default_guidance(self._kind(None))
+
+    def _default_guidance(self, kind: str) -> float:
+        if kind != "lcm":
+            return TEACHER_GUIDANCE
+        if not self.has_w_embedding:
+            return 1.0  # such a student has the guidance in it
+        return (self.recipe.guidance_min + self.recipe.guidance_max) / 2 if self.recipe else PEER_LCM_GUIDANCE
+
+    def latent_shape(
+        self, count: int, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int, int]:
+        """Returns the NHWC shape of the latents of `count` pictures, of the UNet's own size unless told another."""
+        factor = 2 ** (len(self.vae.network.config.block_out_channels) - 1)
+        sample = self.folder.components["unet"].config.get("sample_size") or 64
+        default = (sample, sample) if isinstance(sample, int) else tuple(sample)
+        sizes = []
+        for name, given, latent in (("height", height, default[0]), ("width", width, default[1])):
+            pixels = latent * factor if given is None else arguments.whole(name, given)
+            if not factor <= pixels <= LARGEST or pixels % factor:
+                raise UserError(f"{name} is {pixels}; it must be a multiple of {factor} in {factor} … {LARGEST}")
+            sizes.append(pixels // factor)
+        return count, sizes[0], sizes[1], self.unet.network.config.in_channels
+
+    def set_loras(self, loras: Loras) -> None:
+        """Attaches LoRAs, merged into the weights in memory, in place of those that were attached before.
+
+        Args:
+          loras: file (or folder, as diffusers or peft writes it) → weight. {} detaches all: the weights are then the
+            folder's own, bit for bit. So are those that a LoRA of weight 0 is for.
+
+        Raises:
+          UserError: a weight that isn't a finite number; a file that can't be read or was made for another base.
+        """
+        merged = merged_kernels(self.folder, loras)
+        self.lora_recipe = lcm_recipe(loras, self.schedule.num_train_timesteps)
+        for name in self._merged.keys() | merged.keys():
+            bound: Bound = getattr(self, name)
+            own, new = self.folder.components[name].params, merged.get(name, {})
+            for path in self._merged.get(name, {}).keys() | new.keys():
+                bound.params[path] = _put(new.get(path, own[path]), self.policy)
+        self._merged = merged
+
+    def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
+        """Writes the kind of folder that it was loaded from: the same tensors, names, dtypes and files.
+
+        Attached LoRAs are merged into it. Other variants of the weights are left out.
+
+        Raises:
+          UserError: the target is no place to write, is where it was loaded from, or holds something that is no model.
+        """
+        return write_folder(with_kernels(self.folder, self._merged), arguments.path("folder", folder))
+
+    def lcm_timesteps(self, steps: int) -> Int[np.ndarray, " steps"]:
+        """Returns the timesteps of the sampler "lcm": `steps` of those that the folder, or an attached LCM-LoRA, was
+        trained for. Raises UserError where there are fewer of them.
+        """
+        original, _ = self._lcm_grid
+        return sampling.lcm_timesteps(arguments.whole("steps", steps), original, self.schedule.num_train_timesteps)
+
+    def _kind(self, sampler: str | None) -> str:
+        if self.is_lcm:
+            if sampler is not None and str(sampler) != "lcm":
+                raise UserError(
+                    f"sampler is {plain(repr(sampler), 60)}, but the folder holds a consistency model; leave it out"
+                )
+            return "lcm"
+        if sampler is None:
+            return "lcm" if self.lora_recipe else SAMPLERS[0]
+        one_of("sampler", sampler, SAMPLERS)
+        return sampler
+
+    @property
+    def _lcm_grid(self) -> tuple[int, float]:
+        """N and the timestep scaling that the folder, or an attached LCM-LoRA, was trained with."""
+        recipe, scheduler = self.lora_recipe, self.folder.scheduler
+        if self.is_lcm or recipe is None:
+            return scheduler.get("original_inference_steps", 50), float(scheduler.get("timestep_scaling", 10.0))
+        return recipe.original_inference_steps, recipe.timestep_scaling
+
+    def _timesteps(self, kind: str, steps: int | None, timesteps: int | Sequence[int] | None) -> np.ndarray:
+        total = self.schedule.num_train_timesteps
+        if timesteps is not None:
+            if steps is not None:
+                raise UserError("give steps or timesteps, not both")
+            return sampling.check_timesteps(arguments.wholes("timesteps", timesteps), total)
+        if kind == "lcm":
+            return self.lcm_timesteps(LCM_STEPS if steps is None else steps)
+        return sampling.trailing_timesteps(TEACHER_STEPS if steps is None else arguments.whole("steps", steps), total)
+
+    def _guidance(self, kind: str, guidance_scale: float | None) -> float:
+        if guidance_scale is None:
+            return self._default_guidance(kind)
+        guidance_scale = arguments.number("guidance_scale", guidance_scale)
+        if self.has_w_embedding and self.recipe:
+            low, high = self.recipe.guidance_min, self.recipe.guidance_max
+            if not low <= guidance_scale <= high:
+                warnings.warn(
+                    f"guidance_scale {guidance_scale:g} is outside the range that this model was trained for, "
+                    f"{low:g} to {high:g}",
+                    UserWarning,
+                    stacklevel=3,
+                )
+        return guidance_scale
+
+    def _program(self, kind: str, guided: bool, decode: bool) -> Callable[..., jax.Array]:
+        _, timestep_scaling = self._lcm_grid
+        key = (kind, guided, decode, timestep_scaling)
+        if key not in self._programs:
+            sampler = Sampler(
+                networks={
+                    "unet": self.unet.network,
+                    "vae": self.vae.network,
+                    "text_encoder": self.text_encoder.network,
+                },
+                schedule=self.schedule,
+                kind=kind,
+                guided=guided,
+                timestep_scaling=timestep_scaling,
+                decode=decode,
+            )
+            self._programs[key] = jax.jit(functools.partial(generate, sampler))
+        return self._programs[key]
+
+
+def load_pipeline(
+    path_or_hub_id: str | os.PathLike[str], *, loras: Loras | None = None, dtype: str = "float32"
+) -> Pipeline:
+    """Loads a folder that `StableDiffusionPipeline` or `LatentConsistencyModelPipeline` writes.
+
+    Args:
+      path_or_hub_id: a folder, or the id of a model on the Hugging Face hub.
+      loras: LoRA file → weight, as `Pipeline.set_loras` takes it.
+      dtype: what the networks compute in, "float32" or "bfloat16".
+
+    Raises:
+      UserError: no such folder; a file missing, broken or a pickle; a class or a configuration that isn't supported;
+        tensors missing, unexpected or of the wrong shape; a LoRA that can't be read or was made for another base.
+    """
+    policy = Policy.named(dtype)
+    check(loras or {})
+    folder = read_folder(arguments.path("path_or_hub_id", path_or_hub_id))
+    pipe = Pipeline(folder, load_tokenizer(folder), policy)
+    pipe.set_loras(loras or {})
+    return pipe
+
+
+def _bind(component: Component, policy: Policy) -> Bound:
+    params = {path: _put(array, policy) for path, array in component.params.items()}
+    return Bound(component.network(policy=policy), params)
+
+
+def _put(array: np.ndarray, policy: Policy) -> jax.Array:
+    """The array on the device in the file's dtype, or in the compute dtype where that is the smaller one."""
+    smaller = jnp.dtype(policy.compute).itemsize < array.dtype.itemsize
+    return jnp.asarray(array, policy.compute if smaller else array.dtype)
+
+
+def _negatives(given: Any, count: int) -> list[str]:
+    """Returns what each of `count` prompts is led away from: a single text serves all, and none is the empty text."""
+    if given is None:
+        return [""] * count
+    negatives = arguments.texts("negative_prompt", given)
+    if isinstance(given, (str, bytes)):
+        return negatives * count
+    if len(negatives) != count:
+        raise UserError(
+            f"negative_prompt has {len(negatives)} texts for {count} prompts; give one per prompt, or a single text"
+        )
+    return negatives
+
+
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) <= 40 else prompt[:40] + "…"

@@ -1,0 +1,1 @@
+"""LoRA files: the dialects of diffusers, peft and kohya's scripts, read and written."""

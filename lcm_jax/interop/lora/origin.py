@@ -1,0 +1,65 @@
+"""Which model a LoRA file was made for, as far as its tensors' names and shapes tell."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from lcm_jax.errors import few
+from lcm_jax.interop.lora.keys import module_text
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_OF_TEXT_WIDTH = {
+    768: "Stable Diffusion 1.x",
+    1024: "Stable Diffusion 2.x",
+    1280: "the refiner of SDXL",
+    2048: "SDXL",
+}
+_TEXT_KEY = re.compile(r"attn2[._](?:processor[._])?to_[kv].*(?:lora_A|down)\b")
+_FAMILIES = {
+    r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]\d": "Flux or a model like it",
+    r"(^|[._])joint_blocks[._]\d|attn[._]add_[qkv]_proj|^lora_te3_": "Stable Diffusion 3 or a model like it",
+    r"motion_modules|temporal_transformer|temp_attentions": "a video model with motion modules",
+    r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]": "Wan, a video model",
+    r"layers[._]\d+[._](self_attn[._]o_proj|mlp[._](gate|up|down)_proj)": "a language model",
+    r"(^|[._])(control_model|lora_controlnet|controlnet)([._]|$)": "a ControlNet",
+    r"^lora_te2_|^text_encoder_2\.|label_emb|add_embedding": "SDXL",
+}
+
+
+def strangers(file: Shapes, keys: Sequence[str], kernels: Mapping[str, Shapes], fault: str) -> str:
+    """Returns the message for a file of which some tensors have no place in a model.
+
+    Args: the file's shapes; the keys without a place; component → module → shape of the model; what is wrong with the
+      first of the keys, for a file that doesn't tell what it is for.
+    """
+    lost = list(dict.fromkeys(map(module_text, keys)))
+    total = len(set(map(module_text, file)))
+    if reason := other_base(file, kernels):
+        return f"{reason}: {len(lost)} of its {total} modules have no place here ({few(lost)})"
+    more = f" ({len(lost)} of its {total} modules fit nowhere: {few(lost)})" if len(lost) > 1 else ""
+    return f"{fault}{more}; was it made for another base?"
+
+
+def other_base(file: Shapes, kernels: Mapping[str, Shapes]) -> str:
+    """Returns "it was made for A; this model is B", with text widths; "" if nothing tells that these are not the same.
+
+    Args: the file's shapes; component → module → shape of the model.
+    """
+    theirs, ours = _text_width(file), _own_width(kernels)
+    family = next((name for pattern, name in _FAMILIES.items() if any(re.search(pattern, key) for key in file)), "")
+    own_family = "SDXL" if "text_encoder_2" in kernels else _OF_TEXT_WIDTH.get(ours, "")
+    if theirs not in (0, ours) and family in ("", "SDXL"):
+        family = f"{_OF_TEXT_WIDTH.get(theirs, family or 'a model')} (text width {theirs})"
+    elif not family or family == own_family:
+        return ""
+    own = f"is {own_family} with" if own_family else "has"
+    return f"it was made for {family}; this model {own} text width {ours}"
+
+
+def _text_width(file: Shapes) -> int:
+    """The width of the text features that a file's cross-attention takes; 0 if it has none."""
+    return next((shape[1] for key, shape in file.items() if len(shape) > 1 and _TEXT_KEY.search(key)), 0)
+
+
+def _own_width(kernels: Mapping[str, Shapes]) -> int:
+    return next((shape[-2] for module, shape in kernels.get("unet", {}).items() if module.endswith("attn2.to_k")), 0)

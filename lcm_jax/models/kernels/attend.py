@@ -1,0 +1,98 @@
+"""Softmax attention by one of several programs, where each of them is the better one."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from lcm_jax.models.kernels import row_attention
+from lcm_jax.models.kernels.flash import BLOCK, flash_attention
+
+Implementation = Literal["xla", "cudnn", "pallas"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "cudnn", "pallas")
+
+LONG = 1024  # from this many tokens on the table of scores costs a TPU more than the kernel does
+CUDNN_HEAD = 128  # the widest head that cuDNN takes on every GPU
+
+
+def attend(
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"], implementation: Implementation
+) -> Float[Array, "b n h d"]:
+    """Returns softmax(q k^T / sqrt(d)) v; scores and softmax are float32 inside.
+
+    "xla" (`plain_attention`) writes the table of scores to memory, but for large ones on a CPU. "cudnn" (GPU, 16-bit
+    numbers) and "pallas" (TPU) do not, and take the layers that they can or should: cuDNN heads of up to 128, a
+    multiple of 8; the kernel for TPUs 1,024 tokens and more that see each other, a multiple of its block. All other
+    layers are XLA's. The output is named "attention" for policies of `jax.checkpoint`.
+    """
+    n, m, d = q.shape[1], k.shape[1], q.shape[3]
+    if implementation == "pallas" and min(n, m) >= LONG and n % BLOCK == m % BLOCK == 0:
+        return flash_attention(q, k, v)
+    if implementation == "cudnn" and d <= CUDNN_HEAD and d % 8 == 0:
+        return cudnn_attention(q, k, v)
+    return plain_attention(q, k, v)
+
+
+def cudnn_attention(
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
+) -> Float[Array, "b n h d"]:
+    """Returns softmax(q k^T / sqrt(d)) v by cuDNN's flash attention.
+
+    JAX refuses its gradient for an odd number of tokens, as the 77 of a prompt: one more is put there, and masked.
+    """
+    (b, n), m = q.shape[:2], k.shape[1]
+    lengths: dict[str, Any] = {}
+    if n % 2 or m % 2:
+        q, k, v = (jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (q, k, v))
+        lengths = {"query_seq_lengths": jnp.full(b, n), "key_value_seq_lengths": jnp.full(b, m)}
+    y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
+    return checkpoint_name(y[:, :n], "attention")
+
+
+def plain_attention(
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
+) -> Float[Array, "b n h d"]:
+    """Returns softmax(q k^T / sqrt(d)) v as matrix products of whole tables, one for each head.
+
+    The table is large where there are many tokens, all else is small. So each product, here and in the gradient, takes
+    it as it lies in memory, which left to itself a CPU's compiler transposes; and what divides its rows divides the
+    output instead. Tables that no cache holds are not kept for the gradient (`row_attention`).
+    """
+    heads = tuple(x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    if q.shape[1] * k.shape[1] < row_attention.TABLE:
+        y: Array = _attention(*heads)
+    else:
+        y = row_attention.row_attention(*heads)
+    return y.transpose(0, 2, 1, 3)
+
+
+@jax.custom_vjp
+def _attention(q: Array, k: Array, v: Array) -> Array:
+    return _attention_forward(q, k, v)[0]
+
+
+def _attention_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
+    weights = jnp.exp(q.shape[-1] ** -0.5 * (scores - scores.max(-1, keepdims=True))).astype(v.dtype)
+    share = 1 / weights.astype(jnp.float32).sum(-1, keepdims=True)
+    y = jnp.einsum("bhnm,bhmd->bhnd", weights, v, preferred_element_type=jnp.float32)
+    y = checkpoint_name((y * share).astype(v.dtype), "attention")
+    return y, (q, k, v, weights, share, y)
+
+
+def _attention_backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+    q, k, v, weights, share, y = kept
+    dy = dy * share  # float32; with it, `weights` stand for the softmax
+    along = (dy * y).sum(-1, keepdims=True)  # the part of the gradient that the sum of a row takes away
+    dy = dy.astype(v.dtype)
+    dweights = jnp.einsum("bhnd,bhmd->bhnm", dy, v, preferred_element_type=jnp.float32)
+    dscores = (q.shape[-1] ** -0.5 * weights * (dweights - along)).astype(q.dtype)
+    dq = jnp.einsum("bhnm,bhmd->bhnd", dscores, k)
+    dk = jnp.einsum("bhdn,bhnm->bhdm", q.swapaxes(2, 3), dscores).swapaxes(2, 3)
+    dv = jnp.einsum("bhdn,bhnm->bhdm", dy.swapaxes(2, 3), weights).swapaxes(2, 3)
+    return dq, dk, dv
+
+
+_attention.defvjp(_attention_forward, _attention_backward)

@@ -1,0 +1,1 @@
+"""Networks by role, the state, the step and its compiled program, checkpoints, previews."""

@@ -1,0 +1,73 @@
+"""The pictures of a running training: the same prompts and noise at every look, by keys that training never uses."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.adapters import lora
+from lcm_jax.config import Config
+from lcm_jax.data.pipeline import batches
+from lcm_jax.diffusion.guidance import is_guided
+from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
+from lcm_jax.inference.generate import Sampler, generate
+from lcm_jax.training.state import Parts
+
+Preview = Callable[[dict, dict], np.ndarray]
+SEED = 0
+
+
+def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], np.ndarray]) -> Preview:
+    """Returns `preview(weights, frozen) -> uint8 (N, H, W, 3)`, of the EMA or of the trained weights themselves.
+
+    A consistency model draws `config.log.prompts` in `sample_steps` steps, a diffusion model likewise with DDIM; an
+    autoencoder shows training pictures, each followed by its reconstruction.
+    """
+    if config.objective == "autoencoder":
+        pictures = next(batches(config.data, tokenize=tokenizer, batch_size=8, seed=SEED))["image"]
+        vae = parts.networks["vae"]
+
+        @jax.jit
+        def reconstruct(params: dict) -> jax.Array:
+            latents = vae.apply(params, pictures / 127.5 - 1.0, None, method="to_latents")
+            return to_uint8(vae.apply(params, latents, method="to_images"))
+
+        def preview(weights: dict, frozen: dict) -> np.ndarray:
+            decoded = np.asarray(reconstruct(weights["vae"]))
+            return np.stack([pictures, decoded], axis=1).reshape(-1, *pictures.shape[1:])
+
+        return preview
+    sampler = Sampler(
+        networks=parts.networks,
+        schedule=parts.schedule,
+        kind="lcm" if config.objective == "lcd" else "ddim",
+        guided=is_guided(config.log.guidance_scale, parts.networks["unet"].config.time_cond_proj_dim),
+        timestep_scaling=config.lcd.timestep_scaling,
+    )
+    total = parts.schedule.num_train_timesteps
+    if config.objective == "lcd":
+        timesteps = lcm_timesteps(config.log.sample_steps, config.lcd.solver_steps(total), total)
+    else:
+        timesteps = trailing_timesteps(config.log.sample_steps, total)
+    grid = jnp.asarray(timesteps)
+    prompts = list(config.log.prompts) or [""]
+    ids, null_ids = jnp.asarray(tokenizer(prompts)), jnp.repeat(parts.null_ids, len(prompts), 0)
+    w = jnp.full(len(prompts), config.log.guidance_scale - 1.0, jnp.float32)
+    shape = parts.latent_shape(config.data.image_size)
+    key_z, key_noise = jax.random.split(jax.random.key(SEED))
+    z_T = jax.random.normal(key_z, (len(prompts), *shape))
+
+    @jax.jit
+    def draw(params: dict, frozen: dict) -> jax.Array:
+        for name, chosen in parts.adapted.items():
+            params = {**params, name: lora.merge(frozen[name], params[name], lora.alphas(chosen))}
+        # the trained weights stand before the frozen ones of the same component
+        return to_uint8(generate(sampler, {**frozen, **params}, ids, null_ids, w, grid, z_T, key_noise))
+
+    return lambda weights, frozen: np.asarray(draw(weights, frozen))
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Pictures in [-1, 1] to uint8, clipped."""
+    return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
