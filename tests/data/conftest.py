@@ -6,11 +6,6 @@ from little_photos import LittlePhotos
 
 
 @pytest.fixture(scope="session")
-def digits_builder(digits_data_dir):
-    return tfds.builder("captioned_digits", data_dir=digits_data_dir)
-
-
-@pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """The version directory of little_photos."""
     builder = LittlePhotos(data_dir=str(tmp_path_factory.mktemp("photos")))

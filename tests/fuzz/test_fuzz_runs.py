@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "checkpoints"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "training" / "checkpoints"))
 from little_state import DATA, assert_same_bits, like, make_state, save
 from mutations import damage_bytes, damage_file, pick
 

@@ -17,7 +17,7 @@ from run_state import assert_same_bits, everything
 from lcm_jax import config as config_lib
 from lcm_jax.objectives import autoencoder
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

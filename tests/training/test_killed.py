@@ -18,7 +18,7 @@ from run_state import ITEMS, assert_same_bits, everything
 
 from lcm_jax.training.checkpoint import good_steps
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, EVERY = 12, 3
 KINDS = {
     "autoencoder": ["digits_teacher.py:vae"],

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from lcm_jax.blank import write_blank
 from lcm_jax.digits.classifier import load_classifier
@@ -27,6 +28,11 @@ RECIPE = Recipe(
     learning_rate=1e-4,
     ema_decay=0.9,
 )
+
+
+@pytest.fixture(scope="session")
+def digits_builder(digits_data_dir):
+    return tfds.builder("captioned_digits", data_dir=digits_data_dir)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from jax._src import compilation_cache
 
 from lcm_jax.host import cache_entries, compile_cache
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
 from importlib import import_module

@@ -65,17 +65,17 @@ STEP = {
 START = {"lcd.w_embedding_init": ("random", "lcd"), "lora.init": ("gaussian", "a LoRA")}
 BASES = {"a LoRA": {"objective": "denoising", "lora.rank": 4}}  # the other objectives are their names
 ELSEWHERE = {
-    "batch_size": "the shapes of the batch: tests/test_train.py",
-    "model.folder": "tests/test_train.py",
+    "batch_size": "the shapes of the batch: tests/training/test_train.py",
+    "model.folder": "tests/training/test_train.py",
     "autoencoder.latent_std": "test_autoencoder: tests/test_export.py",
     "model.attention": "test_the_attention_option_reaches_the_networks",
     "steps": "test_the_loop_does_what_it_is_told",
     "max_skipped": "test_max_skipped_is_how_many_steps_are_forgiven",
     **{
-        f"mesh.{f.name}": "tests/parallel/test_mesh.py, test_program.py; tests/test_train.py"
+        f"mesh.{f.name}": "tests/parallel/test_mesh.py, test_program.py; tests/training/test_train.py"
         for f in dataclasses.fields(MeshConfig)
     },
-    "profile.steps": "test_some_steps_are_profiled: tests/test_train.py",
+    "profile.steps": "test_some_steps_are_profiled: tests/training/test_train.py",
     **{f"checkpoint.{f.name}": "test_the_loop_does_what_it_is_told" for f in dataclasses.fields(CheckpointConfig)},
     **{f"log.{f.name}": "test_the_loop_does_what_it_is_told, test_a_preview_…" for f in dataclasses.fields(LogConfig)},
     **{f"data.{f.name}": "tests/data/test_batches.py" for f in dataclasses.fields(DataConfig)},

@@ -18,7 +18,7 @@ from lcm_jax.errors import Unavailable, UserError
 from lcm_jax.monitor import tensorboard
 from lcm_jax.training import checkpoint, workdir
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sending a large body directly"),  # gcsfs, of objects beyond a megabyte
