@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
-
-from lcm_jax import blank
 from lcm_jax.digits.bpe import write_tokenizer
+
+from lcm_jax.digits import presets
 from lcm_jax.interop.folder import Component, Folder, make_network
 from lcm_jax.interop.folder_writing import write_folder
 
@@ -41,7 +41,7 @@ def write(size: Size, out: pathlib.Path, seed: int = 0) -> pathlib.Path:
     """Writes a diffusers folder of this size with random float32 weights; returns its path."""
     levels = len(size.channels)
     preset: dict[str, Any] = {
-        **blank.PRESETS["micro"],
+        **presets.PRESETS["micro"],
         "unet_channels": list(size.channels),
         "heads": size.heads,
         "text_width": size.context,
@@ -49,7 +49,7 @@ def write(size: Size, out: pathlib.Path, seed: int = 0) -> pathlib.Path:
         "groups": min(32, size.channels[0] // 2),
     }
     unet = {
-        **blank.unet_config(preset),
+        **presets.unet_config(preset),
         "layers_per_block": size.layers,
         "sample_size": size.latents,
         "down_block_types": ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"],
@@ -57,14 +57,14 @@ def write(size: Size, out: pathlib.Path, seed: int = 0) -> pathlib.Path:
     }
     with tempfile.TemporaryDirectory() as temporary:
         rest = pathlib.Path(temporary)
-        vocabulary = len(write_tokenizer(rest / "tokenizer", sorted(blank.caption_words()), size.tokens))
+        vocabulary = len(write_tokenizer(rest / "tokenizer", sorted(presets.caption_words()), size.tokens))
         text = {
-            **blank.text_config(preset, vocabulary),
+            **presets.text_config(preset, vocabulary),
             "num_hidden_layers": size.text_layers,
             "max_position_embeddings": size.tokens,
         }
         vae = {
-            **blank.vae_config({**preset, "vae_channels": [32, 32, 32], "groups": 8}),
+            **presets.vae_config({**preset, "vae_channels": [32, 32, 32], "groups": 8}),
             "sample_size": 4 * size.latents,
         }
         configs = {
@@ -78,5 +78,5 @@ def write(size: Size, out: pathlib.Path, seed: int = 0) -> pathlib.Path:
             components[name] = Component(
                 name, library_class, config, {path: np.asarray(array) for path, array in params.items()}
             )
-        scheduler = blank.scheduler_config(preset)
-        return write_folder(Folder(rest, blank.MODEL_INDEX, scheduler, components), out)
+        scheduler = presets.scheduler_config(preset)
+        return write_folder(Folder(rest, presets.MODEL_INDEX, scheduler, components), out)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from lcm_jax import load_pipeline
+from lcm_jax.host.images import to_uint8
 from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.recipe import Recipe
@@ -97,4 +98,4 @@ class TorchSampler:
                 latents=self._draws[0],
                 output_type="np",
             )
-        return np.round(result.images * 255).astype(np.uint8)
+        return to_uint8(result.images)

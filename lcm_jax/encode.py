@@ -26,6 +26,7 @@ from lcm_jax.data.pipeline import open_data, prepare_image
 from lcm_jax.data.sources.tfds import Source, prepare
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import compile_cache, files
+from lcm_jax.host.images import to_signed
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.models import Policy
 from lcm_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, split_cpu
@@ -63,7 +64,7 @@ def encode(config: Config, folder: Folder, source: Source, batch_size: int) -> I
 
     @jax.jit
     def moments(params: dict, images: jax.Array) -> jax.Array:
-        mean_and_logvar = network.apply(params, images.astype(jnp.float32) / 127.5 - 1.0, method="encode")
+        mean_and_logvar = network.apply(params, to_signed(images), method="encode")
         return jnp.concatenate(mean_and_logvar, axis=-1).astype(jnp.float16)
 
     for images, captions in pictures(source, config, batch_size):
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     split_cpu(config.mesh.cpu_devices)
     compile_cache.enable()
     files.make_folder("--out", args.out)
-    folder = read_folder(config.model.folder)
+    folder = read_folder(config.model.folder, only=("vae",))
     source = open_data(config.data)
     vae, size = folder.components["vae"], config.data.image_size
     height, width, channels = vae.network().config.latent_shape(size)

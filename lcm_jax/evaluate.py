@@ -24,13 +24,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import cli
 from lcm_jax.diffusion.sampling import lcm_timesteps
-from lcm_jax.digits import lora_rows
-from lcm_jax.digits import teacher_rows as teacher_rows
+from lcm_jax.digits import lora_rows, teacher_rows
 from lcm_jax.digits.classifier import STYLE_WEIGHTS, WEIGHTS, Classifier, load_classifier
 from lcm_jax.digits.dataset import SIZE, STYLES
 from lcm_jax.digits.draw import BATCH, draw_all, in_batches
@@ -41,9 +39,8 @@ from lcm_jax.digits.sheet import sheet
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import compile_cache, files
 from lcm_jax.host.files import write, write_json
-from lcm_jax.host.images import write_png
+from lcm_jax.host.images import to_signed, to_uint8, to_unit, write_png
 from lcm_jax.inference import verify
-from lcm_jax.inference.generate import to_unit
 from lcm_jax.inference.pipeline import Pipeline, load_pipeline
 from lcm_jax.interop.lora.file import find
 
@@ -73,10 +70,10 @@ def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], 
 def _through_vae(pipe: Pipeline, pictures: np.ndarray) -> np.ndarray:
     decoded = []
     for start in range(0, len(pictures), BATCH):
-        pixels = jnp.asarray(pictures[start : start + BATCH], jnp.float32) / 127.5 - 1.0
+        pixels = to_signed(pictures[start : start + BATCH])
         latents = pipe.vae(pixels, None, method="to_latents")
         decoded.append(np.asarray(pipe.vae(latents, method="to_images")))
-    return np.round(to_unit(np.concatenate(decoded)) * 255).astype(np.uint8)
+    return to_uint8(to_unit(np.concatenate(decoded)))
 
 
 def student_rows(

@@ -26,12 +26,14 @@ from lcm_jax.data.pipeline import batches, open_data
 from lcm_jax.data.sources.tfds import Source
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import compile_cache
-from lcm_jax.interop.export import DTYPES, with_lcm_scheduler, write_lcm_folder, write_trained_folder
+from lcm_jax.host.images import to_signed
+from lcm_jax.interop.export import with_lcm_scheduler, write_lcm_folder, write_trained_folder
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.folder_writing import write_folder
 from lcm_jax.interop.lora.file import DIALECTS, write_lora
 from lcm_jax.interop.lora.merge import Loras, lcm_recipe, merged_kernels, with_kernels
 from lcm_jax.interop.recipe import Recipe
+from lcm_jax.interop.weights import DTYPES
 from lcm_jax.training import checkpoint, identity
 from lcm_jax.training.state import adapted, trained_components
 
@@ -150,7 +152,7 @@ def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarra
 
     @jax.jit
     def moments(params: dict[str, jax.Array], pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, logvar = vae.apply(params, pictures.astype(jnp.float32) / 127.5 - 1.0, method="encode")
+        mean, logvar = vae.apply(params, to_signed(pictures), method="encode")
         return jnp.mean(mean), jnp.mean(mean**2 + jnp.exp(logvar))
 
     def no_tokens(texts: list[str]) -> np.ndarray:

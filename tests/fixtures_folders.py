@@ -108,12 +108,11 @@ def build_pipeline(tokenizer_folder: pathlib.Path, *, lcm: bool = False, predict
 
 def write_little(folder: pathlib.Path, **sizes) -> pathlib.Path:
     """Writes `blank`'s micro model with one level: every kind of layer, and few operations to trace and compile."""
-    from lcm_jax import blank
 
     with pytest.MonkeyPatch.context() as patch:
         one_level = {"unet_channels": [8], "vae_channels": [8]}
-        patch.setitem(blank.PRESETS, "little", {**blank.PRESETS["micro"], **one_level, **sizes})
-        return blank.write_blank("little", folder)
+        patch.setitem(presets.PRESETS, "little", {**presets.PRESETS["micro"], **one_level, **sizes})
+        return presets.write_blank("little", folder)
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from lcm_jax import blank
-from lcm_jax.blank import PRESETS, TOKENS, ZERO_INIT, write_blank
+from lcm_jax.digits import presets
 from lcm_jax.digits.dataset import ALL_PAIRS, PHRASES, caption
+from lcm_jax.digits.presets import PRESETS, TOKENS, ZERO_INIT, write_blank
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import make_network, read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
@@ -47,7 +48,7 @@ def test_micro_has_no_dead_weights(micro):
 
 def test_zero_init_names_the_ends_of_the_branches():
     preset = PRESETS["digits"]
-    network = make_network("UNet2DConditionModel", blank.unet_config(preset), where="unet")
+    network = make_network("UNet2DConditionModel", presets.unet_config(preset), where="unet")
     zero = {path.removesuffix(".kernel") for path in network.shapes if ZERO_INIT.fullmatch(path) and "kernel" in path}
     blocks = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
     assert {f"{block}.attentions.0.proj_out" for block in blocks} <= zero
@@ -59,9 +60,9 @@ def test_zero_init_names_the_ends_of_the_branches():
 def test_digits_fits_into_eight_megabytes_of_float16():
     preset = PRESETS["digits"]
     configs = {
-        "UNet2DConditionModel": blank.unet_config(preset),
-        "AutoencoderKL": blank.vae_config(preset),
-        "CLIPTextModel": blank.text_config(preset, 600),
+        "UNet2DConditionModel": presets.unet_config(preset),
+        "AutoencoderKL": presets.vae_config(preset),
+        "CLIPTextModel": presets.text_config(preset, 600),
     }
     count = sum(
         np.prod(leaf.shape)
@@ -116,7 +117,7 @@ def test_each_word_of_a_caption_is_one_token(micro):
 
     tokenizer = CLIPTokenizer.from_pretrained(micro / "tokenizer")
     config = json.loads((micro / "text_encoder" / "config.json").read_text())
-    words = sorted(blank.caption_words())
+    words = sorted(presets.caption_words())
     ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
     assert all(len(each) == 1 for each in ids)
     assert len({each[0] for each in ids}) == len(words) == 28

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.errors import UserError, nearest, one_of
-
-Flat = dict[str, Any]  # path -> jax or numpy array
+from lcm_jax.models import Flat
 
 A, B = ".lora_A.kernel", ".lora_B.kernel"
 INITS = ("kaiming", "gaussian")

@@ -38,6 +38,7 @@ from lcm_jax.digits.dataset import (
 )
 from lcm_jax.errors import UserError
 from lcm_jax.host import compile_cache, files
+from lcm_jax.host.images import to_signed
 from lcm_jax.interop import weights
 from lcm_jax.models import Flat, Network
 from lcm_jax.models.layers import conv
@@ -111,7 +112,7 @@ class Classifier:
 @jax.jit
 def _classify(params: Flat, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     network = _network(styles="style.kernel" in params)
-    return network.apply(params, images.astype(jnp.float32) / 127.5 - 1.0)
+    return network.apply(params, to_signed(images))
 
 
 def load_classifier(path: pathlib.Path = WEIGHTS) -> Classifier:
@@ -141,7 +142,7 @@ def train_classifier(steps: int = 6000, batch_size: int = 128, seed: int = 0, *,
     network = _network(styles=styles)
     names = list(COLOURS)
     pairs = jnp.asarray([(names.index(ink), names.index(paper)) for ink, paper in ALL_PAIRS])
-    palette = jnp.asarray(list(COLOURS.values()), jnp.float32) / 127.5 - 1.0
+    palette = to_signed(np.array(list(COLOURS.values()), np.uint8))
     schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(100, steps // 2), steps)
     optimizer = optax.adamw(schedule, weight_decay=0.05)
 

@@ -1,17 +1,33 @@
-"""Pictures side by side, and PNG files that are whole or not there."""
+"""Images as numbers, images side by side, and PNG files that are complete or absent."""
 
 import io
 import os
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from lcm_jax.host import files
 
 GAP = 2  # pixels between pictures
 LABEL = 14  # pixels of a label's line
+
+
+def to_signed(images: UInt8[Array, "*b 3"] | UInt8[np.ndarray, "*b 3"]) -> Float[Array, "*b 3"]:
+    """Converts 0 … 255 to float32 in [-1, 1], the range of the networks."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+
+
+def to_unit(images: Float[np.ndarray, "*b 3"]) -> Float[np.ndarray, "*b 3"]:
+    """Converts [-1, 1] to [0, 1]; values beyond are clipped."""
+    return np.clip(images * 0.5 + 0.5, 0.0, 1.0)
+
+
+def to_uint8(unit: Float[np.ndarray, "*b 3"]) -> UInt8[np.ndarray, "*b 3"]:
+    """Converts [0, 1] to 0 … 255, rounded to the nearest level."""
+    return np.round(unit * 255).astype(np.uint8)
 
 
 def grid(

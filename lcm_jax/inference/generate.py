@@ -97,8 +97,3 @@ def seed_key(seed: int) -> jax.Array:
     """
     with jax.enable_x64(True):
         return jax.random.key(np.uint64(seed))
-
-
-def to_unit(images: np.ndarray) -> np.ndarray:
-    """Returns pictures from [-1, 1] in [0, 1], clipped."""
-    return np.clip(images * 0.5 + 0.5, 0.0, 1.0)

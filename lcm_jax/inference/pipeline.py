@@ -28,7 +28,8 @@ from lcm_jax.diffusion import sampling
 from lcm_jax.diffusion.guidance import is_guided
 from lcm_jax.errors import UserError, one_of, plain
 from lcm_jax.host import arguments
-from lcm_jax.inference.generate import Sampler, generate, seed_key, to_unit
+from lcm_jax.host.images import to_uint8, to_unit
+from lcm_jax.inference.generate import Sampler, generate, seed_key
 from lcm_jax.interop.folder import Component, Folder, read_folder
 from lcm_jax.interop.folder_writing import write_folder
 from lcm_jax.interop.lora.merge import Loras, check, lcm_recipe, merged_kernels, with_kernels
@@ -184,7 +185,7 @@ class Pipeline:
         if output == "latents":
             return drawn
         pictures = to_unit(drawn)
-        return np.round(pictures * 255).astype(np.uint8) if output == "uint8" else pictures
+        return to_uint8(pictures) if output == "uint8" else pictures
 
     @property
     def default_guidance(self) -> float:

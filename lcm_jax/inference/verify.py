@@ -14,6 +14,7 @@ import numpy as np
 
 from lcm_jax.adapters import lora as low_rank
 from lcm_jax.errors import UserError
+from lcm_jax.host.images import to_uint8
 from lcm_jax.inference.pipeline import Pipeline, load_pipeline
 from lcm_jax.interop import names
 from lcm_jax.interop.export import with_lcm_scheduler
@@ -163,7 +164,7 @@ def lcm_drawer(pipe: Pipeline, steps: int) -> Callable[..., np.ndarray]:
                 latents=nchw(first),
                 output_type="np",
             )
-        return np.round(result.images * 255).astype(np.uint8)
+        return to_uint8(result.images)
 
     return draw
 

@@ -21,8 +21,8 @@ from lcm_jax.interop.folder import Folder
 from lcm_jax.interop.folder_writing import replace_params, write_json, write_parts
 from lcm_jax.interop.recipe import RECIPE_FILE, Recipe
 from lcm_jax.interop.replace import replacing
+from lcm_jax.interop.weights import DTYPES
 
-DTYPES = ("float32", "float16", "bfloat16")
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 
 

@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
 
-import numpy as np
-
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError
 from lcm_jax.host import json_file
@@ -24,10 +22,8 @@ from lcm_jax.interop.model_index import NETWORK_CLASSES
 from lcm_jax.interop.scheduler import KNOWN as SCHEDULER_KEYS
 from lcm_jax.interop.scheduler import read_schedule
 from lcm_jax.interop.weight_faults import check_finite
-from lcm_jax.models import FP32, MODEL_CLASSES, Network, Policy
+from lcm_jax.models import FP32, MODEL_CLASSES, Flat, Network, Policy
 from lcm_jax.models.config_json import warn_of_unknown
-
-Flat = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

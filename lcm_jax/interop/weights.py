@@ -27,6 +27,7 @@ from lcm_jax.interop.weight_faults import unreadable
 
 Tensors = dict[str, np.ndarray]
 
+DTYPES = ("float32", "float16", "bfloat16")  # in which weights are written
 VARIANTS = ("", "fp32", "fp16", "bf16")  # in the order of choice
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _STEMS = ("diffusion_pytorch_model", "model")

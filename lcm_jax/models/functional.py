@@ -12,7 +12,7 @@ from flax import nnx
 from lcm_jax.errors import UserError
 from lcm_jax.models.policy import FP32, Policy
 
-Flat = dict[str, jax.Array]
+Flat = dict[str, Any]  # a parameter's path → its array, of jax or numpy
 
 # used in float32 under each policy; so are vectors: biases are added, and norms scaled, by layers that cast them
 _FULL_PRECISION = re.compile(r"conv_out\.kernel|.*\.cond_proj\.kernel|.*_embedding\.embedding")

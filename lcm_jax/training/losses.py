@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lcm_jax.adapters import lora, side_branch
 from lcm_jax.config import Config
+from lcm_jax.host.images import to_signed
 from lcm_jax.models import Network
 from lcm_jax.models.vae import scaled_draw
 from lcm_jax.objectives import autoencoder, denoising, lcd
@@ -61,18 +62,13 @@ def _trained(name: str, component: str, parts: Parts, weights: dict, frozen: dic
     return function
 
 
-def _pixels(batch: Batch) -> jax.Array:
-    """uint8 (B, H, W, 3) to float32 in [-1, 1]."""
-    return batch["image"].astype(jnp.float32) / 127.5 - 1.0
-
-
 def _latents(parts: Parts, vae: dict, batch: Batch, noise: jax.Array) -> jax.Array:
     """A draw from the VAE's posterior at these images, scaled: z_0."""
     network = parts.networks["vae"]
     if "moments" in batch:
         mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
     else:
-        mean, logvar = _bound("vae", network, vae, method="encode")(_pixels(batch))
+        mean, logvar = _bound("vae", network, vae, method="encode")(to_signed(batch["image"]))
     return scaled_draw(network.config, mean, logvar, noise)
 
 
@@ -138,7 +134,7 @@ def _autoencoder(config: Config, parts: Parts) -> Loss:
         return autoencoder.autoencoder_loss(
             encode=_bound("encoder", vae, params["vae"], method="encode"),
             decode=_bound("decoder", vae, params["vae"], method="decode"),
-            images=_pixels(batch),
+            images=to_signed(batch["image"]),
             noise=noise,
             config=config.autoencoder,
         )

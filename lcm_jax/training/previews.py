@@ -11,6 +11,7 @@ from lcm_jax.config import Config
 from lcm_jax.data.pipeline import batches
 from lcm_jax.diffusion.guidance import is_guided
 from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
+from lcm_jax.host.images import to_signed, to_uint8, to_unit
 from lcm_jax.inference.generate import Sampler, generate
 from lcm_jax.training.state import Parts
 
@@ -30,11 +31,11 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
 
         @jax.jit
         def reconstruct(params: dict) -> jax.Array:
-            latents = vae.apply(params, pictures / 127.5 - 1.0, None, method="to_latents")
-            return to_uint8(vae.apply(params, latents, method="to_images"))
+            latents = vae.apply(params, to_signed(pictures), None, method="to_latents")
+            return vae.apply(params, latents, method="to_images")
 
         def preview(weights: dict, frozen: dict) -> np.ndarray:
-            decoded = np.asarray(reconstruct(weights["vae"]))
+            decoded = to_uint8(to_unit(np.asarray(reconstruct(weights["vae"]))))
             return np.stack([pictures, decoded], axis=1).reshape(-1, *pictures.shape[1:])
 
         return preview
@@ -63,11 +64,6 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
         for name, chosen in parts.adapted.items():
             params = {**params, name: lora.merge(frozen[name], params[name], lora.alphas(chosen))}
         # the trained weights stand before the frozen ones of the same component
-        return to_uint8(generate(sampler, {**frozen, **params}, ids, null_ids, w, grid, z_T, key_noise))
+        return generate(sampler, {**frozen, **params}, ids, null_ids, w, grid, z_T, key_noise)
 
-    return lambda weights, frozen: np.asarray(draw(weights, frozen))
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-    """Pictures in [-1, 1] to uint8, clipped."""
-    return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
+    return lambda weights, frozen: to_uint8(to_unit(np.asarray(draw(weights, frozen))))

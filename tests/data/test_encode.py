@@ -10,11 +10,11 @@ import pytest
 import tensorflow_datasets as tfds
 
 from lcm_jax import cli, encode, train
-from lcm_jax.blank import write_blank
 from lcm_jax.config import default_config, from_dict
 from lcm_jax.data import latents
 from lcm_jax.data.pipeline import DataConfig, batches
 from lcm_jax.data.sources.tfds import open_source
+from lcm_jax.digits.presets import write_blank
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer

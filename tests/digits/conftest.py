@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from lcm_jax.blank import write_blank
 from lcm_jax.digits.classifier import load_classifier
+from lcm_jax.digits.presets import write_blank
 from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.recipe import Recipe

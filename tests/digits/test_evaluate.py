@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from lcm_jax import cli, evaluate, load_pipeline
-from lcm_jax.blank import write_blank
 from lcm_jax.digits import draw, guidance, measures, teacher_rows
 from lcm_jax.digits.draw import draw_all
 from lcm_jax.digits.measures import first_noise, later_noise, real_pictures, score, sheet_prompts
+from lcm_jax.digits.presets import write_blank
 from lcm_jax.digits.report import Row, table
 from lcm_jax.digits.sheet import HEAD, LEFT
 from lcm_jax.errors import UserError

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from lcm_jax.blank import write_blank
+from lcm_jax.digits.presets import write_blank
 from lcm_jax.errors import LONGEST, UserError
 from lcm_jax.inference.pipeline import load_pipeline
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lcm_jax.blank import TOKENS
+from lcm_jax.digits.presets import TOKENS
 
 SIZE, BATCH = 8, 16
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")

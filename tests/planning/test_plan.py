@@ -9,7 +9,7 @@ import pytest
 
 from lcm_jax import cli, plan
 from lcm_jax import config as config_lib
-from lcm_jax.blank import write_blank
+from lcm_jax.digits.presets import write_blank
 from lcm_jax.parallel.mesh import make_mesh
 from lcm_jax.planning.blueprint import blueprint, published
 from lcm_jax.planning.compiled import COLLECTIVES

@@ -16,11 +16,12 @@ from fixtures_folders import write_little
 from safetensors import safe_open
 
 import lcm_jax
-from lcm_jax import blank, cli, export, sample
+from lcm_jax import cli, export, sample
 from lcm_jax.adapters import lora
 from lcm_jax.adapters.lora import LoraConfig
 from lcm_jax.config import Config, ModelConfig, from_dict, load_resolved
 from lcm_jax.data.pipeline import DataConfig
+from lcm_jax.digits import presets
 from lcm_jax.errors import UserError
 from lcm_jax.inference.verify import verify
 from lcm_jax.interop.folder import read_folder
@@ -244,7 +245,7 @@ def test_previews_are_drawn_with_the_adapters(run, folder):
 
 
 def test_another_base_is_noticed(run, folder, tmp_path, monkeypatch):
-    bigger = read_folder(blank.write_blank("micro", tmp_path / "micro"))
+    bigger = read_folder(presets.write_blank("micro", tmp_path / "micro"))
     monkeypatch.setattr(export, "read_folder", lambda _: bigger)
     with pytest.raises(UserError, match="unet weights.* in .*micro changed since the run in .* began"):
         export.export(run, tmp_path / "x.safetensors")

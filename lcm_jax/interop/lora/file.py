@@ -34,7 +34,6 @@ from lcm_jax.interop.lora.keys import Name, Names, kohya_key, peft_key, refuse
 from lcm_jax.interop.lora.tensors import adapter as adapter_of
 
 DIALECTS = ("diffusers", "kohya")
-DTYPES = ("float32", "float16", "bfloat16")
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # what diffusers and peft call it in a folder
 
 Kernels = Mapping[str, Mapping[str, tuple[int, ...]]]  # component -> module -> shape of its kernel, as `lora.kernels`
@@ -117,7 +116,7 @@ def write_lora(
       UserError: another dialect or dtype; a name that doesn't end in .safetensors; no place to write.
     """
     one_of("dialect", dialect, DIALECTS)
-    one_of("dtype", dtype, DTYPES)
+    one_of("dtype", dtype, weights.DTYPES)
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} should end in .safetensors")

@@ -12,9 +12,10 @@ import numpy as np
 
 from lcm_jax.adapters import lora
 from lcm_jax.errors import UserError, few
-from lcm_jax.interop.folder import Flat, Folder
+from lcm_jax.interop.folder import Folder
 from lcm_jax.interop.lora.file import find, read_header, read_lora
 from lcm_jax.interop.recipe import MOST_STEPS, Recipe
+from lcm_jax.models import Flat
 
 Loras = Mapping[Any, float]  # file (str or path) -> weight
 _ADAPTED = ("unet", "text_encoder", "text_encoder_2")
