@@ -1,9 +1,9 @@
 """python benchmarks/attention_on_gpu.py [--rounds=20] [--batch=8]
 
-Attention on a GPU, by XLA and by cuDNN, in bfloat16: the layers of Stable Diffusion 1.5 at 512 px and 2.1 at 768 px,
-forward, and forward with gradients. The two take turns. Each is compared with float32 (matrix products in full float32)
-on the first sample: the errors are |found - exact| / |exact| of output and gradients as one vector. The script fails
-where cuDNN's is more than twice XLA's.
+Compares XLA and cuDNN attention on a GPU in bfloat16, for the layers of Stable Diffusion 1.5 at 512 px and 2.1 at
+768 px: forward only, and forward with gradients, in alternation. The reference for the errors is float32 with
+full-precision matrix products, on the first sample. The error is |found - exact| / |exact| with output and gradients
+as one vector. Fails if cuDNN's error is more than twice XLA's.
 """
 
 import argparse
@@ -21,21 +21,21 @@ from lcm_jax import cli
 from lcm_jax.errors import UserError
 from lcm_jax.models.kernels.attend import cudnn_attention, plain_attention
 
-LAYERS = [  # tokens, tokens seen, heads, channels of a head
+LAYERS = [  # queries, keys, heads, channels per head
     *((4096, 4096, 8, 40), (4096, 77, 8, 40), (1024, 1024, 8, 80), (1024, 77, 8, 80), (256, 256, 8, 160)),
     *((9216, 9216, 5, 64), (2304, 2304, 10, 64), (2304, 77, 10, 64)),
 ]
-REPEATS = 10  # in one turn
+REPEATS = 10  # calls per measurement
 
 
 def with_gradients(attention: Any, q: Any, k: Any, v: Any, g: Any) -> list[jax.Array]:
-    """Returns the output, and the gradients of its product with g."""
+    """Returns the output and the gradients of q, k and v for the output gradient g."""
     y, vjp = jax.vjp(attention, q, k, v)
     return [y, *vjp(g)]
 
 
 def seconds(function: Any, *args: Any) -> float:
-    """Of one call among REPEATS."""
+    """Returns the mean time per call over REPEATS calls, in seconds."""
     start = time.perf_counter()
     found = [function(*args) for _ in range(REPEATS)]
     jax.block_until_ready(found)
@@ -43,7 +43,7 @@ def seconds(function: Any, *args: Any) -> float:
 
 
 def error(found: list[jax.Array], exact: list[jax.Array]) -> float:
-    """Returns the relative error, of all as one vector."""
+    """Returns the relative error of all arrays as one vector."""
     pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(found, exact, strict=True)]
     return (sum(np.square(a - b).sum() for a, b in pairs) / sum(np.square(b).sum() for _, b in pairs)) ** 0.5
 

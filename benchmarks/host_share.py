@@ -1,8 +1,7 @@
 """python benchmarks/host_share.py [--size=middle] [--steps=8]
 
-How much of the time of a training run is not the compiled program: `train` itself, on captioned digits, with a profile
-of some steps in the middle of which nothing is saved or drawn. A moment counts as the program's if any operation of it
-runs. Needs the extra `demo`.
+Measures the share of training time in which no operation of the compiled step runs. Runs `train` on captioned digits
+and profiles a few steps in the middle, without saving or sampling. Needs the extra `demo`.
 """
 
 import argparse
@@ -22,7 +21,7 @@ WARM_UP = 5  # steps before the profile
 
 
 def busy(intervals: Iterable[tuple[float, float]]) -> float:
-    """Returns the length of the union of these (start, end)."""
+    """Returns the length of the union of (start, end) intervals."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, until))
@@ -31,7 +30,7 @@ def busy(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def operations(profile: pathlib.Path) -> list[tuple[float, float]]:
-    """Returns start and end, in nanoseconds, of each operation of a compiled program in a folder of profiles."""
+    """Returns (start, end) in nanoseconds of each compiled operation in a profile folder."""
     (file,) = profile.rglob("*.xplane.pb")
     found = []
     for plane in ProfileData.from_file(str(file)).planes:

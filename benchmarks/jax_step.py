@@ -1,4 +1,4 @@
-"""A step of latent consistency distillation as `train` runs it."""
+"""The training step of latent consistency distillation, as `train` runs it."""
 
 import dataclasses
 import pathlib
@@ -13,15 +13,15 @@ from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.parallel.mesh import make_mesh, split_cpu
 from lcm_jax.parallel.partition import place
 from lcm_jax.planning import flops
+from lcm_jax.training.networks import frozen_params, initial_params, make_parts
 from lcm_jax.training.program import make_program
-from lcm_jax.training.state import frozen_params, initial_params, make_parts
 
 
 class JaxStep:
-    """The compiled step of a config with its state on the devices; one call of `run` is one step on a fixed batch."""
+    """A compiled training step with its state on the devices; each `run` is one step on a fixed batch."""
 
     def __init__(self, config: Config, inputs: pathlib.Path, cpu_devices: int) -> None:
-        """Args: the config, of latents as data; the file of `step_vs_torch.draw_inputs`; as config.mesh.cpu_devices."""
+        """Compiles and runs a step; `config` must use latents, `inputs` is a file of `step_vs_torch.draw_inputs`."""
         split_cpu(cpu_devices)
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, cpu_devices=cpu_devices))
         folder = read_folder(config.model.folder)
@@ -32,10 +32,10 @@ class JaxStep:
         self._step = lowered.compile()
         compile_seconds = time.perf_counter() - start
         self._state = program.start(place(initial_params(config, parts, folder), program.state["params"]))
-        frozen = place(frozen_params(config, folder), program.frozen)
+        frozen = place(frozen_params(config, parts, folder), program.frozen)
         given = np.load(inputs)
         mean = given["z_0"].transpose(0, 2, 3, 1)
-        moments = np.concatenate([mean, np.full_like(mean, -30.0)], axis=-1).astype(np.float16)  # no deviation
+        moments = np.concatenate([mean, np.full_like(mean, -30.0)], axis=-1).astype(np.float16)  # no variance
         batch = program.put({"moments": moments, "input_ids": given["input_ids"].astype(np.int32)})
         self._given = frozen, batch, program.put_stop(0)
         values = self.run()
@@ -48,10 +48,10 @@ class JaxStep:
         }
 
     def run(self) -> dict[str, jax.Array]:
-        """One step, from its dispatch to its end."""
+        """Runs one step, waits for it, and returns its logged values."""
         self._state, values = self._step(self._state, *self._given)
         return jax.block_until_ready((self._state, values))[1]
 
     def memory(self) -> int:
-        """Bytes of the accelerator at the highest point; 0: there is none."""
+        """Returns the accelerator's peak memory in bytes, 0 without one."""
         return (jax.local_devices()[0].memory_stats() or {"peak_bytes_in_use": 0})["peak_bytes_in_use"]

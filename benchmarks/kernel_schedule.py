@@ -1,9 +1,9 @@
 """python benchmarks/kernel_schedule.py [--topology=v5p-8] [--tokens=4096] [--head=40] [--heads=64]
 
-How long the attention kernel takes on a TPU, without one: it is compiled, and the compiler's own schedule is read, in
-which each line (a bundle of instructions) is a cycle. Waiting for memory is not in it. Prints, forward and backward,
-the cycles of one pass through the innermost loop, the time of the whole kernel, that of the cost which it declares to
-XLA, and how much of each unit the loop uses. Needs the extra `plan`.
+Estimates the time of the attention kernel on a TPU without a TPU: compiles it and reads the compiler's schedule, in
+which each instruction bundle is one cycle. Memory stalls are not included. Prints for forward and backward: the cycles
+per iteration of the innermost loop, the time of the kernel, the time of the cost that it declares to XLA, and the
+utilization of each unit in the loop. Needs the extra `plan`.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from lcm_jax.planning.compiled import Operation, Program
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What a kernel's file says.
+    """The compiler's schedule of a kernel.
 
     Attributes:
-      always: bundles of each pass through the loop over the grid.
-      ends: of those that run at the beginning or the end of an axis only; counted once for each round of the innermost.
-      use: share of the slots of each unit that the loop's bundles fill.
+      always: bundles that run in every iteration of the loop over the grid.
+      ends: bundles that run only at the start or end of an axis; counted once per run of the innermost axis.
+      use: unit → share of its slots that the loop's bundles fill.
     """
 
     always: int
@@ -42,7 +42,7 @@ class Schedule:
 
 
 def read(folder: pathlib.Path, name: str) -> Schedule:
-    """Reads the schedule of the operation of that name from a dump of the compiler."""
+    """Reads the schedule of the operation `name` from a folder of compiler dumps."""
     bundles = next(file for file in folder.glob(f"*-{name}-*-final_bundles.txt") if "analysis" not in file.name)
     address, starts, jumps = 0, {}, []
     for line in bundles.read_text().splitlines():
@@ -55,7 +55,7 @@ def read(folder: pathlib.Path, name: str) -> Schedule:
     ways = [(at, starts[region]) for at, region in jumps if region in starts]
     first, last = max(((to, at) for at, to in ways if to <= at), key=lambda loop: loop[1] - loop[0])
     inside = [(at, to) for at, to in ways if first <= at < to <= last]
-    # What a jump leaves out, but for jumps inside of another's; the longest leaves out the body, after the last pass.
+    # Bundles skipped by outermost jumps; the longest jump skips the loop body after the last iteration.
     inside.remove(max(inside, key=lambda way: way[1] - way[0]))
     skipped = [to - at for at, to in inside if not any(a <= at and to <= b for a, b in inside if (a, b) != (at, to))]
     table = next(folder.glob(f"*-{name}-*-final_hlo-static-per-bundle-utilization.txt")).read_text().splitlines()
@@ -66,7 +66,7 @@ def read(folder: pathlib.Path, name: str) -> Schedule:
 
 
 def compile_kernels(where: topology.Topology, folder: pathlib.Path, tokens: int, head: int, heads: int) -> Program:
-    """Compiles both kernels for one chip and leaves what the compiler writes in the folder."""
+    """Compiles both kernels for one chip; the compiler dumps its files to `folder`."""
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     os.environ["LIBTPU_INIT_ARGS"] = f"{given} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
     device = topology.devices(where)[0]
@@ -78,13 +78,13 @@ def compile_kernels(where: topology.Topology, folder: pathlib.Path, tokens: int,
 
 
 def row(kernel: Operation, schedule: Schedule, chip: Chip, tokens: int, heads: int) -> str:
-    """Returns a line of the table."""
+    """Returns a row of the table."""
     backward = "transpose(" in kernel.source
     inner, outer = flash.QUERIES, flash.KEYS_BACKWARD
     if not backward:
         inner, outer = flash.KEYS, flash.QUERIES
     inner, outer = (tokens // flash._largest(tokens, flash.BLOCK, most) for most in (inner, outer))
-    # cores share what is independent: all but the innermost loop forward, heads backward
+    # cores share the independent axes: forward all but the innermost, backward the heads
     cores = topology.CORES[chip.kind]
     rounds = math.ceil(heads / cores) * outer if backward else math.ceil(heads * outer / cores)
     cycles = rounds * (inner * schedule.always + schedule.ends)

@@ -1,9 +1,8 @@
 """python benchmarks/lora_step.py [--config=configs/digits_lora.py] [--rounds=20] [--config.<option>=<value> …]
 
-The training step of a LoRA in two forms, beside that of all weights: with the adapters beside the weights
-(`lcm_jax.adapters.side_branch`, what `train` does), and merged into them, W + B A, before each forward pass. The three
-take turns in one process; times are ratios of neighbours. FLOPs are those of the traced step, memory the compiler's
-figure.
+Compares three training steps: all weights; LoRA as a side branch (`lcm_jax.adapters.side_branch`, as in `train`); and
+LoRA merged into the weights, W + dW, before each forward pass. The three alternate in one process; time ratios are
+taken per round. FLOPs are counted in the traced step; memory is the compiler's estimate.
 """
 
 import argparse
@@ -30,15 +29,15 @@ from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.parallel.mesh import make_mesh
 from lcm_jax.parallel.partition import place
 from lcm_jax.planning import flops
+from lcm_jax.training.networks import frozen_params, initial_params, make_parts
 from lcm_jax.training.program import make_program
-from lcm_jax.training.state import frozen_params, initial_params, make_parts
 
 FORMS = ("all weights", "side branch", "merged")
 
 
 @contextlib.contextmanager
 def merged(wanted: bool) -> Iterator[None]:
-    """Within it, adapters are merged into the weights where a network is called with them."""
+    """If `wanted`, merges adapters into the weights in calls of `side_branch.apply` inside the context."""
     usual = side_branch.apply
 
     def apply(network: Any, base: Any, params: Any, alphas: Any, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +52,7 @@ def merged(wanted: bool) -> Iterator[None]:
 
 
 class Form:
-    """One form of the step, compiled, with its state on the devices."""
+    """A compiled variant of the step, with its state on the devices."""
 
     def __init__(self, name: str, config: Config, folder: Folder) -> None:
         if name == "all weights":
@@ -69,7 +68,7 @@ class Form:
         analysis = self._step.memory_analysis()
         self.memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
         self._state = program.start(place(initial_params(config, parts, folder), program.state["params"]))
-        frozen = place(frozen_params(config, folder), program.frozen)
+        frozen = place(frozen_params(config, parts, folder), program.frozen)
         random = np.random.default_rng(0)
         batch = {
             "image": lambda shape: random.integers(0, 256, shape, np.uint8),
@@ -80,7 +79,7 @@ class Form:
         self._given = frozen, program.put(local), program.put_stop(0)
 
     def seconds(self) -> float:
-        """Of one step, from its start to its end."""
+        """Runs one step and returns its time in seconds."""
         start = time.perf_counter()
         self._state, values = self._step(self._state, *self._given)
         jax.block_until_ready((self._state, values))
@@ -88,7 +87,7 @@ class Form:
 
 
 def main(argv: list[str]) -> int:
-    """Runs all three and prints the table."""
+    """Measures the three steps and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/digits_lora.py")
     parser.add_argument("--rounds", type=int, default=20)

@@ -1,4 +1,4 @@
-"""The networks that are measured: folders with random weights, from a laptop's to Stable Diffusion 1.5's."""
+"""Benchmark networks with random weights, from laptop size to Stable Diffusion 1.5."""
 
 import dataclasses
 import pathlib
@@ -7,21 +7,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from lcm_jax.digits.bpe import write_tokenizer
 
 from lcm_jax.digits import presets
+from lcm_jax.digits.tokenizer import write_tokenizer
 from lcm_jax.interop.folder import Component, Folder, make_network
 from lcm_jax.interop.folder_writing import write_folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A UNet with cross-attention at every level but the last, as Stable Diffusion's, and what it is measured with."""
+    """A UNet with cross-attention at every level but the last, as in Stable Diffusion, and its benchmark settings."""
 
     channels: tuple[int, ...]
-    latents: int  # a side
+    latents: int  # side
     batch: int
-    layers: int = 1  # a block
+    layers: int = 1  # per block
     heads: int = 4
     context: int = 64  # width of the text encoder
     text_layers: int = 2

@@ -1,8 +1,8 @@
 """python benchmarks/sample_vs_torch.py [--size=small] [--rounds=20] [--batch=N] [--steps=4] [--dtype=float32]
 
-The sampler of a consistency model, from prompts to decoded pictures, here and by diffusers'
-LatentConsistencyModelPipeline, on the same folder, prompts and noise. Each runs in a process of its own, in turns;
-ratios are of neighbours. Before any time is taken both must have drawn the same pictures (float32).
+Compares consistency-model sampling, from prompts to decoded images, with diffusers' LatentConsistencyModelPipeline on
+the same folder, prompts and noise. Each runs in its own process, in alternation; ratios are taken per round. Fails if
+float32 images differ by more than 1 of 255.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from lcm_jax.host import compile_cache
 
 
 def main(argv: list[str]) -> int:
-    """Runs the contest and prints the table."""
+    """Measures all contestants and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=networks.SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=20)
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if min(args.rounds, args.batch, args.steps) < 1:
         raise UserError("--rounds, --batch and --steps must be at least 1")
-    jax.config.update("jax_platforms", "cpu")  # of this process: an accelerator is the contestants'
+    jax.config.update("jax_platforms", "cpu")  # this process leaves the accelerator to the contestants
     with tempfile.TemporaryDirectory() as temporary:
         teacher = networks.write(networks.SIZES[args.size], pathlib.Path(temporary) / "teacher")
         folder = write_student(teacher, pathlib.Path(temporary) / "student")

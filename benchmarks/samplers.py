@@ -1,4 +1,4 @@
-"""The four-step sampler of a consistency model, prompts to pictures, here and in diffusers."""
+"""Consistency-model samplers, from prompts to images, in lcm_jax and diffusers."""
 
 import dataclasses
 import pathlib
@@ -9,18 +9,18 @@ import jax
 import numpy as np
 
 from lcm_jax import load_pipeline
+from lcm_jax.families import SD
 from lcm_jax.host.images import to_uint8
 from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.recipe import Recipe
-from lcm_jax.training.state import W_PROJECTION
 
 PROMPT, GUIDANCE = "a red seven on a blue background", 8.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is drawn, always the same: latents and the noise between the steps are those of `noise`."""
+    """The sampling task; `noise` fixes the initial latents and the noise between steps."""
 
     folder: pathlib.Path
     batch: int
@@ -28,22 +28,22 @@ class Work:
     dtype: str
 
     def noise(self, shape: tuple[int, ...]) -> np.ndarray:
-        """(steps, batch, h, w, c) for latents of this shape (h, w, c)."""
+        """Returns float32 noise (steps, batch, h, w, c) for latents of shape (h, w, c)."""
         return np.random.default_rng(0).standard_normal((self.steps, self.batch, *shape)).astype(np.float32)
 
 
 def write_student(teacher: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
-    """Writes a consistency model with the teacher's weights, told w by a random projection; returns its folder."""
+    """Writes a consistency model with the teacher's weights and a random w-projection; returns its folder."""
     folder = read_folder(teacher)
     unet = folder.components["unet"]
     width = unet.config["block_out_channels"][0]
     projection = np.random.default_rng(1).standard_normal((256, width)).astype(np.float32) / 16
     recipe = Recipe("teacher", "ema", 3.0, 15.0, "ddim", 20, 50, 10.0, 256, "huber", 1, 1, 1e-5, 0.95)
-    return write_lcm_folder(folder, {**unet.params, W_PROJECTION: projection}, out, recipe=recipe)
+    return write_lcm_folder(folder, {**unet.params, SD.w_projection: projection}, out, recipe=recipe)
 
 
 class JaxSampler:
-    """`load_pipeline`, called."""
+    """Sampler of `lcm_jax.load_pipeline`."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -55,12 +55,12 @@ class JaxSampler:
         self.facts["first_seconds"] = time.perf_counter() - start
 
     def run(self) -> np.ndarray:
-        """Draws, uint8 (B, H, W, 3)."""
+        """Samples images, uint8 (B, H, W, 3)."""
         return self._pipe([PROMPT] * self._work.batch, self._work.steps, GUIDANCE, **self._given)
 
 
 class TorchSampler:
-    """`LatentConsistencyModelPipeline`, called."""
+    """Sampler of diffusers' `LatentConsistencyModelPipeline`."""
 
     def __init__(self, work: Work, channels_last: bool, compiled: bool) -> None:
         import diffusers
@@ -89,7 +89,7 @@ class TorchSampler:
         self.facts["first_seconds"] = time.perf_counter() - start
 
     def run(self) -> np.ndarray:
-        """Draws, uint8 (B, H, W, 3)."""
+        """Samples images, uint8 (B, H, W, 3)."""
         with self._injected(list(self._draws[1:])), self._torch.no_grad():
             result = self._pipe(
                 [PROMPT] * self._work.batch,

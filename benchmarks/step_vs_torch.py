@@ -1,9 +1,9 @@
 """python benchmarks/step_vs_torch.py [--size=small] [--rounds=20] [--batch=N] [--dtype=float32] [--attention=xla]
 
-One step of latent consistency distillation here, against the same step written with diffusers' torch modules: student,
-target and teacher, DDIM, Huber loss, AdamW, clipping, EMA; latents as data, captions through the text encoder. Each
-runs in a process of its own, in turns; ratios are of neighbours. Torch is tried plain, with channels_last and compiled,
-and its best is what counts. A variant that finds another loss or gradient norm on the same draws takes no part.
+Compares one step of latent consistency distillation with the same step on diffusers' torch modules: student, target and
+teacher, DDIM, Huber loss, AdamW, clipping, EMA; latents as data, captions through the text encoder. Each runs in its
+own process, in alternation; ratios are taken per round. Compare with the fastest torch variant (plain, channels_last,
+compiled). A variant whose loss or gradient norm differs on the same inputs is left out.
 
 Needs the extra `diffusers`. Sizes: micro, small, middle, large (a CPU's), sd15 (a GPU's: 512 px, --dtype=bfloat16).
 """
@@ -35,7 +35,7 @@ VARIANTS = ("plain", "channels_last", "compiled", "channels_last,compiled")
 
 
 def draw_inputs(config: Config, size: networks.Size, null_ids: np.ndarray, path: pathlib.Path) -> None:
-    """Writes the batch, and what the first step of our run draws, channels first."""
+    """Writes the batch and the random draws of lcm_jax's first step to an .npz file, channels first."""
     random = np.random.default_rng(0)
     shape = (config.batch_size, size.latents, size.latents, 4)
     _, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
@@ -53,7 +53,7 @@ def draw_inputs(config: Config, size: networks.Size, null_ids: np.ndarray, path:
 
 
 def same(one: turns.Contestant, other: turns.Contestant, tolerance: float) -> bool:
-    """Whether the two found the same loss and gradient; says where they did not."""
+    """Returns whether loss and gradient norm agree within the relative tolerance; prints a difference to stderr."""
     for name in ("loss", "grad_norm"):
         a, b = one.facts[name], other.facts[name]
         if not abs(a - b) <= tolerance * abs(b):
@@ -63,7 +63,7 @@ def same(one: turns.Contestant, other: turns.Contestant, tolerance: float) -> bo
 
 
 def main(argv: list[str]) -> int:
-    """Runs the contest and prints the table."""
+    """Measures all contestants and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=networks.SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=20)
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.rounds < 1 or (args.batch is not None and args.batch < 1):
         raise UserError("--rounds and --batch must be at least 1")
-    jax.config.update("jax_platforms", "cpu")  # of this process: an accelerator is the contestants'
+    jax.config.update("jax_platforms", "cpu")  # this process leaves the accelerator to the contestants
     size = networks.SIZES[args.size]
     with tempfile.TemporaryDirectory() as temporary:
         folder = networks.write(size, pathlib.Path(temporary) / "folder")
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
 
 
 def speed(batch: int, ours: turns.Contestant, rounds: list[dict[str, float]]) -> str:
-    """Returns what is needed for an image, and how fast we are at it."""
+    """Returns a line with FLOPs per image, FLOP/s, and the share of the device's peak if known."""
     needed, device = ours.facts["flops"], ours.facts["device"]
     rate = needed / statistics.median(one[ours.name] for one in rounds)
     share = f", {rate / PEAKS[device]:.1%} of its peak" if device in PEAKS else ""

@@ -1,4 +1,4 @@
-"""A step of latent consistency distillation as the torch scripts do it, with the networks of diffusers."""
+"""The training step of latent consistency distillation in torch, with diffusers' networks."""
 
 import dataclasses
 import pathlib
@@ -15,25 +15,25 @@ W_DIM, SKIP, DECAY, TIMESTEP_SCALING, HUBER_C = 256, 20, 0.95, 10.0, 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How torch runs it: each helps on some machine."""
+    """Torch options; each is faster on some machines."""
 
-    dtype: str = "float32"  # of the forward passes; weights, optimizer and EMA are float32
+    dtype: str = "float32"  # of the forward passes; student, EMA and optimizer are float32
     channels_last: bool = False
     compiled: bool = False
 
     @property
     def name(self) -> str:
-        """For the table."""
+        """The name in the table."""
         return "torch" + ", channels_last" * self.channels_last + ", compiled" * self.compiled
 
 
 class TorchStep:
-    """Student, target and teacher; one call of `run` is one step on a fixed batch of latents, with fresh draws."""
+    """Student, target and teacher; each `run` is one step on a fixed batch of latents with new random draws."""
 
     def __init__(self, folder: pathlib.Path, inputs: pathlib.Path, settings: Settings) -> None:
-        """Args: a diffusers folder; the file of `step_vs_torch.draw_inputs`."""
+        """Loads a diffusers folder and runs a step on `inputs`, a file of `step_vs_torch.draw_inputs`."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.backends.cudnn.benchmark = True  # the fastest convolution, not the first one
+        torch.backends.cudnn.benchmark = True  # picks the fastest convolution algorithm
         self.dtype = getattr(torch, settings.dtype)
         load: dict[str, Any] = {"use_safetensors": True}
         self.teacher = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", **load)
@@ -70,7 +70,7 @@ class TorchStep:
         self.facts = {"loss": loss.item(), "grad_norm": norm.item(), "first_seconds": time.perf_counter() - start}
 
     def run(self) -> None:
-        """One step, with draws of its own."""
+        """Runs one step with new random draws and waits for it."""
         count = len(self.z_0)
         self.step(
             torch.randn_like(self.z_0),
@@ -80,7 +80,7 @@ class TorchStep:
         self._wait()
 
     def memory(self) -> int:
-        """Bytes of the GPU at the highest point; 0: there is none."""
+        """Returns the GPU's peak memory in bytes, 0 without one."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
 
     def _wait(self) -> None:
@@ -88,7 +88,7 @@ class TorchStep:
             torch.cuda.synchronize()
 
     def step(self, eps: torch.Tensor, i: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Algorithm 1 of arXiv 2310.04378 with DDIM; returns loss and gradient norm."""
+        """Runs Algorithm 1 of arXiv 2310.04378 with DDIM; returns loss and gradient norm."""
         t = SKIP * (i + 1) - 1
         s = torch.clamp(t - SKIP, min=0)
         alpha_t, sigma_t, alpha_s, sigma_s = (x[:, None, None, None] for x in self._at(t) + self._at(s))

@@ -1,4 +1,4 @@
-"""Contestants in processes of their own, which take turns: one runs while the others wait without using a core."""
+"""Benchmark contestants in separate processes that run one at a time; the others wait without using a core."""
 
 import functools
 import multiprocessing
@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-RUNS = 3  # in one turn
+RUNS = 3  # per measurement
 
 
 class Contestant:
-    """A process that builds something to run, and runs it when it is told to."""
+    """A process that builds an object and runs it on request."""
 
     def __init__(
         self,
@@ -25,14 +25,14 @@ class Contestant:
         env: Mapping[str, str] | None = None,
         wait: bool = True,
     ) -> None:
-        """Starts to build.
+        """Starts the process and its build.
 
         Args:
-          name: for the table.
-          build: a function of a module; build(*args) returns an object with `run()`, which returns when the work is
-            done, `facts` (a dict), and, where an accelerator's memory is what counts, `memory()` in bytes.
-          env: environment variables of that process.
-          wait: for it to be built; `facts` does so in any case.
+          name: name in the table.
+          build: a module-level callable. build(*args) returns an object with `run()`, which blocks until the work is
+            done, `facts` (a dict), and optionally `memory()`, the accelerator's peak in bytes (0: use host memory).
+          env: additional environment variables of the process.
+          wait: whether to wait for the build; `facts` always does.
         """
         self.name = name
         context = multiprocessing.get_context("spawn")
@@ -51,19 +51,19 @@ class Contestant:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """Those of what was built, when it is."""
+        """`facts` of the built object; waits for the build."""
         return self._answer()
 
     def seconds(self) -> float:
-        """Of one run among several, from its start to its end: the mean of RUNS of them.
+        """Returns the mean time of RUNS runs, in seconds, after one run that is not counted.
 
-        One more goes before and is not counted. Steps of a training follow each other; the first one after others had
-        their turn finds caches cold, and memory that the operating system has taken back.
+        The first run after another contestant's is slower than steps in training: caches are cold, and the operating
+        system has reclaimed memory.
         """
         return self._ask("run")
 
     def memory(self) -> int:
-        """Bytes at the highest point so far."""
+        """Returns the peak memory so far, in bytes."""
         return self._ask("memory")
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class Contestant:
 
 
 def take_turns(contestants: Sequence[Contestant], rounds: int, warm_up: int = 2) -> list[dict[str, float]]:
-    """Returns the seconds of each in each round; the order is turned around from round to round."""
+    """Returns name → seconds for each round; the order of contestants is reversed every other round."""
     for contestant in contestants:
         for _ in range(warm_up):
             contestant.seconds()
@@ -98,14 +98,15 @@ def take_turns(contestants: Sequence[Contestant], rounds: int, warm_up: int = 2)
 
 
 def ratio(rounds: Sequence[Mapping[str, float]], of: str, to: str) -> tuple[float, float, float]:
-    """Returns the median, the smallest and the largest of `of` / `to`, round by round."""
+    """Returns median, minimum and maximum over rounds of the time ratio `of` / `to`."""
     each = [one[of] / one[to] for one in rounds]
     return statistics.median(each), min(each), max(each)
 
 
 def table(contestants: Sequence[Contestant], batch: int, rounds: Sequence[Mapping[str, float]]) -> str:
-    """Returns what is told of contestants that each take a batch a run and say their `first_seconds`; the first one's
-    time is what the others' are compared with.
+    """Returns a Markdown table of the results, with times relative to the first contestant.
+
+    Each run must process one batch, and each contestant's `facts` must have `first_seconds`.
     """
     ours, *_ = contestants
     lines = [

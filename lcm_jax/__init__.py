@@ -17,7 +17,7 @@ __all__ = ["Pipeline", "UserError", "load_pipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports jax and the networks only when they are asked for: the commands' --help should be quick."""
+    """Imports jax and the networks only on first use, so that the commands' --help is fast."""
     if name in ("Pipeline", "load_pipeline"):
         from lcm_jax.inference import pipeline
 

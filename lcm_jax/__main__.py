@@ -1,4 +1,4 @@
-"""lcm-jax <command> …: the same as `python -m lcm_jax.<command> …`."""
+"""Entry point of `lcm-jax <command> …`, which is the same as `python -m lcm_jax.<command> …`."""
 
 import importlib
 import sys
@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Runs the command that the first argument names; returns its exit code."""
+    """Runs the command named by the first argument and returns its exit code."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print("usage: lcm-jax <command> …; lcm-jax <command> --help says more\n")
         for name, what in COMMANDS.items():

@@ -1,7 +1,7 @@
 """python -m lcm_jax.blank --preset=digits --out=runs/teacher/blank [--seed=0]
 
-Writes an untrained model: a StableDiffusionPipeline folder in Stable Diffusion's own shape, small, with random weights
-and a tokenizer made from the captions of the captioned digits (lcm_jax.digits.dataset). Training starts from it.
+Writes an untrained model to start training from: a small StableDiffusionPipeline folder with random weights and a
+tokenizer trained on the captions of the captioned digits (lcm_jax.digits.dataset).
 """
 
 import sys

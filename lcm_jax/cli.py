@@ -1,4 +1,4 @@
-"""What the commands share: a user's mistake and a warning are one line each on stderr, without traceback."""
+"""Shared code of the commands: option parsing, and one-line errors and warnings on stderr without traceback."""
 
 import argparse
 import importlib.util
@@ -21,29 +21,29 @@ Main = Callable[[Sequence[str]], int]
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError in place of printing its usage, and names the nearest option."""
+    """An ArgumentParser that raises UserError instead of printing its usage, and suggests the closest option."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError with argparse's own message."""
+        """Raises UserError with argparse's message."""
         raise UserError(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in argparse; an option that doesn't exist is named with the one that is nearest to it."""
+        """Parses arguments like argparse; for an unknown option, raises UserError with the closest known one."""
         self._check_names(args)
         values, unknown = self.parse_known_args(args, namespace)
         self._refuse(unknown)
         return values
 
     def parse_with_config(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Returns the values of the command's own options, and the --config.<name>=<value> of the run."""
+        """Parses the command's options; returns them and the remaining --config.<name>=<value> arguments."""
         self._check_names(args)
         values, overrides = self.parse_known_args(args)
         self._refuse([text for text in overrides if text.startswith("--") and not text.startswith("--config.")])
         return values, overrides
 
     def _check_names(self, args: Sequence[str] | None) -> None:
-        """Refuses a misspelt option before argparse says that the right one is missing; and `--x=--`, of which argparse
-        makes a list up to Python 3.12."""
+        """Rejects misspelled options before argparse reports the correct one as missing, and `--x=--`, which argparse
+        parses as a list up to Python 3.12."""
         options = {name for action in self._actions for name in action.option_strings}
         given = [text for text in (sys.argv[1:] if args is None else args) if text.startswith("--")]
         for text in given:
@@ -58,14 +58,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(command: str, doc: str | None) -> Parser:
-    """Returns a parser for `lcm-jax <command>` whose --help shows the module's docstring as it is."""
+    """Returns a parser for `lcm-jax <command>` whose --help prints the module docstring unchanged."""
     return Parser(
         f"lcm-jax {command}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
 
 def add_lora(parser: argparse.ArgumentParser) -> None:
-    """Adds the option --lora=FILE:WEIGHT, to be read by `loras`."""
+    """Adds the option --lora=FILE:WEIGHT; parse its values with `loras`."""
     parser.add_argument(
         "--lora",
         action="append",
@@ -76,14 +76,14 @@ def add_lora(parser: argparse.ArgumentParser) -> None:
 
 
 def loras(given: Sequence[str]) -> dict[str, float]:
-    """Returns file → weight of the values of --lora; raises UserError for a file that is given twice."""
+    """Parses --lora values to {file: weight}. Raises UserError for a missing file name, a bad weight or a duplicate."""
     found: dict[str, float] = {}
     for text in given:
         file, colon, weight = text.rpartition(":")
         try:
             file, value = file, float(weight) if colon else 1.0
         except ValueError:
-            colon, value = "", 1.0  # a colon of the path
+            colon, value = "", 1.0  # the colon is part of the path
         file = file if colon else text
         if not file:
             raise UserError(f"--lora={text} names no file; give FILE or FILE:WEIGHT")
@@ -96,20 +96,20 @@ def loras(given: Sequence[str]) -> dict[str, float]:
 
 
 def folder(text: str) -> pathlib.Path:
-    """The type of an option that names a folder; raises UserError for a URL, which would be made as a folder here."""
+    """Parses an option that names a local folder. Raises UserError for a URL, which would create a local folder."""
     if "://" in text:
         raise UserError(f"{text} is no folder; only the workdir of a run may be in a bucket, as gs://BUCKET/PATH")
     return pathlib.Path(text)
 
 
 def workdir(text: str) -> epath.Path:
-    """The type of --workdir: a folder, or a place in a bucket of Google Cloud Storage, `gs://BUCKET/PATH`."""
+    """Parses --workdir: a folder, or a path in Google Cloud Storage, `gs://BUCKET/PATH`. Raises UserError."""
     if not text:
         raise UserError("--workdir= is empty; give a folder, or gs://BUCKET/PATH")
     if not files.in_bucket(text):
         if "://" in text:
             raise UserError(f"--workdir={text}: a run is written to a folder, or to gs://BUCKET/PATH")
-        if "://" in str(epath.Path(os.path.abspath(text))):  # epath's rule, which Orbax follows too: /gs/… is gs://…
+        if "://" in str(epath.Path(os.path.abspath(text))):  # epath, and so Orbax, reads /gs/… as gs://…
             raise UserError(f"--workdir={text} would be taken for a bucket's place; choose a folder outside")
         return epath.Path(text)
     bucket, _, rest = text.removeprefix("gs://").partition("/")
@@ -117,21 +117,20 @@ def workdir(text: str) -> epath.Path:
         raise UserError(f"--workdir={text} must name a bucket and a place in it: gs://BUCKET/PATH")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f'--workdir={text} needs gcsfs: pip install gcsfs, or lcm_jax with its extra "tpu"')
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, with tracebacks, it raises as well
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it also raises the errors that it logs with tracebacks
     return epath.Path(text.rstrip("/"))
 
 
 def run(main: Main, argv: Sequence[str] | None = None, command: str | None = None) -> int:
-    """Calls `main(argv)` and returns the process's exit code: 2 for a user's mistake, 1 for what may be mended by
-    waiting, 130 for Ctrl-C.
+    """Runs a command and returns its exit code: that of `main`, 2 for UserError, 1 for Unavailable, 130 for Ctrl-C.
 
     Args:
       main: takes the arguments without the program's name and returns the exit code.
-      argv: the command line's own by default.
-      command: the name to print; that of the module in which `main` is by default.
+      argv: arguments; default: those of the command line.
+      command: name printed in messages; default: the name of the module of `main`.
     """
     command = command or _module_name(main)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold bytes that are no text: shown, not an error
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold undecodable bytes: print them escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with one_line_warnings(command):
@@ -146,7 +145,7 @@ def run(main: Main, argv: Sequence[str] | None = None, command: str | None = Non
 
 @contextmanager
 def one_line_warnings(command: str) -> Iterator[None]:
-    """Prints each UserWarning as one plain line, every time; other warnings stay as they are."""
+    """Context manager that prints every UserWarning as one plain line; other warnings are unchanged."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         usual = warnings.showwarning

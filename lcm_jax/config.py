@@ -24,12 +24,11 @@ from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.errors import UserError, nearest, one_of, plain
 from lcm_jax.host import files, json_file
 from lcm_jax.monitor.profiler import ProfileConfig
+from lcm_jax.objectives import OBJECTIVES
 from lcm_jax.objectives.autoencoder import AutoencoderConfig
 from lcm_jax.objectives.denoising import DenoisingConfig
 from lcm_jax.objectives.lcd import LCDConfig
 from lcm_jax.parallel.mesh import MeshConfig
-
-OBJECTIVES = ("lcd", "denoising", "autoencoder")
 
 
 def _positive(config: Any, *names: str) -> None:
@@ -48,7 +47,7 @@ def _not_negative(config: Any, *names: str) -> None:
 class ModelConfig:
     """What is trained, starting from which folder, and in which numbers it computes."""
 
-    folder: str = ""  # a diffusers folder, or a hub id: the teacher of "lcd", the starting point of the others
+    folder: str = ""  # a diffusers folder, or a hub id: what training starts from, and the teacher of a distillation
     dtype: str = "float32"  # compute dtype; master weights and EMA are float32 under each: float32 | bfloat16
     # what the backward pass of the UNet recomputes: none | block: each block from its input | block_save_attention: the
     # same, but for the outputs of attention
@@ -176,15 +175,10 @@ class Config:
         _positive(self, "steps", "batch_size", "accumulate", "max_skipped")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}; it must be in 0 … {2**32 - 1}")
-        if self.data.latents and self.objective == "autoencoder":
-            raise UserError("data.latents is true, but an autoencoder is trained on pictures")
-        if self.lora.rank and self.objective == "autoencoder":
-            raise UserError("lora.rank has no effect: objective is 'autoencoder', which LoRA files have no place for")
-        if self.lora.rank and self.objective == "lcd" and self.lcd.w_embedding_dim:
-            raise UserError(
-                f"lcd.w_embedding_dim is {self.lcd.w_embedding_dim}; with lora.rank it must be 0: a LoRA file has no "
-                "place for the projection of the w-embedding"
-            )
+        objective = OBJECTIVES[self.objective]
+        if self.data.latents and "images" in objective.needs:
+            raise UserError(f"data.latents is true, but the objective {self.objective!r} is trained on images")
+        objective.check(getattr(self, self.objective), bool(self.lora.rank))
         for name in OBJECTIVES:
             section = getattr(self, name)
             if name != self.objective and section != type(section)():

@@ -1,4 +1,4 @@
-"""The exception for a user's mistake, and the words that every message is made of: one line, plain and short."""
+"""Exceptions for user errors, and helpers that format messages as one short, printable line."""
 
 import difflib
 import unicodedata
@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 LONGEST = 500  # characters of a message
-_FEW, _LISTED = 3, 12  # names in a list that is cut; choices that are listed in full
+_FEW, _LISTED = 3, 12  # names shown of a longer list; maximum number of choices listed in full
 
 
 def plain(text: Any, longest: int = LONGEST) -> str:
     """Returns text as one line that is safe to print, of at most `longest` characters.
 
-    Control characters (ESC, which starts a terminal's commands, among them), characters that change the direction of
-    writing and lone surrogates become escapes (`\\x1b`), any white space a blank. Of a long text the start and the end
-    are kept, with ` … ` between them.
+    Control characters (including ESC, which starts terminal sequences), characters that change the writing direction
+    and lone surrogates become escapes (`\\x1b`); runs of whitespace become one space. A long text is shortened to its
+    start and end, joined by ` … `.
     """
     line = printable(" ".join(str(text)[: 100 * longest].split()))
     if len(line) <= longest:
@@ -24,42 +24,42 @@ def plain(text: Any, longest: int = LONGEST) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns text without characters that a terminal would obey, as `plain` does, but with all its blanks."""
+    """Escapes characters that a terminal would interpret, like `plain`, but keeps all spaces."""
     return "".join(c if c.isprintable() or c == " " else _escape(c) for c in text)
 
 
 def say(line: str, file: TextIO | None = None) -> None:
-    """Prints one line that may hold paths and other words from outside; on stdout by default."""
+    """Prints one line that may contain paths and other untrusted text; to stdout by default."""
     print(printable(line), file=file, flush=True)
 
 
 def _escape(character: str) -> str:
-    if unicodedata.category(character) == "Zs":  # a no-break space and its kin
+    if unicodedata.category(character) == "Zs":  # no-break and other Unicode spaces
         return " "
     return character.encode("unicode_escape").decode("ascii")
 
 
 class UserError(Exception):
-    """A mistake in what the user gave. Every command prints it as one line, without traceback, and exits with 2."""
+    """Invalid user input. Commands print it as one line, without traceback, and exit with code 2."""
 
     def __init__(self, message: str) -> None:
-        """Args: what is wrong, where, and what would be right; `plain` makes it one line."""
+        """Formats `message` with `plain`; it should say what is wrong, where, and how to fix it."""
         super().__init__(plain(message))
 
 
 class Unavailable(UserError):
-    """What a command needs is not there now, and may be later: a host, a port. It exits with 1: worth another try."""
+    """A resource, such as a host or a port, is temporarily unavailable. Commands exit with code 1: retry later."""
 
 
 def few(names: Iterable[Any]) -> str:
-    """Returns the first three names and the number of the others: "a, b, c and 12 more"."""
+    """Returns the first three names and the number of the rest: "a, b, c and 12 more"."""
     names = [str(name) for name in names]
     rest = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
     return ", ".join(plain(name, 100) for name in names[:_FEW]) + rest
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Returns "; did you mean 'x'?" for the closest of `choices`; lists them where they are few, or none is close."""
+    """Returns "; did you mean 'x'?" for the closest of `choices`, and lists them if they are few or none is close."""
     choices = sorted(choices)
     close = difflib.get_close_matches(word[:100], choices, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -73,7 +73,7 @@ def _list(choices: Sequence[str]) -> str:
 
 
 def one_of(what: str, value: Any, choices: Iterable[str]) -> None:
-    """Raises UserError unless `value` is one of `choices`; `what` names the option or the file and key."""
+    """Raises UserError unless `value` is one of `choices`. `what` names the option, or the file and key."""
     choices = list(choices)
     if not isinstance(value, str) or value not in choices:
         raise UserError(f"{what} is {plain(repr(value), 100)}{nearest(str(value)[:100], choices)}")

@@ -1,16 +1,16 @@
 """python -m lcm_jax.evaluate --model=runs/digits/lcm [--out=runs/digits/evaluation] [--diffusers] [--teacher]
 python -m lcm_jax.evaluate --model=FOLDER --lora=LCM:WEIGHT [--lora=OTHER:WEIGHT] [--style=italic] [--weights=0,0.5,1]
 
-Measures how well a model of the captioned digits draws what it is asked for: 1,120 prompts (10 digits, 56 pairs of
-colours, twice), the same noise for every row. Digits are read by a classifier that saw real digits only, colours from
-the pixels; the Fréchet distance is that to real test pictures in the classifier's 64 features. Writes table.md,
+Evaluates how well a model of the captioned digits follows its prompts: 1,120 prompts (10 digits, 56 colour pairs,
+twice) and the same noise for every row. A classifier trained on real digits reads the digits; the colours are read
+from the pixels. The Fréchet distance is to real test images, in the classifier's 64 features. Writes table.md,
 evaluation.json, sheet.png and curves.png.
 
-The teacher's rows come with the package, for the files that its hash names; --teacher measures them again (half an
-hour on two cores), --teacher=FOLDER those of another teacher.
+The teacher's rows are shipped with the package and tied to its files by a hash. --teacher measures them again (half
+an hour on two cores), --teacher=FOLDER measures another teacher.
 
-With --lora the model is a diffusion model, and the first LoRA the LCM-LoRA that is measured; others belong to the
-model. Its rows stand beside the model's own, and weights.png shows what the LCM-LoRA's weight does.
+With --lora the model is a diffusion model. The first LoRA is the LCM-LoRA to evaluate; the others are part of the
+model. The table has rows with and without the LCM-LoRA, and weights.png shows the effect of its weight.
 """
 
 import argparse
@@ -48,10 +48,10 @@ STEPS = (1, 2, 4, 8)
 
 
 def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], style: str = STYLES[0]) -> list[Row]:
-    """Real test pictures, and the same through the model's VAE.
+    """Returns rows for real test images, and for the same images encoded and decoded by the VAE.
 
-    Distances and varieties are those of real *validation* pictures, which the second row, too, takes through the VAE:
-    what two sets of real pictures differ by.
+    Their Fréchet distance and variety are those of real validation images, in the second row after the VAE too, so
+    that they compare two different sets of real images.
     """
     asked = None if style == STYLES[0] else style
     real = real_pictures(prompts, "test", style)
@@ -71,8 +71,8 @@ def _through_vae(pipe: Pipeline, pictures: np.ndarray) -> np.ndarray:
     decoded = []
     for start in range(0, len(pictures), BATCH):
         pixels = to_signed(pictures[start : start + BATCH])
-        latents = pipe.vae(pixels, None, method="to_latents")
-        decoded.append(np.asarray(pipe.vae(latents, method="to_images")))
+        latents = pipe.networks["vae"](pixels, None, method="to_latents")
+        decoded.append(np.asarray(pipe.networks["vae"](latents, method="to_images")))
     return to_uint8(to_unit(np.concatenate(decoded)))
 
 
@@ -83,7 +83,7 @@ def student_rows(
     steps: Sequence[int],
     guidance_scale: float | None = None,
 ) -> list[Row]:
-    """The consistency model at each number of steps, at this guidance or at what suits it best."""
+    """Returns one row per number of steps of a consistency model, at `guidance_scale` or at the best guidance."""
     features, _ = classifier(real_pictures(prompts, "test"))
     candidates = trained_range(student) if guidance_scale is None else [guidance_scale]
     rows = []
@@ -98,7 +98,7 @@ def student_rows(
 def diffusers_row(
     draw: Callable[..., np.ndarray], student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], row: Row
 ) -> Row:
-    """The same model, prompts and noise as in `row`, drawn by diffusers (`lcm_drawer`)."""
+    """Returns a row for the model, prompts and noise of `row`, sampled by diffusers (`draw` is from `lcm_drawer`)."""
     features, _ = classifier(real_pictures(prompts, "test"))
     there = functools.partial(draw, guidance_scale=row.guidance_scale)
     pictures, rate = in_batches(there, prompts, student.latent_shape(1)[1:], row.steps or 1)
@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--guidance_scale={args.guidance_scale} is no finite number")
     out = args.out or (_beside(args.model) if args.model else pathlib.Path()) / "evaluation"
     compile_cache.enable()
-    figure_class()  # what can be wrong is found before anything that takes long
+    figure_class()  # fails before the long computation if matplotlib is missing
     if args.lora:
         return _lora(args, out)
     classifier = load_classifier()
@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
             )
         original = student.folder.scheduler.get("original_inference_steps", 50)
         for steps in args.steps:
-            lcm_timesteps(steps, original, student.schedule.num_train_timesteps)
+            lcm_timesteps(steps, student.process, original)
         files.make_folder("--out", out)
         in_diffusers = verify.lcm_drawer(student, args.steps[-1]) if args.diffusers else None
         rows = student_rows(student, classifier, prompts, args.steps, args.guidance_scale)
@@ -189,13 +189,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
-    """Evaluates an LCM-LoRA on a model of the digits."""
+    """Evaluates an LCM-LoRA on a model of the digits; returns the exit code."""
     style, weights = args.style or STYLES[0], args.weights or lora_rows.WEIGHTS
     (lcm, weight), *others = cli.loras(args.lora).items()
     classifier_file = WEIGHTS if style == STYLES[0] else STYLE_WEIGHTS
     classifier = load_classifier(classifier_file)
     pipe = _digits_model(args.model, is_lcm=False)
-    pipe.set_loras({lcm: weight or 1.0, **dict(others)})  # whether they can be read
+    pipe.set_loras({lcm: weight or 1.0, **dict(others)})  # fails early if one can't be read
     for steps in args.steps:
         pipe.lcm_timesteps(steps)
     if pipe.lora_recipe is None:
@@ -243,7 +243,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _beside(model: str) -> pathlib.Path:
-    """The folder that the model's folder is in."""
+    """Returns the parent of the model's folder."""
     path = pathlib.Path(model)
     return path.parent if path.name not in ("", "..") else path.resolve().parent
 
@@ -261,12 +261,12 @@ def _steps(text: str) -> tuple[int, ...]:
 
 
 def _digits_model(folder: str, *, is_lcm: bool) -> Pipeline:
-    """Loads a model of the captioned digits; raises UserError if it is none, or of the other kind."""
+    """Loads a model of the captioned digits; raises UserError if it is of the other kind or of another image size."""
     pipe = load_pipeline(folder)
     if pipe.is_lcm != is_lcm:
         kinds = ("a diffusion model", "a consistency model")
         raise UserError(f"{folder} holds {kinds[pipe.is_lcm]}; {kinds[is_lcm]} is needed here")
-    factor = 2 ** (len(pipe.vae.network.config.block_out_channels) - 1)
+    factor = 2 ** (len(pipe.networks["vae"].network.config.block_out_channels) - 1)
     height, width = (side * factor for side in pipe.latent_shape(1)[1:3])
     if (height, width) != (SIZE, SIZE):
         raise UserError(
@@ -276,7 +276,7 @@ def _digits_model(folder: str, *, is_lcm: bool) -> Pipeline:
 
 
 def _same_autoencoder(a: Pipeline, b: Pipeline) -> bool:
-    """Whether both were made around the same VAE, bit for bit, as a student and its teacher are."""
+    """Returns whether both have equal VAE weights, as a student and its teacher do."""
     ours, theirs = (pipe.folder.components["vae"].params for pipe in (a, b))
     return ours.keys() == theirs.keys() and all(np.array_equal(ours[k], theirs[k]) for k in ours)
 

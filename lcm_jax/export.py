@@ -25,6 +25,7 @@ from lcm_jax.config import Config, load_resolved
 from lcm_jax.data.pipeline import batches, open_data
 from lcm_jax.data.sources.tfds import Source
 from lcm_jax.errors import UserError, say
+from lcm_jax.families import family_of
 from lcm_jax.host import compile_cache
 from lcm_jax.host.images import to_signed
 from lcm_jax.interop.export import with_lcm_scheduler, write_lcm_folder, write_trained_folder
@@ -34,8 +35,9 @@ from lcm_jax.interop.lora.file import DIALECTS, write_lora
 from lcm_jax.interop.lora.merge import Loras, lcm_recipe, merged_kernels, with_kernels
 from lcm_jax.interop.recipe import Recipe
 from lcm_jax.interop.weights import DTYPES
+from lcm_jax.objectives import OBJECTIVES
 from lcm_jax.training import checkpoint, identity
-from lcm_jax.training.state import adapted, trained_components
+from lcm_jax.training.networks import adapted, chosen, trained_components
 
 BATCHES, PICTURES = 16, 32  # of the training data, from which an autoencoder's scaling_factor is measured
 
@@ -69,7 +71,8 @@ def export(
         raise UserError(f"the dialect {dialect} has no effect: {workdir} holds whole networks, no LoRA; leave it out")
     if config.lora.rank and out.suffix != ".safetensors":
         raise UserError(f"{workdir} holds a LoRA, which is one file: {out} should end in .safetensors")
-    needs_ema = config.objective == "lcd" and not config.lora.rank  # published LCM-LoRAs are trained without
+    objective, options = chosen(config)
+    needs_ema = objective.recipe is not None and not config.lora.rank  # published LCM-LoRAs are trained without
     which = which or ("ema" if config.ema.decay or needs_ema else "student")
     if which == "ema" and not config.ema.decay:
         raise UserError(f"{workdir} has no EMA (its config.ema.decay is 0); export --which=student")
@@ -78,23 +81,27 @@ def export(
         raise UserError(changed)
     params, step = checkpoint.restore_params(workdir, which, step)
     if config.lora.rank:
-        networks = {name: source.components[name].network() for name in trained_components(config)}
+        trained = trained_components(config, family_of(source.pipeline_class))
+        networks = {name: source.components[component].network() for name, component in trained.items()}
         adapters = {}
-        for name, chosen in adapted(config, networks).items():
-            wanted = lora.shapes(networks[name].shapes, chosen)
+        for name, targets in adapted(config, trained, networks).items():
+            wanted = lora.shapes(networks[name].shapes, targets)
             if {path: array.shape for path, array in params.get(name, {}).items()} != wanted:
                 raise UserError(
                     f"the adapters in {workdir} don't fit {config.model.folder}, which holds another model than the "
                     "one that they were trained on"
                 )
-            adapters[name] = lora.Adapter(params[name], lora.alphas(chosen))
-        header = recipe_of(config, source, which, step).to_header() if config.objective == "lcd" else {}
+            adapters[name] = lora.Adapter(params[name], lora.alphas(targets))
+        header = recipe_of(config, source, which, step).to_header() if objective.recipe else {}
         write_lora(out, adapters, dialect=dialect or DIALECTS[0], dtype=dtype, header=header)
-    elif config.objective == "lcd":
-        write_lcm_folder(source, params["unet"], out, recipe=recipe_of(config, source, which, step), dtype=dtype)
+    elif objective.recipe:
+        denoiser = params[family_of(source.pipeline_class).denoiser]
+        write_lcm_folder(source, denoiser, out, recipe=recipe_of(config, source, which, step), dtype=dtype)
     else:
         updates = {}
-        if "vae" in params:
+        roles = objective.roles(options, family_of(source.pipeline_class))
+        params = {name: params[name] for name in roles.exported.values()}
+        if objective.latent_std:
             data = open_data(config.data)
             if changed := identity.changed(workdir, {"data": identity.of_data(data)}):
                 raise UserError(changed)
@@ -124,18 +131,12 @@ def export_merged(model: str, loras: Loras, out: pathlib.Path, *, lcm: bool = Fa
 
 def recipe_of(config: Config, teacher: Folder, which: str, step: int) -> Recipe:
     """Returns what lcm_jax.json says about a distillation."""
-    lcd = config.lcd
+    objective, options = chosen(config)
+    assert objective.recipe
     return Recipe(
         teacher=teacher.path.name if pathlib.Path(config.model.folder).is_dir() else config.model.folder,
         weights=which,
-        guidance_min=lcd.guidance_min,
-        guidance_max=lcd.guidance_max,
-        solver=lcd.solver,
-        skip=lcd.skip,
-        original_inference_steps=lcd.solver_steps(teacher.schedule.num_train_timesteps),
-        timestep_scaling=lcd.timestep_scaling,
-        w_embedding_dim=lcd.w_embedding_dim,
-        distance=lcd.distance,
+        **objective.recipe(options, teacher.schedule),
         steps=step,
         batch_size=config.batch_size,
         learning_rate=config.optimizer.learning_rate,
@@ -163,7 +164,9 @@ def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarra
     with contextlib.closing(read) as data:
         seen = [moments(device_params, next(data)["image"]) for _ in range(BATCHES)]
     first, second = np.mean(np.asarray(seen, np.float64), axis=0)
-    return float(config.autoencoder.latent_std / np.sqrt(second - first**2))
+    objective, options = chosen(config)
+    assert objective.latent_std
+    return float(objective.latent_std(options) / np.sqrt(second - first**2))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -203,7 +206,7 @@ def main(argv: Sequence[str]) -> int:
         what = f"the {which} weights of step {step}"
         if config.lora.rank:
             model, lora_file = config.model.folder, args.out
-            how = f" --lora={args.out}" + " --sampler=lcm" * (config.objective == "lcd")
+            how = f" --lora={args.out}" + " --sampler=lcm" * bool(OBJECTIVES[config.objective].recipe)
     if args.verify:
         from lcm_jax.inference.verify import verify
 

@@ -1,9 +1,9 @@
 """python -m lcm_jax.plan --config=configs/sd15.py --topology=v5p-256 [--batch-a-chip=8] [--config.<option>=<value> …]
 
-Compiles the very step that `train` would run, for chips that are not there, and says what it will cost: memory, FLOPs,
-what chips tell each other, time, and where the time goes. Topologies are products (v4-64, v5e-64, v5p-256, v6e-64) or
-shapes (v5p:4x4x8); `local` is this machine's own devices. Of a published model only its shapes are needed. A full-size
-step compiles in a quarter of an hour on two cores. Needs the extra `plan`, but for `local`.
+Compiles the training step of `train` without the hardware and prints its cost: memory, FLOPs, communication, time, and
+a profile. Topologies are products (v4-64, v5e-64, v5p-256, v6e-64) or shapes (v5p:4x4x8); `local` stands for this
+machine's devices. A published model's weights are not needed. Compiling a full-size step takes about 15 minutes on two
+cores. Requires the extra `plan`, except for `local`.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ from lcm_jax.training.program import make_program
 
 
 def compile_step(config: Config, where: Topology | None) -> Compiled:
-    """Compiles the training step of this config.
+    """Compiles the training step of a config.
 
-    Raises: UserError for what the mesh, the batch or the folder forbid; NoFit where chips have too little memory.
+    Raises: UserError if mesh, batch size or folder are invalid or compilation fails; NoFit if memory is too small.
     """
     devices = topology.devices(where) if where else found_devices()
     step = make_program(config, blueprint(config), make_mesh(config.mesh, devices))
@@ -57,7 +57,7 @@ def compile_step(config: Config, where: Topology | None) -> Compiled:
 
 
 class NoFit(Exception):
-    """What the compiler says of a step that it can't fit into a chip, and that step."""
+    """Raised if a step does not fit into a chip's memory; holds the compiler's message and the step."""
 
     def __init__(self, why: str, step: Step) -> None:
         super().__init__(why)
@@ -65,7 +65,7 @@ class NoFit(Exception):
 
 
 def described(config: Config, step: Step, where: Topology | None) -> Report:
-    """Returns what was asked for, as plain values: the head of each report."""
+    """Returns the configuration of a step as plain values: the head of each report."""
     return {
         "topology": where.name if where else "local",
         "product": where.product if where else "",
@@ -84,7 +84,7 @@ def described(config: Config, step: Step, where: Topology | None) -> Report:
 
 
 def report(config: Config, compiled: Compiled) -> Report:
-    """Returns all figures of a compiled step, as plain values."""
+    """Returns all figures of a compiled step as plain values."""
     where, chips = compiled.topology, compiled.step.mesh.size
     program = Program(compiled.executable.as_text() or "")
     needed = model_flops(config)
@@ -106,7 +106,7 @@ def report(config: Config, compiled: Compiled) -> Report:
 
 
 def model_flops(config: Config) -> int:
-    """Returns the FLOPs of a step over the whole batch, without what is computed twice to save memory."""
+    """Returns the FLOPs of a step over the global batch, without recomputation."""
     plain = dataclasses.replace(
         config,
         accumulate=1,
@@ -118,9 +118,9 @@ def model_flops(config: Config) -> int:
 
 
 def search(config: Config, where: Topology | None, batches: Sequence[int]) -> list[Report]:
-    """Compiles combinations of batch a chip, remat and fsdp; returns a report or a reason for each, the fastest first.
+    """Compiles combinations of batch per chip, remat and fsdp; returns a report or an error for each, fastest first.
 
-    A larger batch is not tried where a smaller one does not fit.
+    Skips larger batches if a smaller one does not fit.
     """
     chips = where.chips if where else jax.device_count()
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if chips % size == 0]
@@ -149,7 +149,7 @@ def search(config: Config, where: Topology | None, batches: Sequence[int]) -> li
 
 
 def with_batch(config: Config, batch_a_chip: int | None, chips: int) -> Config:
-    """Returns the config with this batch a chip; by default its own batch, raised to one a chip and micro-batch."""
+    """Sets the batch size per chip; None: keeps config.batch_size, but at least one per chip and micro-batch."""
     if batch_a_chip is not None:
         return dataclasses.replace(config, batch_size=batch_a_chip * chips)
     least = chips * config.accumulate
@@ -160,7 +160,7 @@ def with_batch(config: Config, batch_a_chip: int | None, chips: int) -> Config:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; `argv` without the program's name. Returns the exit code: 1 where it does not fit."""
+    """Runs the command with the arguments `argv`. Returns the exit code: 1 if the step does not fit."""
     parser = cli.parser("plan", __doc__)
     parser.add_argument("--config", required=True, help="as for train")
     parser.add_argument("--topology", required=True, help="v5p-256, v5p:4x4x8, … or local")
@@ -189,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
     if local:
         split_cpu(config.mesh.cpu_devices)
     else:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # with libtpu installed JAX would look for a TPU on this machine
+        os.environ["JAX_PLATFORMS"] = "cpu"  # otherwise JAX looks for a TPU on this machine if libtpu is installed
         jax.config.update("jax_platforms", "cpu")
     compile_cache.enable()
     attention = config.model.attention_on((topology.devices(where) if where else found_devices())[0])

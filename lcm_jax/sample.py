@@ -1,8 +1,8 @@
 """python -m lcm_jax.sample --model=runs/digits/lcm --prompt="a red seven on a blue background" [--steps=4 --seed=0]
 
-Draws one picture for each --prompt (repeatable) with any folder that diffusers' StableDiffusionPipeline or
-LatentConsistencyModelPipeline writes, and puts them into one PNG, side by side in rows. --lora=FILE:WEIGHT
-(repeatable) attaches a LoRA; with an LCM-LoRA, --sampler=lcm draws in four steps.
+Samples one image per --prompt (repeatable) from any folder that diffusers' StableDiffusionPipeline or
+LatentConsistencyModelPipeline writes, and saves them as a grid in one PNG. --lora=FILE:WEIGHT (repeatable) attaches a
+LoRA; with an LCM-LoRA, --sampler=lcm samples in four steps.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from lcm_jax import cli
 from lcm_jax import config as config_lib
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import compile_cache, files
+from lcm_jax.objectives import OBJECTIVES
 from lcm_jax.parallel import processes
 from lcm_jax.parallel.mesh import split_cpu
 from lcm_jax.training import saved_step
@@ -52,13 +53,11 @@ def main(argv: Sequence[str], devices: Sequence[Any] | None = None) -> int:
         return 128 + result.signal
     say(f"Done: {result.step} steps, checkpoints in {args.workdir}/checkpoints. Next:")
     beside = f"runs/{args.workdir.name}" if files.in_bucket(args.workdir) else args.workdir  # an export is local
-    out = "lora.safetensors" if config.lora.rank else _OUT[config.objective]
+    out = "lora.safetensors" if config.lora.rank else OBJECTIVES[config.objective].result
     words = ("python", "-m", "lcm_jax.export", f"--workdir={args.workdir}", f"--out={beside}/{out}")
     say(f"  {shlex.join(words)}")
     return 0
 
-
-_OUT = {"lcd": "lcm", "denoising": "model", "autoencoder": "model"}
 
 if __name__ == "__main__":
     sys.exit(cli.run(main))

@@ -1,4 +1,4 @@
-"""Commands as a user runs them, but in this process."""
+"""Runs commands as a user does, but in the test process."""
 
 import functools
 
@@ -8,8 +8,8 @@ from lcm_jax import cli, train
 
 
 def train_on_one(argv):
-    """Runs the train command on one device: eight copies of each array make Orbax slow and nothing clearer.
+    """Runs the train command on one device and returns its exit code.
 
-    Returns its exit code.
+    Eight copies of each array would slow Orbax down and test nothing more.
     """
     return cli.run(functools.partial(train.main, devices=jax.devices()[:1]), argv, "train")

@@ -1,4 +1,4 @@
-"""Runs before any test imports jax: eight virtual CPU devices, and compiled programs kept between runs."""
+"""Configures JAX before any test imports it: eight virtual CPU devices and a persistent compilation cache."""
 
 import gc
 import os
@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-gc.set_threshold(100_000, 50, 100)  # tracing makes many objects, few of them garbage
+gc.set_threshold(100_000, 50, 100)  # fewer collections: tracing creates many objects, little of it garbage
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 pytest_plugins = ["fixtures_folders"]
 
-# Whole runs in processes of their own, and many compilations: begun first, so that no process is left with them alone.
+# Slow files (subprocesses, many compilations) run first, so that no worker is left alone with one at the end.
 LONGEST = (
     "test_processes.py",
     "test_train.py",
@@ -45,10 +45,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def digits_data_dir(tmp_path_factory):
-    """A data_dir in which captioned_digits is prepared, once for all tests and workers, as training does it."""
+    """A data_dir with captioned_digits, prepared once for all tests and workers, as in training."""
     from lcm_jax.data.sources.tfds import open_source
 
-    root = tmp_path_factory.getbasetemp()  # of this worker; above it is what they share, and the preparation locks
+    root = tmp_path_factory.getbasetemp()  # per worker; its parent is shared, and the preparation takes a lock
     root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "digits"
     open_source("captioned_digits", data_dir=str(root))
     return str(root)
@@ -56,7 +56,7 @@ def digits_data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def quick(digits_data_dir, tmp_path_factory):
-    """The options of a run of seconds, on real data, around the smallest step there is."""
+    """Options of a training run that takes seconds: real data and the smallest model."""
     from fixtures_folders import write_little
 
     teacher = write_little(tmp_path_factory.mktemp("little") / "teacher", vae_channels=[8, 8])
@@ -65,7 +65,7 @@ def quick(digits_data_dir, tmp_path_factory):
         f"--config.model.folder={teacher}",
         f"--config.data.data_dir={digits_data_dir}",
         "--config.mesh.cpu_devices=0",
-        "--config.data.image_size=16",  # a tenth of the attention
+        "--config.data.image_size=16",  # a tenth of the cost of attention
         "--config.batch_size=8",
         "--config.steps=6",
         "--config.optimizer.decay=constant",

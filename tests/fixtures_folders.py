@@ -1,4 +1,4 @@
-"""Micro model folders as diffusers writes them, with random weights, for the tests of every room."""
+"""Tiny model folders with random weights, as diffusers writes them."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ W_DIM = 32
 
 
 def write_tokenizer(folder: pathlib.Path) -> None:
-    """A CLIP tokenizer that knows every byte, and a few merges, in the two files that older folders have."""
+    """Writes a CLIP tokenizer with all bytes and a few merges, as vocab.json and merges.txt like older folders."""
     from tokenizers import pre_tokenizers
 
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -38,7 +38,7 @@ def write_tokenizer(folder: pathlib.Path) -> None:
 
 
 def randomize(module, seed: int) -> None:
-    """Fresh values for every parameter, norms included: ones and zeros would hide a swapped scale and bias."""
+    """Randomizes all parameters, including norms, whose ones and zeros would hide a swapped scale and bias."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +53,7 @@ def randomize(module, seed: int) -> None:
 
 
 def build_pipeline(tokenizer_folder: pathlib.Path, *, lcm: bool = False, prediction_type: str = "epsilon"):
-    """A StableDiffusionPipeline or LatentConsistencyModelPipeline of diffusers."""
+    """Builds a tiny StableDiffusionPipeline, or LatentConsistencyModelPipeline if `lcm`, of diffusers."""
     import diffusers
     import transformers
 
@@ -107,7 +107,8 @@ def build_pipeline(tokenizer_folder: pathlib.Path, *, lcm: bool = False, predict
 
 
 def write_little(folder: pathlib.Path, **sizes) -> pathlib.Path:
-    """Writes `blank`'s micro model with one level: every kind of layer, and few operations to trace and compile."""
+    """Writes the micro preset with one level: every layer type, but few operations to trace and compile."""
+    from lcm_jax.digits import presets  # late: it imports jax
 
     with pytest.MonkeyPatch.context() as patch:
         one_level = {"unet_channels": [8], "vae_channels": [8]}
@@ -117,25 +118,25 @@ def write_little(folder: pathlib.Path, **sizes) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def teacher_pipeline(tmp_path_factory):
-    """A micro StableDiffusionPipeline of diffusers."""
+    """A tiny StableDiffusionPipeline of diffusers."""
     return build_pipeline(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
 
 
 @pytest.fixture(scope="session")
 def teacher_folder(teacher_pipeline, tmp_path_factory) -> pathlib.Path:
-    """The same as a folder. Tests that change it copy it first."""
+    """The folder of `teacher_pipeline`; copy it before changing it."""
     return _save(teacher_pipeline, tmp_path_factory.mktemp("teacher") / "sd")
 
 
 @pytest.fixture(scope="session")
 def lcm_pipeline(tmp_path_factory):
-    """A micro LatentConsistencyModelPipeline of diffusers."""
+    """A tiny LatentConsistencyModelPipeline of diffusers."""
     return build_pipeline(tmp_path_factory.mktemp("tokenizer") / "tokenizer", lcm=True)
 
 
 @pytest.fixture(scope="session")
 def lcm_folder(lcm_pipeline, tmp_path_factory) -> pathlib.Path:
-    """The same as a folder."""
+    """The folder of `lcm_pipeline`; copy it before changing it."""
     return _save(lcm_pipeline, tmp_path_factory.mktemp("lcm") / "lcm")
 
 
@@ -146,5 +147,5 @@ def _save(pipeline, folder: pathlib.Path, **options) -> pathlib.Path:
 
 
 def latents(seed: int, *shape: int) -> np.ndarray:
-    """Standard normal float32 noise."""
+    """Returns standard normal float32 noise."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

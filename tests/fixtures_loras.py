@@ -1,4 +1,4 @@
-"""Random adapters for the micro models: ranks and alphas differ, so that none can be taken for another."""
+"""Random adapters for the tiny models, with distinct ranks and alphas so that mix-ups are noticed."""
 
 import jax
 import numpy as np
@@ -15,12 +15,12 @@ TEXT_TARGETS = (lora.Target("q_proj|k_proj|v_proj|out_proj|fc1|fc2", rank=4, alp
 
 
 def kernels(folder: Folder) -> dict[str, dict[str, tuple[int, ...]]]:
-    """component -> module -> shape, as `read_lora` takes them."""
+    """Returns component -> module -> kernel shape, the argument of `read_lora`."""
     return {name: lora.kernels(folder.components[name].network().shapes) for name in ("unet", "text_encoder")}
 
 
 def random_adapter(folder: Folder, component: str, targets, seed: int = 0) -> lora.Adapter:
-    """B isn't zero here: each weight difference is some tenths of the weights."""
+    """Returns an adapter with nonzero B; its weight differences are some tenths of the weights."""
     shapes = folder.components[component].network().shapes
     adapter = lora.init(jax.random.key(seed), shapes, lora.choose(shapes, targets))
     random = np.random.default_rng(seed)
@@ -32,7 +32,7 @@ def random_adapter(folder: Folder, component: str, targets, seed: int = 0) -> lo
 
 
 def random_lora(folder: Folder, seed: int = 0, targets=UNET_TARGETS) -> dict[str, lora.Adapter]:
-    """An adapter for the UNet and one for the text encoder."""
+    """Returns one adapter for the UNet and one for the text encoder."""
     return {
         "unet": random_adapter(folder, "unet", targets, seed),
         "text_encoder": random_adapter(folder, "text_encoder", TEXT_TARGETS, seed + 1),
@@ -40,7 +40,7 @@ def random_lora(folder: Folder, seed: int = 0, targets=UNET_TARGETS) -> dict[str
 
 
 def differences(adapters: dict[str, lora.Adapter]) -> dict[str, np.ndarray]:
-    """'component.module' -> dW in our layout."""
+    """Returns 'component.module' -> dW in the layout of Flax kernels."""
     return {
         f"{component}.{path.removesuffix('.kernel')}": array
         for component, adapter in adapters.items()
@@ -49,7 +49,7 @@ def differences(adapters: dict[str, lora.Adapter]) -> dict[str, np.ndarray]:
 
 
 def assert_same_differences(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tolerance: float = 1e-6):
-    """Each within `tolerance` of the largest entry of the other's."""
+    """Asserts equality within `tolerance` times the largest entry of each expected difference."""
     assert ours.keys() == theirs.keys()
     for module, difference in theirs.items():
         assert ours[module].shape == difference.shape, module

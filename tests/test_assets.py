@@ -12,7 +12,7 @@ from lcm_jax.export import recipe_of
 from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
-from lcm_jax.training.state import initial_params, make_parts
+from lcm_jax.training.networks import initial_params, make_parts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT = "a red seven on a blue background"

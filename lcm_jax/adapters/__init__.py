@@ -1,1 +1,1 @@
-"""LoRA: which modules are adapted, and how adapters run beside frozen weights."""
+"""LoRA: target modules, adapter parameters, and layers with a low-rank branch."""

@@ -1,11 +1,11 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) as a flat tree beside the base's own; the networks don't know of them.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) as a flat tree, separate from the base parameters.
 
 'down_blocks.0.resnets.0.conv1.lora_A.kernel' -> (k, k, in, rank)    '….lora_B.kernel' -> (1, 1, rank, out)
 'mid_block.….attn1.to_q.lora_A.kernel' -> (in, rank)                 '….lora_B.kernel' -> (rank, out)
 
-A module's weight difference is dW = alpha / rank · B A: for a convolution, A has the module's own size, stride and
-padding and B is 1 × 1. With B zero, as it starts, the adapted network is the base. The names and the initial values are
-peft's, so that a path is its key in a peft file up to the last part, as for every other parameter here.
+A module's weight difference is dW = alpha / rank · B A. For a convolution, A has the module's kernel size, stride and
+padding, and B is 1 × 1. B starts at zero, so the adapted network starts equal to the base. Names and initial values
+follow peft: a path is the key in a peft file, except for the last part.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from lcm_jax.models import Flat
 A, B = ".lora_A.kernel", ".lora_B.kernel"
 INITS = ("kaiming", "gaussian")
 
-# What published LCM-LoRAs adapt: 278 modules of SD 1.5's UNet, 788 of SDXL's; and a CLIP text encoder's layers.
+# The modules that published LCM-LoRAs adapt (278 in SD 1.5's UNet, 788 in SDXL's), and a CLIP text encoder's layers.
 MODULES = (
     r"to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|conv_shortcut|"
     r"downsamplers\.0\.conv|upsamplers\.0\.conv|time_emb_proj|"
@@ -33,14 +33,14 @@ MODULES = (
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Whether adapters are trained in place of the networks' own weights, and which."""
+    """Whether to train adapters instead of all weights, and for which modules."""
 
-    rank: int = 0  # of each adapter, 64 in published LCM-LoRAs; 0: none, all weights are trained
-    alpha: float = 0.0  # a weight's difference is alpha / rank · B A; 0: alpha = rank
-    modules: str = MODULES  # the linear layers and convolutions: a regular expression for the end of their paths
-    # others, or with another rank: 'mid_block\..*=128', 'attn2\.to_q=16/8' (rank/alpha); the first that matches counts
+    rank: int = 0  # rank of each adapter, 64 in published LCM-LoRAs; 0: no LoRA, all weights are trained
+    alpha: float = 0.0  # dW = alpha / rank · B A; 0: alpha = rank
+    modules: str = MODULES  # linear layers and convolutions to adapt: a regular expression for the end of their paths
+    # more modules, or another rank/alpha: 'mid_block\..*=128', 'attn2\.to_q=16/8'; the first match wins, then `modules`
     patterns: tuple[str, ...] = ()
-    init: str = "kaiming"  # of A: kaiming | gaussian; B starts at zero
+    init: str = "kaiming"  # initializer of A: kaiming | gaussian; B starts at zero
 
     def __post_init__(self) -> None:
         one_of("init", self.init, INITS)
@@ -54,19 +54,19 @@ class LoraConfig:
         self.targets()
 
     def targets(self) -> list["Target"]:
-        """Returns what is adapted; the first that matches a module counts. Raises UserError for a wrong pattern."""
+        """Returns the targets in order of precedence: patterns, then modules. Raises UserError for a wrong pattern."""
         return [*map(_target, self.patterns), Target(self.modules, self.rank, self.alpha or None)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Which modules are adapted, and how.
+    """A set of modules to adapt, with rank and alpha.
 
     Attributes:
-      modules: a regular expression for a module's path, or for its end behind a dot: `to_q`, `attn2\\.to_(k|v)`,
-        `mid_block\\..*`. Only linear layers and convolutions are looked at.
-      rank: r, at least 1.
-      alpha: dW is scaled by alpha / rank; None is alpha = rank.
+      modules: a regular expression for a module's path, or for its end after a dot: `to_q`, `attn2\\.to_(k|v)`,
+        `mid_block\\..*`. Only linear layers and convolutions can match.
+      rank: at least 1.
+      alpha: dW is scaled by alpha / rank; None means alpha = rank.
     """
 
     modules: str = MODULES
@@ -88,11 +88,11 @@ def _target(pattern: str) -> Target:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """The adapter of one network.
+    """A network's adapter.
 
     Attributes:
-      params: path → array, two for each adapted module.
-      alphas: module → alpha. Not trained.
+      params: path → array, two per adapted module.
+      alphas: module → alpha; not trained.
     """
 
     params: Flat
@@ -100,29 +100,30 @@ class Adapter:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Module → rank."""
+        """Maps module → rank."""
         return {module: int(self.params[module + B].shape[-2]) for module in self.alphas}
 
 
 def module_of(path: str) -> str:
-    """Returns the module that a parameter of an adapter belongs to."""
+    """Returns the module of an adapter parameter's path."""
     return path.removesuffix(A).removesuffix(B)
 
 
 def kernels(shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns module → the shape of its kernel, for the linear layers and convolutions of a network's `shapes`."""
+    """Returns module → kernel shape for the linear layers and convolutions in `shapes`."""
     suffix = ".kernel"
     return {path.removesuffix(suffix): tuple(leaf.shape) for path, leaf in shapes.items() if path.endswith(suffix)}
 
 
 def choose(shapes: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Target]:
-    """Returns module → the first target that it matches, for the modules that any target matches.
+    """Returns module → the first target that matches it; modules without a match are left out.
 
     Args:
-      shapes: path → array or ShapeDtypeStruct of the base's parameters.
+      shapes: path → array or ShapeDtypeStruct of the base parameters.
+      targets: in order of precedence.
 
     Raises:
-      UserError: a pattern is no regular expression or matches no module; a rank below 1; an alpha that isn't positive.
+      UserError: a pattern isn't a regular expression or matches no module; rank < 1; alpha isn't positive and finite.
     """
     modules, chosen = kernels(shapes), {}
     for target in targets:
@@ -147,7 +148,7 @@ def choose(shapes: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Ta
 
 
 def shapes(base: Mapping[str, Any], chosen: Mapping[str, Target]) -> dict[str, tuple[int, ...]]:
-    """Returns path → shape of the adapter's parameters."""
+    """Returns path → shape of the adapter parameters."""
     found, of_base = {}, kernels(base)
     for module, target in chosen.items():
         *size, c_in, c_out = of_base[module]
@@ -157,13 +158,16 @@ def shapes(base: Mapping[str, Any], chosen: Mapping[str, Target]) -> dict[str, t
 
 
 def init(key: jax.Array, base: Mapping[str, Any], chosen: Mapping[str, Target], how: str = "kaiming") -> Adapter:
-    """Returns a new adapter, float32 arrays on the host: B zero, A as peft draws it.
+    """Initializes an adapter with float32 numpy arrays: B zero, A random with peft's distributions.
 
     Args:
       key: typed key.
-      base: path → array or ShapeDtypeStruct of the base's parameters.
-      chosen: of `choose`.
-      how: "kaiming", uniform in ±1/sqrt(fan-in) (peft's default), or "gaussian" with deviation 1/rank.
+      base: path → array or ShapeDtypeStruct of the base parameters.
+      chosen: the result of `choose`.
+      how: "kaiming", uniform in ±1/sqrt(fan-in) (peft's default), or "gaussian", with standard deviation 1/rank.
+
+    Raises:
+      UserError: `how` is unknown.
     """
     one_of("LoRA init", how, INITS)
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
@@ -185,22 +189,22 @@ def alphas(chosen: Mapping[str, Target]) -> dict[str, float]:
 
 
 def differences(params: Mapping[str, Any], alphas: Mapping[str, float]) -> Flat:
-    """Returns kernel path → dW, float32, in the base's layout. Numpy arrays give numpy arrays: nothing is compiled."""
+    """Returns kernel path → dW, float32, in the base's layout. For numpy inputs it is numpy: nothing is compiled."""
     found = {}
     for module, alpha in alphas.items():
         a, b = params[module + A], params[module + B]
         rank = b.shape[-2]
         a, b = a.astype(np.float32), b.reshape(b.shape[-2:]).astype(np.float32)
-        # the same product for both kinds: a convolution's B is 1 × 1
+        # one product for linear layers and convolutions: a convolution's B is 1 × 1
         product = a @ b if isinstance(a, np.ndarray) else jnp.matmul(a, b, precision="highest")
         found[f"{module}.kernel"] = product * np.float32(alpha / rank)
     return found
 
 
 def merge(base: Mapping[str, Any], params: Mapping[str, Any], alphas: Mapping[str, float], weight: float = 1.0) -> Flat:
-    """Returns the base with W + weight · dW in place of each adapted kernel, that one in float32.
+    """Returns the base parameters with each adapted kernel replaced by W + weight · dW in float32.
 
-    The other parameters are the base's own arrays; with weight 0 all are.
+    The other parameters are the base's arrays, not copies; with weight 0, all are.
     """
     merged = dict(base)
     if weight == 0:

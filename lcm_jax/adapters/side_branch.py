@@ -1,8 +1,8 @@
-"""Applying a network with its adapter beside the weights: y = base(x) + alpha / rank · B(A(x)).
+"""Applies a network with a LoRA branch beside each adapted layer: y = base(x) + alpha / rank · B(A(x)).
 
-The base's weights stay as they are, so their gradient is never computed and a bfloat16 forward pass doesn't round a
-small difference away, as it would in W + dW. The network itself isn't told: its layers are replaced, in the copy that
-one call makes of it, by layers with a branch.
+The base weights stay unchanged: their gradient is never computed, and bfloat16 doesn't round a small dW away as it
+would in W + dW. Each call binds a new model and replaces its adapted layers by `WithBranch`; the network classes need
+no LoRA code.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from lcm_jax.models.functional import whole
 
 
 class WithBranch(nnx.Module):
-    """A linear layer or a convolution with a low-rank branch beside it; computes in the layer's own dtype."""
+    """A linear layer or convolution with a low-rank branch, computed in the layer's dtype."""
 
     def __init__(self, layer: nnx.Linear | nnx.Conv, a: jax.Array, b: jax.Array, scale: float) -> None:
         self.layer = layer
-        self.down = nnx.clone(layer)  # the layer's own stride, padding and dtype
+        self.down = nnx.clone(layer)  # same stride, padding and dtype
         self.down.kernel = nnx.Param(a)
         self.down.bias, self.down.use_bias = None, False
         self.up = nnx.Param(b)
@@ -30,7 +30,7 @@ class WithBranch(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*m d"]:
         y = self.layer(x)
-        up = self.up[...].reshape(self.up.shape[-2:])  # a convolution's is 1 × 1
+        up = self.up[...].reshape(self.up.shape[-2:])  # a convolution's B is 1 × 1
         return y + (self.down(x) @ up.astype(y.dtype)) * self.scale
 
 
@@ -43,16 +43,16 @@ def apply(
     method: str = "__call__",
     **kwargs: Any,
 ) -> Any:
-    """Calls the network with the base's parameters and the adapter's.
+    """Calls the network with the base parameters and an adapter.
 
     Args:
-      network: of the base.
+      network: the base network.
       base: path → array.
       params, alphas: as in `lcm_jax.adapters.lora.Adapter`.
-      method, args, kwargs: what is called.
+      method: name of the model's method to call with `args` and `kwargs`.
 
     Raises:
-      UserError: the base's parameters don't fit the network.
+      UserError: the base parameters don't fit the network.
     """
     model = network.bind(dict(base))
     for module, alpha in alphas.items():

@@ -1,1 +1,1 @@
-"""Data: the built-in captioned digits, any prepared TFDS set in ArrayRecord files, and the Grain pipeline over them."""
+"""Data: TFDS data sets in ArrayRecord files, image decoding, pre-encoded latents and the Grain input pipeline."""

@@ -1,17 +1,17 @@
-"""Turns an encoded image into RGB: which files are read, how large they may be, and which sample is black or white.
+"""Decodes image files to RGB: supported formats, size limits and sample ranges.
 
-Samples are converted by the range that the file defines, never by the values found in one image:
+Samples are scaled by the range that the file defines, never by the values found in one image:
 
-* 8 bits and fewer, palettes, CMYK, YCbCr, LAB: as Pillow converts them. Transparency is laid on white. 16 bits per
-  channel of a color image: Pillow reads the upper 8.
-* 16-bit gray: 0 is black, 65535 white; in a TIFF of 12 bits, 4095 is white.
-* 32-bit or signed integers (TIFF): 0 is black, the type's largest value white. Negative samples have no brightness, and
-  an image that is black all over under this range was stored in another one: both are bad images.
-* Floating point (TIFF, PFM): 0 is black, 1 white, as image editors and cameras' DNG files have it. The formats
-  themselves name no range, so an image with any sample outside is a bad one.
-* TIFF's WhiteIsZero is obeyed. Its MinSampleValue and MaxSampleValue are statistics, not the range of the image.
+* 8 bits and fewer, palettes, CMYK, YCbCr, LAB: converted by Pillow. Transparent pixels are composited on white. For
+  color images with 16 bits per channel, Pillow reads the upper 8.
+* 16-bit gray: 0 is black, 65535 white; in a 12-bit TIFF, 4095 is white.
+* 32-bit or signed integers (TIFF): 0 is black, the type's largest value white. Images with negative samples raise
+  BadImage; so do images that would be black everywhere, since they were stored in another range.
+* Floating point (TIFF, PFM): 0 is black, 1 white, as in image editors and DNG files. The formats themselves define no
+  range, so an image with any sample outside [0, 1] raises BadImage.
+* TIFF's WhiteIsZero is applied. Its MinSampleValue and MaxSampleValue are statistics, not a range, and are ignored.
 
-An ICC profile is not applied. Of several frames or pages the first is read, and no other is decoded.
+ICC profiles are not applied. Only the first frame or page is decoded.
 """
 
 import io
@@ -27,29 +27,29 @@ from lcm_jax.errors import UserError, plain
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
-# Known by their first bytes and decoded in this process: EPS, for instance, would run Ghostscript.
+# Formats identified by their first bytes and decoded in-process; EPS, for example, would run Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "JPEG2000", "PPM", "QOI")
-MAX_ASPECT = 16  # of a longer strip, only the part around the square is resized
-_LARGE_JPEG = 2**24  # pixels; larger JPEG files are decoded at a reduced scale where that is enough
-_BAND = 2**20  # pixels that are converted at a time
+MAX_ASPECT = 16  # longer strips are cropped around the square before they are resized
+_LARGE_JPEG = 2**24  # pixels; larger JPEG files are decoded at a reduced scale if that is enough
+_BAND = 2**20  # pixels converted at a time
 _WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's gray modes of more than 8 bits
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3  # values of SampleFormat
 
-_opening = threading.Lock()  # held while Pillow's own limit is off
+_opening = threading.Lock()  # held while Pillow's global pixel limit is disabled
 
 
 class BadImage(UserError):
-    """A file that can't be used as an image of a data set: why, and what would be right."""
+    """A file that can't be used as an image. The message gives the reason and a remedy."""
 
 
 def decode(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
-    """Decodes the first frame of an image file to RGB, turned upright.
+    """Decodes the first frame of an image file (PNG, JPEG, …) to RGB and applies its EXIF orientation.
 
-    Args: the file (PNG, JPEG, …); the pixels to which its shorter side will be resized; the limit of width · height,
-    which is checked before anything is decoded.
-    Returns an image of the file's size. A JPEG of more than 2^24 pixels may be smaller, by a factor of 2, 4 or 8: its
-    shorter side keeps at least 2 · size. Raises BadImage.
+    `size` is the length in pixels to which the shorter side will be resized later. A JPEG of more than 2^24 pixels may
+    be returned smaller by a factor of 2, 4 or 8, with a shorter side of at least 2 · size.
+
+    Raises: BadImage, also for width · height > max_pixels, which is checked before decoding.
     """
     try:
         with _open(encoded) as file:
@@ -60,13 +60,13 @@ def decode(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
                     " reduce the image, or allow more"
                 )
             if file.format in ("JPEG", "MPO") and width * height > _LARGE_JPEG:
-                file.draft(None, (2 * size, 2 * size))  # never below
+                file.draft(None, (2 * size, 2 * size))  # never smaller than this
             white = _white(file)
             ImageOps.exif_transpose(file, in_place=True)
             return _rgb(file, *white)
     except BadImage:
         raise
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except Exception as error:  # Pillow's decoders raise many types
         reason = plain(error, 200) or type(error).__name__
         raise BadImage(f"Pillow reads no image from it: {reason}; the file may be damaged or cut short") from None
 
@@ -76,8 +76,8 @@ def square(
 ) -> UInt8[np.ndarray, "size size 3"]:
     """Resizes the shorter side of an RGB image to `size` and crops a square.
 
-    Args: a key of RESAMPLING; where along the longer side the square lies, 0 <= place < 1 (0.5 = centre); whether to
-    mirror. Returns uint8 RGB.
+    `resize` is a key of RESAMPLING, `place` the position of the square along the longer side, 0 <= place < 1
+    (0.5 = center). `mirror` flips the result horizontally.
     """
     longest = MAX_ASPECT * min(image.size)
     if max(image.size) > longest:  # 2000 x 1 pixels would be resized to 1,024,000 x 512
@@ -94,7 +94,7 @@ def square(
 
 
 def _open(encoded: bytes) -> ImageFile.ImageFile:
-    """Reads the header. Pillow's own limit would warn on stderr, or refuse what max_pixels allows."""
+    """Reads the header, without Pillow's pixel limit, which would warn or reject images that max_pixels allows."""
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow has no AVIF
     try:
@@ -110,14 +110,14 @@ def _open(encoded: bytes) -> ImageFile.ImageFile:
             " must be converted first"
         ) from None
     if file.format == "PNG" and file.mode == "RGB" and encoded[24] == 16 and "transparency" in file.info:
-        file.info["transparency"] = tuple(value >> 8 for value in file.info["transparency"])  # as the pixels are read
+        file.info["transparency"] = tuple(value >> 8 for value in file.info["transparency"])  # 8 bits, like the pixels
     return file
 
 
 def _white(file: ImageFile.ImageFile) -> tuple[float, bool, bool]:
-    """Returns the sample that is white, whether the scale is inverted, and whether the range is to be doubted.
+    """Returns the sample value of white, whether the scale is inverted, and whether the range is uncertain.
 
-    It counts for the modes in _WIDE only. Raises BadImage for 8-bit samples that Pillow reads wrongly.
+    Used for the modes in _WIDE only. Raises BadImage for signed 8-bit samples, which Pillow misreads.
     """
     if file.format != "TIFF":
         return (1.0 if file.mode == "F" else 65535.0), False, False
@@ -130,7 +130,7 @@ def _white(file: ImageFile.ImageFile) -> tuple[float, bool, bool]:
 
 
 def _rgb(image: Image.Image, white: float, inverted: bool, doubted: bool) -> Image.Image:
-    """Converts in bands, so that never more than the image and its RGB copy are held."""
+    """Converts an image to RGB in bands, so that memory holds only the image and its RGB copy."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     converted = Image.new("RGB", image.size)
@@ -155,11 +155,11 @@ def _rgb(image: Image.Image, white: float, inverted: bool, doubted: bool) -> Ima
 
 
 def _samples(band: Image.Image, white: float) -> np.ndarray:
-    """Returns the numbers that a gray image of more than 8 bits holds; raises BadImage for those without brightness."""
+    """Returns the samples of a gray image of more than 8 bits; raises BadImage if any is outside [0, white]."""
     samples = np.asarray(band)
     if white == 2.0**32 - 1:
-        samples = samples.view(np.uint32)  # Pillow has no mode for them
-    if not (samples.min() >= 0 and samples.max() <= white):  # so that NaN is outside as well
+        samples = samples.view(np.uint32)  # Pillow has no unsigned 32-bit mode
+    if not (samples.min() >= 0 and samples.max() <= white):  # also true for NaN
         raise BadImage(
             f"it has samples from {samples.min():g} to {samples.max():g}, and black is 0 and white {white:g} by the"
             " file; scale it, and store it with 8 or 16 bits"

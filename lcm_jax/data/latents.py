@@ -1,8 +1,7 @@
-"""Pictures that were encoded once: an ArrayRecord data set of TFDS with the moments of q(z|x) and the captions.
+"""Pre-encoded images: a TFDS data set in ArrayRecord files with the moments of q(z|x) and the captions.
 
-A run that reads it needs neither to decode pictures nor to run the VAE's encoder in each step. The data set says which
-VAE made it and of which size the pictures were (metadata.json), so that it is not taken for another's; and, for its
-reader, how they were resized, cropped and mirrored.
+A run that reads it neither decodes images nor runs the VAE encoder in each step. metadata.json records the VAE and the
+image size, which `check` verifies, and how the images were resized, cropped and mirrored, for information.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ CAPTIONS = "captions"
 
 
 def fingerprint(vae: Mapping[str, Any]) -> str:
-    """Returns a hash of the encoder's weights, {path: array}; the same for a VAE stored in float32 and in float16."""
+    """Returns a hash of the encoder's weights in {path: array}, the same for a VAE stored in float32 and in float16."""
     digest = hashlib.sha256()
     for path in sorted(vae):
         if path.startswith(("encoder.", "quant_conv.")):
@@ -29,7 +28,7 @@ def fingerprint(vae: Mapping[str, Any]) -> str:
 
 
 def config_fingerprint(config: Mapping[str, Any]) -> str:
-    """Returns a hash of what config.json says of the encoder; how latents are scaled comes after it."""
+    """Returns a hash of the VAE's config.json, without the keys that do not affect the moments."""
     beside = ("scaling_factor", "shift_factor", "sample_size", "force_upcast")
     meant = {key: value for key, value in config.items() if not key.startswith("_") and key not in beside}
     return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()[:16]
@@ -42,7 +41,7 @@ def check(
     where: str,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises UserError unless the data set was made by this VAE, of pictures of this size."""
+    """Raises UserError unless the data set was encoded by this VAE (and config, if both known) at this image size."""
     made = dict(metadata or {})
     if not {"image_size", "vae"} <= made.keys():
         raise UserError(f"{where} does not say what encoded it (metadata.json); run lcm_jax.encode again")
@@ -58,7 +57,7 @@ def check(
 
 
 class Encoded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes the data set, as `data_dir`/encoded/1.0.0 with the one split "train"."""
+    """TFDS builder that writes the data set to `data_dir`/encoded/1.0.0, with the single split "train"."""
 
     name = "encoded"
     VERSION = tfds.core.Version("1.0.0")
@@ -67,9 +66,9 @@ class Encoded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def __init__(
         self, examples: Iterable[tuple[np.ndarray, list[str]]], *, shape: tuple[int, ...], made: dict, data_dir: str
     ) -> None:
-        """Args: moments and captions of each picture; shape of the moments; the metadata that `check` reads."""
+        """Takes (moments, captions) per image, the shape (h, w, 2C) of the moments, and the metadata for `check`."""
         self._examples, self._shape, self._made = examples, shape, made
-        self.written = False  # else the data set that is there is another's
+        self.written = False  # stays False if another process wrote the data set
         super().__init__(data_dir=data_dir)
 
     def _info(self) -> tfds.core.DatasetInfo:

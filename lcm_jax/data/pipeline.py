@@ -1,8 +1,8 @@
-"""The input pipeline: batches of pictures and token ids that depend on nothing but the config, the seed and the step.
+"""Input pipeline: batches of images and token ids that depend only on the config, the seed and the step.
 
-Grain shuffles and batches record numbers; a batch's numbers and random choices are drawn for the whole batch, and each
-process then reads and decodes only its own rows. So batch n is the same whatever the number of processes or threads,
-and the whole state of the pipeline is one number.
+Grain shuffles and batches record numbers. Record numbers and random choices are drawn for the global batch; each
+process then reads and decodes only its own rows. So batch n does not depend on the number of processes or threads, and
+the state of the pipeline is one integer.
 """
 
 import dataclasses
@@ -22,24 +22,24 @@ Tokenize = Callable[[list[str]], Int32[np.ndarray, "batch length"]]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which pictures are read, and what becomes of each. A wrong value raises UserError naming the field."""
+    """Data set and image preprocessing. An invalid value raises UserError naming the field."""
 
     dataset: str = "captioned_digits"  # a registered TFDS builder: "name", "name/config:1.0.0"
-    directory: str = ""  # a prepared ArrayRecord data set's version directory, read in place of `dataset`
-    data_dir: str = ""  # where `dataset` lies or is prepared; "": TFDS's default, ~/tensorflow_datasets
+    directory: str = ""  # version directory of a prepared ArrayRecord data set, read instead of `dataset`
+    data_dir: str = ""  # where `dataset` is stored or prepared; "": TFDS's default, ~/tensorflow_datasets
     split: str = "train"  # a TFDS split expression: "train", "train[:10%]"
     image_key: str = "image"
-    caption_key: str = "caption"  # "captions/text" for nested features; of several captions one is drawn each time
-    latents: bool = False  # the data set holds encoded pictures, as `lcm_jax.encode` writes them, in place of pictures
-    image_size: int = 32  # pixels: the shorter side is resized to it, then a square is cropped
+    caption_key: str = "caption"  # "captions/text" for nested features; one of several captions is drawn each time
+    latents: bool = False  # the data set holds pre-encoded images, as written by `lcm_jax.encode`
+    image_size: int = 32  # pixels: the shorter side is resized to this, then a square is cropped
     resize: str = "lanczos"  # lanczos | bicubic
     crop: str = "center"  # center | random
-    flip: bool = False  # mirror half of the pictures (their captions stay)
-    shuffle: bool = True  # a new order each epoch; False: as stored
-    # width · height; an image of more is a bad record. While it decodes one, each thread holds up to 10 bytes per pixel
-    # (0.6 GB at the default), for WebP and JPEG 2000 up to 20
+    flip: bool = False  # mirror each image with probability 0.5; captions are unchanged
+    shuffle: bool = True  # a new order each epoch; False: stored order
+    # Limit of width · height; larger images raise an error. Each thread uses up to 10 bytes per pixel while decoding
+    # (0.6 GB at the default), up to 20 for WebP and JPEG 2000.
     max_pixels: int = 64_000_000
-    threads: int = 4  # batches read and decoded at the same time, ahead of their use; changes no batch
+    threads: int = 4  # batches prefetched in parallel; does not change their content
 
     def __post_init__(self) -> None:
         if not (self.dataset or self.directory):
@@ -62,9 +62,10 @@ def prepare_image(
 ) -> UInt8[np.ndarray, "size size 3"]:
     """Decodes one image, resizes its shorter side to config.image_size and crops a square.
 
-    Args: an encoded image (PNG, JPEG, …; orientation tags are obeyed, transparency is laid on white); where along the
-    longer side the square lies, 0..1 (0.5 = centre); whether to mirror.
-    Returns uint8 RGB. Raises BadImage, by the rules in `lcm_jax.data.images`.
+    Orientation tags are applied; transparency is composited on white. `place` and `mirror` are those of
+    `images.square`.
+
+    Raises: BadImage, by the rules in `lcm_jax.data.images`.
     """
     image = images.decode(encoded, config.image_size, config.max_pixels)
     return images.square(image, config.image_size, config.resize, place, mirror)
@@ -72,12 +73,12 @@ def prepare_image(
 
 @dataclasses.dataclass(frozen=True)
 class _LoadBatch(grain.transforms.RandomMap):
-    """Turns the record numbers of a global batch into this process's part of the batch."""
+    """Loads this process's rows of a global batch of record numbers."""
 
     source: Source
     config: DataConfig
     tokenize: Tokenize
-    rows: np.ndarray  # of the global batch: those that this process reads
+    rows: np.ndarray  # rows of the global batch that this process reads
 
     def random_map(self, element: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         config = self.config
@@ -101,7 +102,7 @@ class _LoadBatch(grain.transforms.RandomMap):
         try:
             return np.asarray(self.tokenize(texts), np.int32)
         except UserError:
-            for text, number in zip(texts, numbers, strict=True):  # finds which one it was
+            for text, number in zip(texts, numbers, strict=True):  # finds the record that failed
                 try:
                     self.tokenize([text])
                 except UserError as error:
@@ -121,23 +122,23 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         return next(self._batches)
 
     def get_state(self) -> dict[str, Any]:
-        """Returns a JSON-able dict: the number of the next batch, and what it depends on."""
+        """Returns a JSON-serializable dict: the number of the next batch, the seed, and the batch and data set size."""
         return {"step": self._batches.get_state()["next_index"], **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to the batch that `state` names. Raises UserError if the state belongs to other batches than these."""
+        """Seeks to the batch in `state`. Raises UserError if the seed, batch size or data set size differ."""
         for key, value in self._identity.items():
             if state[key] != value:
                 raise UserError(f"the saved data position has {key} {state[key]!r}, this run {value!r}")
         self._batches.set_state({"next_index": int(state["step"])})
 
     def close(self) -> None:
-        """Stops the reading threads."""
+        """Stops the reader threads."""
         self._batches.close()
 
 
 def open_data(config: DataConfig) -> Source:
-    """Opens the data set that the config names; raises UserError as `open_source` does."""
+    """Opens the data set of the config; raises UserError like `open_source`."""
     return open_source(
         config.dataset,
         directory=config.directory,
@@ -161,24 +162,24 @@ def batches(
     vae_config: Mapping[str, Any] | None = None,
     source: Source | None = None,
 ) -> Batches:
-    """Iterates over one process's part of the batches, without end.
+    """Returns an endless iterator over one process's rows of the batches.
 
     Args:
-      config: what to read, and how.
+      config: data set and preprocessing.
       tokenize: captions -> token ids (rows, L) int32; called from several threads.
-      batch_size: of all processes together.
-      rows: which rows of a batch this process reads, in this order; all by default.
+      batch_size: global batch size, over all processes.
       seed: 0 <= seed < 2**32. Batch n depends on (config, seed, batch_size, n) only.
       start_step: number of the first batch.
-      vae: {path: array}; that which must have encoded the data set, where it holds encoded pictures.
-      vae_config: its config.json.
-      source: the data set, where it is open already.
+      rows: rows of the global batch that this process reads, in this order; default: all.
+      vae: {path: array}, weights of the VAE that must have encoded the data set; used with config.latents only.
+      vae_config: config.json of the VAE.
+      source: an open data set to read instead of opening that of the config.
 
     Returns: iterator of {'image': uint8 (B, S, S, 3), 'input_ids': int32 (B, L)} with get_state, set_state and close;
-      B = the number of rows, S = config.image_size. With config.latents there is 'moments', float16 (B, h, w, 2C), in
-      place of 'image'.
-    Raises: UserError for a data set that cannot be opened (see `open_source`) or was encoded otherwise, and, while
-      iterating, for a record that cannot be read or decoded, naming it.
+      B = number of rows, S = config.image_size. With config.latents, 'moments', float16 (B, h, w, 2C), replaces
+      'image'.
+    Raises: UserError for a data set that cannot be opened (see `open_source`) or was encoded by another VAE or at
+      another size, and, while iterating, for a record that cannot be read or decoded.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be positive")

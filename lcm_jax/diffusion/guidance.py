@@ -4,7 +4,9 @@ Everywhere w = guidance_scale - 1: no guidance is w = 0, guidance_scale 1.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -12,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from lcm_jax.diffusion.schedule import Schedule, Time, per_sample
 
 Latent = Float[Array, "b *d"]
+Condition = Any  # a tree of arrays whose first axis is the batch; only its family looks inside
 Denoise = Callable[[Latent, Time], tuple[Latent, Latent]]  # (z, t (B,)) -> (x0, eps)
 
 
@@ -50,33 +53,36 @@ def w_embedding(w: Float[Array, " b"], dim: int) -> Float[Array, "b {dim}"]:
 
 
 def cfg_denoiser(
-    network: Callable[[Latent, Time, Array], Latent],
-    schedule: Schedule,
-    context: Float[Array, "b l d"],
-    null_context: Float[Array, "#b l d"],
+    network: Callable[[Latent, Time, Condition], Latent],
+    process: Schedule,
+    condition: Condition,
+    null_condition: Condition,
     w: Float[Array, " b"],
 ) -> Denoise:
     """Returns denoise(z, t (B,)) -> guided (x0, eps), which calls the network once, on 2B.
 
     Args:
-      network: (z, t, context) -> its raw output.
-      context, null_context: of the prompts, and of what is led away from (one for all, or one each).
+      network: (z, t, condition) -> its raw output.
+      process: the noise process.
+      condition: of the prompts; a tree of arrays (B, …).
+      null_condition: of the empty or negative prompts; the same tree of arrays (B, …) or (1, …).
       w: guidance_scale - 1.
     """
-    # each sample's two halves lie side by side, so that a batch sharded over devices stays where it is
-    both = jnp.stack([context, jnp.broadcast_to(null_context, context.shape)], axis=1)
-    both = both.reshape(-1, *context.shape[1:])
+
+    def interleaved(c: Array, null: Array) -> Array:
+        # the two halves of a sample lie side by side, so that a batch sharded over devices stays where it is
+        return jnp.stack([c, jnp.broadcast_to(null, c.shape)], axis=1).reshape(-1, *c.shape[1:])
+
+    both = jax.tree.map(interleaved, condition, null_condition)
 
     def denoise(z: Latent, t: Time) -> tuple[Latent, Latent]:
         output = network(jnp.repeat(z, 2, axis=0), jnp.repeat(t, 2, axis=0), both)
         output = output.reshape(-1, 2, *output.shape[1:])
-        return schedule.to_x0_eps(guide(output[:, 0], output[:, 1], w), z, t)
+        return process.to_x0_eps(guide(output[:, 0], output[:, 1], w), z, t)
 
     return denoise
 
 
-def drop_condition(
-    context: Float[Array, "b l d"], null_context: Float[Array, "#b l d"], drop: Bool[Array, " b"]
-) -> Float[Array, "b l d"]:
-    """Puts the null condition in place of those contexts where `drop` is true (arXiv 2207.12598, algorithm 1)."""
-    return jnp.where(per_sample(drop, context), null_context, context)
+def drop_condition(condition: Condition, null_condition: Condition, drop: Bool[Array, " b"]) -> Condition:
+    """Replaces the conditions of the samples where `drop` is true by the null condition (arXiv 2207.12598, alg. 1)."""
+    return jax.tree.map(lambda c, null: jnp.where(per_sample(drop, c), null, c), condition, null_condition)

@@ -22,27 +22,13 @@ Timesteps = Int[Array, " n"] | Int[np.ndarray, " n"]
 # ---- grids
 
 
-def lcm_grid(original_steps: int, num_train_timesteps: int = 1000) -> np.ndarray:
-    """The N timesteps that a consistency model is trained at: t_i = (i + 1) k - 1 with k = T // N, rising, int32.
-
-    Raises:
-      UserError: N is not in 1 … T.
-    """
-    if not 1 <= original_steps <= num_train_timesteps:
-        raise UserError(f"original_steps is {original_steps}; it must be in 1 … {num_train_timesteps}")
-    k = num_train_timesteps // original_steps
-    return np.arange(1, original_steps + 1, dtype=np.int32) * k - 1
-
-
-def lcm_timesteps(
-    steps: int, original_steps: int, num_train_timesteps: int = 1000, strength: float = 1.0
-) -> np.ndarray:
+def lcm_timesteps(steps: int, process: Schedule, original_steps: int, strength: float = 1.0) -> np.ndarray:
     """The timesteps of consistency sampling, as diffusers' LCMScheduler takes them from the trained grid.
 
     Args:
       steps: n.
+      process: the noise process.
       original_steps: N, of the trained grid.
-      num_train_timesteps: T.
       strength: below 1, only the lower part of the grid is used, from int(N strength) steps on (image to image).
 
     Returns:
@@ -53,7 +39,7 @@ def lcm_timesteps(
     """
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
-    grid = lcm_grid(original_steps, num_train_timesteps)[: int(original_steps * strength)][::-1]
+    grid = process.grid(original_steps)[: int(original_steps * strength)][::-1]
     if not 1 <= steps <= len(grid):
         cut = "" if strength == 1 else f" (strength {strength} of {original_steps})"
         raise UserError(f"steps is {steps}; it must be in 1 … {len(grid)}{cut}, the steps of the trained grid")

@@ -129,6 +129,19 @@ class Schedule:
         """log(alpha_t) for real t."""
         return jnp.interp(t, jnp.arange(self.num_train_timesteps) * 1.0, jnp.asarray(self._log_alpha))
 
+    # ---- grids
+
+    def grid(self, steps: int) -> np.ndarray:
+        """The N timesteps that a consistency model is trained at: t_i = (i + 1) k - 1 with k = T // N, rising, int32.
+
+        Raises:
+          UserError: N is not in 1 … T.
+        """
+        if not 1 <= steps <= self.num_train_timesteps:
+            raise UserError(f"original_steps is {steps}; it must be in 1 … {self.num_train_timesteps}")
+        k = self.num_train_timesteps // steps
+        return np.arange(1, steps + 1, dtype=np.int32) * k - 1
+
     # ---- functions of arrays
 
     def add_noise(self, x0: Float[Array, "b *d"], eps: Float[Array, "b *d"], t: Time) -> Float[Array, "b *d"]:

@@ -1,1 +1,1 @@
-"""The demonstration, whole: its data set, tokenizer and classifier, and what is measured of its models."""
+"""The captioned-digits demonstration: data set, presets, tokenizer, classifier and evaluation."""

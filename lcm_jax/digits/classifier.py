@@ -1,9 +1,9 @@
-"""The classifier that reads digits, and whose features the Fréchet distance is measured in.
+"""A classifier of the captioned digits, whose features the Fréchet distance is computed in.
 
-It has seen the real handwritten digits of the training split, in all colours, and nothing that a model drew. Another
-one has seen them upright and italic, and tells which: for models of `italic_digits`.
-`python -m lcm_jax.digits.classifier --out=FILE [--styles]` trains one anew, in some ten minutes; the weights that
-come with the package (`WEIGHTS`, `STYLE_WEIGHTS`) were made so.
+It is trained on the real digits of the training split in all colours, never on generated images. A second one, for
+models of `italic_digits`, is trained on upright and italic digits and also predicts the style.
+`python -m lcm_jax.digits.classifier --out=FILE [--styles]` trains one in about ten minutes; the weights in the
+package (`WEIGHTS`, `STYLE_WEIGHTS`) were made this way.
 """
 
 import dataclasses
@@ -48,14 +48,14 @@ _ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 WEIGHTS = _ASSETS / "digit_classifier.safetensors"
 STYLE_WEIGHTS = _ASSETS / "style_classifier.safetensors"
 FEATURES = 64
-CHUNK = 280  # pictures at once
+CHUNK = 280  # images per call
 
 
 class DigitClassifier(nnx.Module):
-    """Six convolutions, 64 features averaged over the picture, and one linear layer for each question."""
+    """Six convolutions, 64 features averaged over the image, and one linear head per question."""
 
     def __init__(self, answers: tuple[tuple[str, int], ...], *, policy: Policy = FP32, rngs: nnx.Rngs) -> None:
-        """Args: answers: the questions, each with the number of its answers."""
+        """Creates one head per (question, number of answers) in `answers`."""
         dtype = policy.compute
         self.questions = tuple(question for question, _ in answers)
         self.conv1 = conv(3, 32, stride=2, dtype=dtype, rngs=rngs)
@@ -68,7 +68,7 @@ class DigitClassifier(nnx.Module):
             setattr(self, question, nnx.Linear(FEATURES, count, dtype=dtype, rngs=rngs))
 
     def __call__(self, images: Float[Array, "b 32 32 3"]) -> tuple[Array, dict[str, Array]]:
-        """Takes pictures in [-1, 1]; returns features (b, 64) and logits for each question."""
+        """Takes images in [-1, 1]; returns features (b, 64) and logits (b, answers) per question."""
         x = images
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6):
             x = jax.nn.silu(layer(x))
@@ -86,16 +86,16 @@ def _network(*, styles: bool) -> Network:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """The trained network; call it with pictures."""
+    """A trained network, called with images."""
 
     params: Flat
 
     def __call__(self, images: UInt8[np.ndarray, "n 32 32 3"]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns features (n, 64) float32 and the digits that are read (n,) int."""
+        """Returns features (n, 64) float32 and predicted digits (n,) int."""
         return self._read(images, "digit")
 
     def styles(self, images: UInt8[np.ndarray, "n 32 32 3"]) -> np.ndarray:
-        """Returns the styles that are read (n,) int, in the order of STYLES; of the one that was trained for it."""
+        """Returns predicted styles (n,) int, as indices into STYLES; needs weights that were trained with styles."""
         return self._read(images, "style")[1]
 
     def _read(self, images: np.ndarray, question: str) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +116,7 @@ def _classify(params: Flat, images: jax.Array) -> tuple[jax.Array, dict[str, jax
 
 
 def load_classifier(path: pathlib.Path = WEIGHTS) -> Classifier:
-    """Loads the weights that come with the package; raises UserError if they are missing or do not fit."""
+    """Loads a classifier, the packaged one by default; raises UserError if the file is unreadable or does not fit."""
     try:
         params = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
@@ -129,10 +129,10 @@ def load_classifier(path: pathlib.Path = WEIGHTS) -> Classifier:
 
 
 def train_classifier(steps: int = 6000, batch_size: int = 128, seed: int = 0, *, styles: bool = False) -> Classifier:
-    """Trains on the training split's digits, each time elsewhere, turned and scaled a little, and newly coloured.
+    """Trains a classifier on the training split, with random place, rotation, scale and colours for each example.
 
     Args:
-      styles: whether half of them are italic, and the style is asked for too.
+      styles: whether to make half of the digits italic and to predict the style too.
     """
     grids, digits = load_grids()
     pictures = split_pictures(digits)["train"]
@@ -178,7 +178,7 @@ def train_classifier(steps: int = 6000, batch_size: int = 128, seed: int = 0, *,
 
 
 def _warped(key: jax.Array, cover: Float[Array, "24 24"]) -> Float[Array, "32 32"]:
-    """A digit anywhere in a picture, turned by up to 10 degrees and scaled by up to 10 %."""
+    """Places a digit at random in an image, rotated by up to 10 degrees and scaled by up to 10 %."""
     key_place, key_turn, key_scale = jax.random.split(key, 3)
     shift = jax.random.uniform(key_place, (2, 1, 1), minval=-PLACES / 2, maxval=PLACES / 2)
     angle = jnp.deg2rad(jax.random.uniform(key_turn, minval=-10.0, maxval=10.0))
@@ -190,13 +190,13 @@ def _warped(key: jax.Array, cover: Float[Array, "24 24"]) -> Float[Array, "32 32
 
 
 def real_accuracy(classifier: Classifier, style: str = "upright") -> float:
-    """The share of the real test digits, each drawn in 8 colour pairs and places, that is read right."""
+    """Returns the classifier's accuracy on the real test digits, each in 8 colour pairs and places."""
     drawn, digits = _real_test_digits(style)
     return float(np.mean(classifier(drawn)[1] == digits))
 
 
 def style_accuracy(classifier: Classifier, style: str) -> float:
-    """The share of the same pictures whose style is read right."""
+    """Returns the accuracy of the predicted style on the images of `real_accuracy`."""
     return float(np.mean(classifier.styles(_real_test_digits(style)[0]) == STYLES.index(style)))
 
 

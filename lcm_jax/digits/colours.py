@@ -1,4 +1,4 @@
-"""Reading ink and paper from a picture's pixels, with no network."""
+"""Reads ink and paper colours from the pixels of images, without a network."""
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -9,11 +9,11 @@ NAMES = tuple(COLOURS)
 
 
 def read_colours(images: UInt8[np.ndarray, "n h w 3"]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Returns ink and paper of each picture, (n,) numbers in the order of COLOURS.
+    """Returns ink and paper of each image, (n,) indices into COLOURS.
 
-    Each pixel is counted for the nearest of the eight colours. The paper is the commonest colour of the frame, two
-    pixels wide, which a digit hardly touches; the ink is the commonest of the others in the whole picture. A picture
-    of one colour has no ink: -1.
+    Each pixel counts as the nearest of the eight colours. The paper is the most frequent colour in the outer two
+    pixels, which a digit hardly touches. The ink is the most frequent other colour in the image, or -1 if there is
+    none.
     """
     palette = np.array(list(COLOURS.values()), np.int32)
     nearest = ((images[..., None, :].astype(np.int32) - palette) ** 2).sum(-1).argmin(-1)

@@ -1,8 +1,8 @@
 """Captioned digits: real handwritten digits in a named ink on a named paper, as a TFDS builder without TensorFlow.
 
-The pictures are the 1,797 of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak, 1998,
-doi 10.24432/C50P49, CC BY 4.0) that scikit-learn ships. Importing this module registers `captioned_digits` in TFDS, and
-`italic_digits`: the same pictures in another style, for a fine-tune of what the first has taught.
+The digits are the 1,797 of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak, 1998,
+doi 10.24432/C50P49, CC BY 4.0) that scikit-learn ships. Importing this module registers two TFDS data sets:
+`captioned_digits`, and `italic_digits`, the same images slanted, for fine-tuning.
 """
 
 import functools
@@ -38,21 +38,21 @@ PHRASES = (
 ALL_PAIRS = tuple((ink, paper) for ink in COLOURS for paper in COLOURS if ink != paper)
 
 STYLES = ("upright", "italic")
-SLANT = 0.6  # of italic digits: pixels to the side a pixel of height
+SLANT = 0.6  # horizontal shift of italic digits, in pixels per pixel of height
 
-SIZE = 32  # pixels a side
-DIGIT_SIZE = 24  # of the digit, which lies somewhere in the picture
-PLACES = SIZE - DIGIT_SIZE + 1  # for its upper left corner, along each side
-SPLITS = {"train": 1300, "validation": 200, "test": 297}  # pictures
+SIZE = 32  # image height and width in pixels
+DIGIT_SIZE = 24  # height and width of the digit within the image
+PLACES = SIZE - DIGIT_SIZE + 1  # positions of its upper left corner along each axis
+SPLITS = {"train": 1300, "validation": 200, "test": 297}  # images
 PAIRS_PER_PICTURE = {"train": 16, "validation": 4, "test": 4}  # colour pairs seen in training
 HELD_OUT_PER_PICTURE = {"train": 0, "validation": 0, "test": 4}  # colour pairs never seen in training
 SEED = 20231006
 
 
 def _held_out_pairs() -> tuple[tuple[str, str], ...]:
-    """Eight of the 56 pairs such that each colour is held out once as ink and once as paper.
+    """Returns 8 of the 56 pairs, in which each colour occurs once as ink and once as paper.
 
-    One such permutation without fixed points, drawn by the seed: no colour becomes rare in training, on either side.
+    They are a seeded random permutation without fixed points, so no colour becomes rare in training in either role.
     """
     names = list(COLOURS)
     random = np.random.RandomState(SEED)  # its stream is frozen by numpy (NEP 19), so the set never changes
@@ -68,14 +68,14 @@ SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT_PAIRS)
 
 @functools.cache
 def _upscale(grid: int, size: int) -> np.ndarray:
-    """Bicubic upscaling along one axis as a matrix (size, grid), float32: Pillow's own, applied to the unit vectors."""
+    """Returns Pillow's bicubic upscaling along one axis as a matrix (size, grid), float32."""
     unit = Image.fromarray(np.eye(grid, dtype=np.float32))
     return np.asarray(unit.resize((grid, size), Image.Resampling.BICUBIC))
 
 
 @functools.cache
 def _slant(size: int) -> np.ndarray:
-    """Shearing as one matrix a row (row, from column, to column), float32: linear interpolation, the middle stays."""
+    """Returns a shear around the middle, linearly interpolated, as (row, from column, to column) float32."""
     row, start, end = np.ogrid[:size, :size, :size]
     moved = start - SLANT * (row - (size - 1) / 2)
     return np.maximum(0, 1 - np.abs(moved - end)).astype(np.float32)
@@ -84,7 +84,7 @@ def _slant(size: int) -> np.ndarray:
 def coverage(
     grid: Float[np.ndarray, "*batch 8 8"], size: int = DIGIT_SIZE, style: str = "upright"
 ) -> Float[np.ndarray, "*batch size size"]:
-    """How much of each of a digit's pixels is inked, in 0..1, float32: the grid (values 0..16) with a soft edge."""
+    """Upscales grids with values 0..16 to the ink coverage of each pixel, 0..1 float32, with a soft edge."""
     matrix = _upscale(grid.shape[-1], size)
     ink = matrix @ (np.asarray(grid, np.float32) / 16) @ matrix.T
     if style == "italic":
@@ -94,7 +94,7 @@ def coverage(
 
 
 def _colour(cover: np.ndarray, ink: str, paper: str, place: tuple[int, int]) -> np.ndarray:
-    """Mixes ink into paper by coverage (DIGIT_SIZE, DIGIT_SIZE) at `place` -> uint8 (SIZE, SIZE, 3)."""
+    """Blends ink over paper by a coverage (DIGIT_SIZE, DIGIT_SIZE) at `place`; returns uint8 (SIZE, SIZE, 3)."""
     front, back = np.asarray(COLOURS[ink], np.float32), np.asarray(COLOURS[paper], np.float32)
     whole = np.zeros((SIZE, SIZE), cover.dtype)
     whole[place[0] : place[0] + DIGIT_SIZE, place[1] : place[1] + DIGIT_SIZE] = cover
@@ -108,17 +108,17 @@ def draw(
     place: tuple[int, int] = (PLACES // 2, PLACES // 2),
     style: str = "upright",
 ) -> UInt8[np.ndarray, "32 32 3"]:
-    """Draws one 8 x 8 grid of values 0..16 (16 = full ink) in `ink` on `paper`.
+    """Renders one 8 x 8 grid of values 0..16 (16 = full ink) in `ink` on `paper`.
 
     Args:
-      place: row and column of the digit's upper left corner, each in 0 … PLACES - 1; the middle by default.
-      style: of STYLES.
+      place: row and column of the digit's upper left corner, each in 0 … PLACES - 1; centred by default.
+      style: one of STYLES.
 
     Returns:
       uint8 RGB.
 
     Raises:
-      UserError: a colour that is not in COLOURS, a place where part of the digit is outside.
+      UserError: an unknown colour or style, or a place where part of the digit is outside the image.
     """
     one_of("ink", ink, COLOURS)
     one_of("paper", paper, COLOURS)
@@ -129,14 +129,14 @@ def draw(
 
 
 def caption(digit: int, ink: str, paper: str, phrase: int = 0) -> str:
-    """The caption of a digit 0..9 in `ink` on `paper`, in phrasing number `phrase` of PHRASES."""
+    """Returns the caption of a digit 0..9 in `ink` on `paper`; `phrase` is an index into PHRASES."""
     one_of("ink", ink, COLOURS)
     one_of("paper", paper, COLOURS)
     return PHRASES[phrase].format(digit=DIGIT_NAMES[digit], ink=ink, paper=paper)
 
 
 def load_grids() -> tuple[np.ndarray, np.ndarray]:
-    """The real digits: grids (1797, 8, 8) float64 with values 0..16, and their digits (1797,) int64."""
+    """Loads the real digits: grids (1797, 8, 8) float64 with values 0..16, and labels (1797,) int64."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -146,16 +146,16 @@ def load_grids() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_pictures(digits: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-    """Divides the pictures among the splits by picture, in equal shares of each digit.
+    """Returns split name -> sorted image indices, stratified by digit, with the sizes of SPLITS.
 
-    Args: the digit of each picture, (n,) int. Returns split name -> sorted picture indices; sizes as SPLITS.
+    `digits` is the label of each image, (n,) int.
     """
     digits = np.asarray(digits)
     random = np.random.RandomState(SEED + 1)
     place = np.empty(len(digits))
     for digit in np.unique(digits):
         members = np.flatnonzero(digits == digit)
-        # Each digit's pictures are spread evenly over 0..1 in random order, so that a cut anywhere is a fair share.
+        # Spreads each digit's images evenly over 0..1 in random order, so that any cut is stratified.
         place[random.permutation(members)] = (np.arange(len(members)) + random.uniform()) / len(members)
     ends = np.cumsum(list(SPLITS.values()))
     parts = np.split(np.argsort(place, kind="stable"), ends[:-1])
@@ -163,7 +163,7 @@ def split_pictures(digits: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _pairs_of(picture: int, split: str) -> list[tuple[str, str]]:
-    """The colour pairs in which a picture appears, drawn by its number alone."""
+    """Returns the colour pairs of an image, drawn with its index as the seed."""
     random = np.random.RandomState([SEED, picture])
     seen = random.permutation(len(SEEN_PAIRS))[: PAIRS_PER_PICTURE[split]]
     held_out = random.permutation(len(HELD_OUT_PAIRS))[: HELD_OUT_PER_PICTURE[split]]
@@ -239,7 +239,7 @@ class CaptionedDigits(tfds.core.GeneratorBasedBuilder):
 
 
 class ItalicDigits(CaptionedDigits):
-    """The same pictures with the same captions, slanted."""
+    """The images of CaptionedDigits slanted, with the same captions."""
 
     name = "italic_digits"
     STYLE = "italic"

@@ -1,4 +1,4 @@
-"""Drawing a list of prompts with a model, each from its own fixed noise, and the time that it takes."""
+"""Samples one image per prompt from fixed noise, and measures the speed."""
 
 import time
 import warnings
@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from lcm_jax.digits.measures import SEED, Prompt, first_noise, later_noise
 from lcm_jax.inference.pipeline import Pipeline
 
-BATCH = 160  # pictures at once
+BATCH = 160  # images per call
 
 
 def draw_all(
@@ -23,17 +23,16 @@ def draw_all(
     fill: bool = False,
     seed: int = SEED,
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
-    """Draws one picture for each prompt; that of prompt i starts from the noise i, whatever draws it.
+    """Samples one image per prompt. Prompt i starts from noise i with every model and batch size.
 
     Args:
       guidance_scale: None for the pipeline's default.
-      sampler: of a diffusion model, "ddim" or "dpmpp", or "lcm" with an LCM-LoRA.
-      fill: draw more than is asked for in the last batch, so that it takes the program of a full one, which may be
-        compiled already.
-      seed: of the noise.
+      sampler: for a diffusion model: "ddim", "dpmpp", or "lcm" with an LCM-LoRA.
+      fill: whether to pad the last batch to BATCH, to reuse the compiled program of a full batch.
+      seed: seed of the noise.
 
     Returns:
-      The pictures, and images/s, the first batch (in which the program may be compiled) left out.
+      The images, and images/s without the first batch, which may include compilation.
     """
 
     def batch(texts: list[str], z_T: np.ndarray, between: np.ndarray | None) -> np.ndarray:
@@ -55,15 +54,15 @@ def in_batches(
     fill: bool = False,
     seed: int = SEED,
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
-    """Calls `batch(texts, first noise, noise between the steps)` for up to BATCH prompts at a time.
+    """Calls `batch(texts, initial noise, noise between the steps)` for up to BATCH prompts at a time.
 
     Args:
-      shape: of one latent (h, w, C).
-      lcm_steps: for how many steps of a consistency model noise is needed; 0: none.
+      shape: shape of one latent (h, w, C).
+      lcm_steps: number of consistency sampling steps that need noise between them; 0 for other samplers.
       fill, seed: as in `draw_all`.
 
     Returns:
-      As `draw_all`.
+      As `draw_all`; the first batch is timed if it is the only one.
     """
     first = first_noise(len(prompts), shape, seed)
     later = later_noise(lcm_steps, len(prompts), shape, seed + 1) if lcm_steps else None
@@ -77,7 +76,7 @@ def in_batches(
         between = None if later is None else later[:, chosen]
         with warnings.catch_warnings():
             if pictures:
-                warnings.simplefilter("ignore")  # the first batch has said it
+                warnings.simplefilter("ignore")  # the first batch has issued them
             pictures.append(batch([prompts[i].text for i in chosen], first[chosen], between))
     seconds = time.perf_counter() - starts[min(1, len(starts) - 1)]
     timed = sum(len(part) for part in pictures[1:]) or len(pictures[0])

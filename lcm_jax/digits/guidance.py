@@ -1,4 +1,4 @@
-"""Which guidance suits a model best, chosen with noise and real pictures that no row of an evaluation has."""
+"""Chooses a model's guidance scale on validation prompts, noise and images that the evaluation does not use."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from lcm_jax.interop.recipe import RECIPE_FILE
 
 VALIDATION_SEED = SEED + 2
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-WITHIN = 0.01  # of the best prompt accuracy; among those the Fréchet distance decides
+WITHIN = 0.01  # tolerance below the best prompt accuracy; within it the Fréchet distance decides
 
 
 def best_guidance(
@@ -22,10 +22,10 @@ def best_guidance(
     sampler: str | None = None,
     style: str = "upright",
 ) -> float:
-    """Returns the guidance_scale at which this model draws best in so many steps.
+    """Returns the best of the candidate guidance scales for sampling in `steps` steps.
 
-    Of the candidates whose prompt accuracy is within a percentage point of the best, it is the one of the smallest
-    Fréchet distance to the real validation pictures.
+    Among the candidates whose prompt accuracy is within a percentage point of the best, it has the smallest Fréchet
+    distance to the real validation images.
     """
     if len(candidates) == 1:
         return candidates[0]
@@ -41,12 +41,12 @@ def best_guidance(
 
 
 def trained_range(pipe: Pipeline) -> list[float]:
-    """Returns the candidates that lie in the range that a consistency model was trained for.
+    """Returns the values of GUIDANCE in the range that a consistency model was trained for.
 
-    One without w-embedding has its guidance in its weights: 1 alone. One that does not say for which range it was
-    trained keeps its own default.
+    Returns the pipeline's default guidance alone if no value is in the range, if the model has no recipe (with a
+    warning), or if it has no w-embedding, since guidance is then part of its weights.
     """
-    if not pipe.has_w_embedding:
+    if not pipe.w_embedding_dim:
         return [pipe.default_guidance]
     if not pipe.recipe:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""What an LCM-LoRA makes of a model of the digits: in few steps, beside the model itself, and over its own weight."""
+"""Evaluates an LCM-LoRA on a digits model: against the model itself, per number of steps and per LoRA weight."""
 
 from collections.abc import Sequence
 
@@ -17,22 +17,23 @@ from lcm_jax.interop.lora.merge import Loras
 WITHOUT, WITH = "the model, DDIM", "LCM-LoRA"
 BASE_STEPS = (4, 50)
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-# candidates: those that suit the teacher in few steps and in many; a LoRA has guidance in it already
+# Candidates. The base ones suit few and many steps; an LCM-LoRA needs less, since guidance is distilled into it.
 BASE_GUIDANCE, LORA_GUIDANCE = (1.5, 3.0), (1.0, 1.5, 2.0)
 
 
 class Measured:
-    """A diffusion model of the digits with an LCM-LoRA beside it, and how its pictures are scored.
+    """Samples and scores a diffusion model of the digits with and without an LCM-LoRA.
 
     Attributes:
       pipe: the model.
-      style: its pictures' style, of STYLES; any but the first is counted, and the classifier must be trained for it.
+      style: the style of its images, one of STYLES. Any but the first is scored too, which needs a classifier trained
+        with styles.
     """
 
     def __init__(
         self, pipe: Pipeline, lcm: tuple[str, float], others: Loras, classifier: Classifier, style: str
     ) -> None:
-        """Args: lcm: the LCM-LoRA's file and weight. others: the LoRAs that belong to the model."""
+        """Takes the LCM-LoRA's file and weight as `lcm`, and the LoRAs that belong to the model as `others`."""
         self.pipe, self.style = pipe, style
         self._lcm, self._others, self._classifier = lcm, dict(others), classifier
         self._asked = None if style == STYLES[0] else style
@@ -40,17 +41,17 @@ class Measured:
         self._features, _ = classifier(real_pictures(self._prompts, "test", style))
 
     def without(self) -> list[Row]:
-        """The model itself by DDIM, each time at the guidance that suits it best."""
+        """Returns rows for the model without the LCM-LoRA, with DDIM in BASE_STEPS steps at the best guidance."""
         self.pipe.set_loras(self._others)
         return [self._row(WITHOUT, n, BASE_GUIDANCE, "ddim") for n in BASE_STEPS]
 
     def with_lora(self, steps: Sequence[int]) -> list[Row]:
-        """The model with the LCM-LoRA at the weight that was given."""
+        """Returns one row per number of steps, with the LCM-LoRA at its given weight and the best guidance."""
         self._attach(self._lcm[1])
         return [self._row(WITH, n, LORA_GUIDANCE, "lcm") for n in steps]
 
     def over_weights(self, row: Row, weights: Sequence[float] = WEIGHTS) -> list[Row]:
-        """The same as `row`, its steps and its guidance, with the LCM-LoRA at each of these weights."""
+        """Returns one row per LCM-LoRA weight, with the steps and guidance of `row`."""
         rows = []
         for weight in weights:
             self._attach(weight)
@@ -58,7 +59,7 @@ class Measured:
         return rows
 
     def sheet(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> dict[str, UInt8[np.ndarray, "n 32 32 3"]]:
-        """Pictures of these prompts, drawn as the rows were."""
+        """Returns row name -> images for the prompts, sampled with each row's settings; real test images come first."""
         drawn = {"real test pictures": real_pictures(prompts, "test", self.style)}
         for row in rows:
             lora = row.name == WITH
@@ -81,11 +82,11 @@ class Measured:
 
 
 def weight_curves(rows: Sequence[Row], weights: Sequence[float], base: Row) -> np.ndarray:
-    """Prompt accuracy, style and Fréchet distance over the LoRA's weight: a picture, uint8 (H, W, 3).
+    """Plots prompt accuracy, style accuracy and Fréchet distance over the LoRA weight; returns uint8 (H, W, 3).
 
     Args:
-      rows: of `Measured.over_weights`.
-      base: the model's own row, at 50 steps.
+      rows: rows from `Measured.over_weights`.
+      base: row of the model without the LCM-LoRA, for comparison.
     """
     figure = figure_class()(figsize=(9, 3.4), dpi=110, layout="constrained")
     share, frechet = figure.subplots(1, 2)

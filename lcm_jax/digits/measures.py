@@ -1,6 +1,6 @@
-"""What the captioned digits are evaluated on, and with: prompts, noise, real pictures, and the score of pictures.
+"""Prompts, noise, real images and scores for evaluating models of the captioned digits.
 
-Everything here is fixed by seeds, so each row of a table has the same prompts and starts from the same noise.
+Everything is seeded, so all rows of a table have the same prompts and the same initial noise.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ SEED = 20231006
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One picture that is asked for."""
+    """A requested image: digit, colours and phrasing."""
 
     digit: int
     ink: str
@@ -41,17 +41,17 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The caption."""
+        """The caption of the requested image."""
         return caption(self.digit, self.ink, self.paper, self.phrase)
 
     @property
     def held_out(self) -> bool:
-        """Whether no training picture has this pair of colours."""
+        """Whether no training image has this colour pair."""
         return (self.ink, self.paper) in HELD_OUT_PAIRS
 
 
 def test_prompts() -> list[Prompt]:
-    """The 560 classes (10 digits, 56 colour pairs), each in two of the five phrasings."""
+    """Returns the 560 classes (10 digits, 56 colour pairs), each in two of the five phrasings."""
     return [
         Prompt(digit, *pair, (number + digit + 2 * time) % len(PHRASES))
         for time in range(2)
@@ -61,7 +61,7 @@ def test_prompts() -> list[Prompt]:
 
 
 def validation_prompts() -> list[Prompt]:
-    """240 classes, each colour pair that training has seen with every other digit: guidance is chosen with these."""
+    """Returns 240 classes for choosing guidance: each colour pair of the training split with five digits."""
     return [
         Prompt(digit, *pair, (number + digit + 4) % len(PHRASES))
         for number, pair in enumerate(SEEN_PAIRS)
@@ -70,7 +70,7 @@ def validation_prompts() -> list[Prompt]:
 
 
 def sheet_prompts() -> list[Prompt]:
-    """Four classes, two of them of held-out colours, four times each: what is one model's variety, and its average."""
+    """Returns four classes, two of them with held-out colours, four times each to show a model's variety."""
     classes = (
         (7, "red", "blue"),
         (3, "white", "black"),
@@ -81,7 +81,7 @@ def sheet_prompts() -> list[Prompt]:
 
 
 def real_pictures(prompts: Sequence[Prompt], split: str, style: str = "upright") -> UInt8[np.ndarray, "n 32 32 3"]:
-    """Real digits of a split, drawn as the prompts ask, anywhere; a digit's pictures take turns."""
+    """Renders real digits of a split to match the prompts, at random places, cycling through each digit's images."""
     grids, digits = load_grids()
     places = np.random.default_rng([SEED, list(SPLITS).index(split)]).integers(PLACES, size=(len(prompts), 2))
     members = split_pictures(digits)[split]
@@ -97,18 +97,18 @@ def real_pictures(prompts: Sequence[Prompt], split: str, style: str = "upright")
 
 
 def first_noise(count: int, shape: Sequence[int], seed: int) -> Float[np.ndarray, "n h w c"]:
-    """Standard normal float32; the same whatever the batch size is."""
+    """Returns standard normal float32 noise; image i gets the same noise for every `count`."""
     return np.random.default_rng(seed).standard_normal((count, *shape), np.float32)
 
 
 def later_noise(steps: int, count: int, shape: Sequence[int], seed: int) -> Float[np.ndarray, "s n h w c"]:
-    """What a consistency model adds between its `steps` steps: (steps - 1, count, …)."""
+    """Returns the noise that a consistency model adds between steps, float32 (steps - 1, count, …)."""
     return np.random.default_rng(seed).standard_normal((steps - 1, count, *shape), np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """right out of count."""
+    """A proportion: `right` out of `count`."""
 
     right: int
     count: int
@@ -119,7 +119,7 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of Wilson (JASA 22, 1927), which stays within 0 … 1; rounding alone is clipped."""
+        """The 95 % Wilson score interval (JASA 22, 1927), clipped to 0 … 1 against rounding errors."""
         z, n, p = 1.959964, self.count, self.value
         centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
@@ -127,15 +127,15 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How good a set of pictures is.
+    """Scores of a set of images.
 
     Attributes:
-      prompt: digit, ink and paper all as asked; seen, held_out: the same by kind of colour pair.
-      digit: the digit alone; colours: both colours.
-      frechet: to the real test pictures; a distance, small is good.
-      variety: how much pictures of one prompt differ, in features, as a share of how much real ones do; among prompts
-        that are drawn right each time, so that a mistake isn't variety. None if no prompt is there twice.
-      style: drawn in the style that is wanted; None where none is.
+      prompt: digit, ink and paper all right; seen, held_out: the same for those colour pairs only.
+      digit: the digit right; colours: both colours right.
+      frechet: Fréchet distance to the features of real images; lower is better.
+      variety: feature variance within a class relative to real images. Only classes with several images, all of them
+        right, count, so that a mistake isn't variety. None if there are none, or if the real variance is zero.
+      style: the style right; None if no style was requested.
     """
 
     prompt: Share
@@ -155,9 +155,9 @@ def score(
     real_features: Float[np.ndarray, "n 64"],
     style: str | None = None,
 ) -> Score:
-    """Scores pictures against their prompts, and their features against those of equally many real pictures.
+    """Scores images against their prompts, and their features against those of equally many real images.
 
-    With a style, which the classifier must have been trained for, it is counted how many pictures have it.
+    With a `style`, images in that style are counted too; the classifier must be trained with styles.
     """
     features, digits = classifier(images)
     ink, paper = read_colours(images)
@@ -181,7 +181,7 @@ def score(
 
 
 def _variety(features: np.ndarray, real: np.ndarray, prompts: Sequence[Prompt], right: np.ndarray) -> float | None:
-    """The variance within a class, averaged over classes and features, as a share of the real pictures'."""
+    """Returns the variance within a class, averaged over classes and features, divided by that of real images."""
     members: dict[tuple[int, str, str], list[int]] = {}
     for number, prompt in enumerate(prompts):
         members.setdefault((prompt.digit, prompt.ink, prompt.paper), []).append(number)

@@ -1,4 +1,4 @@
-"""Untrained models in Stable Diffusion's own shape, small, for the captioned digits."""
+"""Small untrained models with Stable Diffusion's architecture, for the captioned digits."""
 
 import pathlib
 import re
@@ -15,10 +15,10 @@ from lcm_jax.host import files
 from lcm_jax.interop.folder import Component, Folder, make_network
 from lcm_jax.interop.folder_writing import write_folder
 
-# Values that differ between the presets; what they share is in the functions below. Both take 32 x 32 pixels to
-# 8 x 8 x 4 latents and 16 tokens a caption.
+# Values that differ between the presets; the functions below hold the rest. Both map 32 x 32 pixels to 8 x 8 x 4
+# latents and use 16 tokens per caption.
 PRESETS: dict[str, dict[str, Any]] = {
-    # A teacher that two cores can train: 3.2 million parameters in all, 6.4 MB in float16.
+    # A teacher that two CPU cores can train: 3.2 million parameters, 6.4 MB in float16.
     "digits": {
         "unet_channels": [64, 96],
         "vae_channels": [32, 32, 32],
@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prediction_type": "v_prediction",
         "zero_init": True,
     },
-    # For tests: as small as the shape allows, and with no weight zero, so that every part of it is seen in its output.
+    # For tests: as small as possible, and without zero initialization, so that every layer affects the output.
     "micro": {
         "unet_channels": [8, 16],
         "vae_channels": [8, 8, 8],
@@ -44,21 +44,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-IMAGE_SIZE = 32  # pixels a side
+IMAGE_SIZE = 32  # height and width in pixels
 LATENT_SIZE = 8
-TOKENS = 16  # of a caption, start and end included
+TOKENS = 16  # per caption, including start and end
 
-# The last layer of each residual branch: from zero, the untrained network is the identity on its input (ADM,
-# arXiv 2105.05233, does the same), and from a zero last convolution its output is zero.
+# The last layer of each residual branch, zero so that each branch starts as the identity (as in ADM, arXiv
+# 2105.05233), and the last convolution, zero so that the initial output is zero.
 ZERO_INIT = re.compile(r"(.*\.conv2|.*\.proj_out|conv_out)\.(kernel|bias)")
 
 
 def unet_config(preset: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the UNet2DConditionModel: a small SD 1.x with cross-attention at every level."""
+    """Returns the UNet2DConditionModel config of a small SD 1.x UNet with cross-attention at every level."""
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
-        "attention_head_dim": preset["heads"],  # the number of heads, by a misnomer of the format
+        "attention_head_dim": preset["heads"],  # diffusers' misnomer: the number of heads
         "block_out_channels": preset["unet_channels"],
         "center_input_sample": False,
         "cross_attention_dim": preset["text_width"],
@@ -79,7 +79,7 @@ def unet_config(preset: dict[str, Any]) -> dict[str, Any]:
 
 
 def vae_config(preset: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the AutoencoderKL: two halvings. Its scaling_factor is a place-holder until it is trained."""
+    """Returns the AutoencoderKL config, one level per channel count; scaling_factor is a placeholder until training."""
     levels = len(preset["vae_channels"])
     return {
         "_class_name": "AutoencoderKL",
@@ -98,7 +98,7 @@ def vae_config(preset: dict[str, Any]) -> dict[str, Any]:
 
 
 def text_config(preset: dict[str, Any], vocabulary: int) -> dict[str, Any]:
-    """config.json of the CLIPTextModel: CLIP-L's shape with two layers; the two highest ids start and end a text."""
+    """Returns the config of a two-layer CLIPTextModel; the two highest ids are the start and end tokens."""
     return {
         "architectures": ["CLIPTextModel"],
         "attention_dropout": 0.0,
@@ -123,7 +123,7 @@ def text_config(preset: dict[str, Any], vocabulary: int) -> dict[str, Any]:
 
 
 def scheduler_config(preset: dict[str, Any]) -> dict[str, Any]:
-    """scheduler_config.json: SD's ends of the noise schedule, or the cosine one; DDIM at trailing timesteps."""
+    """Returns a DDIMScheduler config with SD's beta range, or the cosine schedule, and trailing timesteps."""
     return {
         "_class_name": "DDIMScheduler",
         "beta_end": 0.012,
@@ -153,7 +153,7 @@ MODEL_INDEX = {
 
 
 def caption_words() -> set[str]:
-    """Every word and punctuation mark of the captions, as CLIP's tokenizer divides them."""
+    """Returns all words and punctuation marks of the captions, split as CLIP's tokenizer splits them."""
     texts = (
         caption(digit, *pair, phrase)
         for digit in range(len(DIGIT_NAMES))
@@ -164,15 +164,15 @@ def caption_words() -> set[str]:
 
 
 def write_blank(preset_name: str, out: str | pathlib.Path, seed: int = 0) -> pathlib.Path:
-    """Writes an untrained pipeline folder to `out`, float32, the same for the same seed. Returns its path.
+    """Writes an untrained float32 pipeline folder to `out`, deterministic in `seed`, and returns its path.
 
-    Raises UserError for an unknown preset and a place that cannot be written.
+    Raises UserError if the preset is unknown or `out` can't be written.
     """
     one_of("--preset", preset_name, PRESETS)
     preset = PRESETS[preset_name]
     with files.one_line(out), tempfile.TemporaryDirectory() as temporary:
-        rest = pathlib.Path(temporary) / "rest"  # the files that are no networks
-        rest.mkdir()  # the folder around it is for its owner alone, and rights are taken over
+        rest = pathlib.Path(temporary) / "rest"  # all files except the networks
+        rest.mkdir()
         vocabulary = len(write_tokenizer(rest / "tokenizer", sorted(caption_words()), TOKENS))
         configs = {
             "unet": ("UNet2DConditionModel", unet_config(preset)),

@@ -1,4 +1,4 @@
-"""The rows of an evaluation: as a table to read, as JSON, and as curves over the number of steps."""
+"""Evaluation rows as a Markdown table, as JSON, and as curves over the number of steps."""
 
 import dataclasses
 import io
@@ -14,12 +14,12 @@ from lcm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
       name: "teacher, DDIM", "student", "real test pictures", …
-      score: of its pictures.
-      steps, guidance_scale, images_per_second: None for real pictures.
+      score: score of its images.
+      steps, guidance_scale, images_per_second: None for real images.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Row:
     images_per_second: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as JSON holds it; shares with their 95 % interval."""
+        """Converts the row to JSON values; adds each share's value and 95 % interval."""
         values = dataclasses.asdict(self)
         for name, value in list(values["score"].items()):
             if isinstance(share := getattr(self.score, name), Share):
@@ -39,7 +39,7 @@ class Row:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Row":
-        """The inverse of `to_dict`."""
+        """Inverts `to_dict`."""
         score: dict[str, Any] = {
             name: Share(value["right"], value["count"]) if isinstance(value, dict) else value
             for name, value in values["score"].items()
@@ -54,7 +54,7 @@ HEADER = (
 
 
 def cells(row: Row) -> list[str]:
-    """The row's cells, in the order of HEADER; the style follows where the row has one."""
+    """Returns the row's cells in the order of HEADER, then the style if the row has one."""
     score = row.score
     low, high = score.prompt.interval
     return [
@@ -73,7 +73,7 @@ def cells(row: Row) -> list[str]:
 
 
 def said(row: Row) -> str:
-    """One line, while the others are still measured."""
+    """Returns a one-line summary of the row, for progress output."""
     accuracy, steps = 100 * row.score.prompt.value, f"{row.steps} step{'s' * (row.steps != 1)}"
     return f"{row.name}, {steps}: guidance {row.guidance_scale:g}, {accuracy:.1f} %, {row.score.frechet:.1f}"
 
@@ -83,7 +83,7 @@ def _percent(share: Share | None) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table, its columns aligned."""
+    """Returns a Markdown table with aligned columns."""
     style = ("style right",) if rows[0].score.style else ()
     lines = [[*HEADER, *style], *(cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -100,7 +100,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def figure_class() -> Any:
-    """matplotlib's Figure; raises UserError without matplotlib."""
+    """Returns matplotlib's Figure class; raises UserError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -109,7 +109,7 @@ def figure_class() -> Any:
 
 
 def curves(rows: Sequence[Row]) -> np.ndarray:
-    """Prompt accuracy and Fréchet distance over the number of network steps: a picture, uint8 (H, W, 3).
+    """Plots prompt accuracy and Fréchet distance over the number of network steps; returns uint8 (H, W, 3).
 
     Raises UserError without matplotlib.
     """
@@ -143,7 +143,7 @@ def curves(rows: Sequence[Row]) -> np.ndarray:
 
 
 def pixels(figure: Any) -> np.ndarray:
-    """A matplotlib figure as uint8 (H, W, 3)."""
+    """Renders a matplotlib figure to uint8 (H, W, 3)."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
     with Image.open(file) as image:

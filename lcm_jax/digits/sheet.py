@@ -1,4 +1,4 @@
-"""A sheet of pictures: a row for each way of drawing, columns of one prompt side by side."""
+"""Labelled image sheets: one row per model or setting, one column per prompt."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lcm_jax.host.images import GAP, grid
 
-LEFT, HEAD = 165, 18  # pixels for the rows' names and the columns' prompts
+LEFT, HEAD = 165, 18  # pixels: width of the row names, height of the prompts
 
 
 def sheet(
     rows: dict[str, UInt8[np.ndarray, "n h w 3"]], prompts: Sequence[str], scale: int = 2
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Lays out pictures with the name of their row to the left, and each prompt above its columns.
+    """Arranges images in a grid with row names on the left and prompts above the columns.
 
     Args:
-      rows: name -> one picture for each prompt, in their order.
-      prompts: the columns' texts; that of equal neighbours is written once.
-      scale: enlargement.
+      rows: row name -> one image per prompt, in the same order.
+      prompts: column titles; equal neighbours share one.
+      scale: enlargement factor.
     """
     pictures = np.concatenate(list(rows.values()))
     body = grid(pictures, columns=len(prompts), scale=scale)

@@ -1,4 +1,4 @@
-"""The teacher's rows: measured once, shipped with the package, and tied to the teacher's files by their hash."""
+"""Evaluation rows of the teacher, shipped with the package and tied to the teacher's files by a hash."""
 
 import hashlib
 import os
@@ -28,7 +28,7 @@ STEPS = (1, 2, 4, 8, 50)
 
 
 def measure(pipe: Pipeline, classifier: Classifier, say: Callable[[str], None]) -> list[Row]:
-    """Measures a diffusion model with each sampler and number of steps, at the guidance that suits it best."""
+    """Evaluates a diffusion model with each sampler and number of steps, at the best guidance; reports to `say`."""
     prompts = test_prompts()
     test_features, _ = classifier(real_pictures(prompts, "test"))
     rows = []
@@ -42,7 +42,7 @@ def measure(pipe: Pipeline, classifier: Classifier, say: Callable[[str], None]) 
 
 
 def to_json(rows: list[Row], folder: pathlib.Path) -> dict[str, Any]:
-    """What ROWS holds."""
+    """Returns the contents of the file ROWS, for rows measured with the model in `folder`."""
     return {
         **hashes(folder),
         "machine": machine(),
@@ -51,9 +51,9 @@ def to_json(rows: list[Row], folder: pathlib.Path) -> dict[str, Any]:
 
 
 def shipped(folder: pathlib.Path = TEACHER, path: pathlib.Path = ROWS) -> tuple[list[Row], str]:
-    """Returns the rows that come with the package, and the machine that they were measured on.
+    """Returns the packaged rows, and the machine that they were measured on.
 
-    Raises UserError if they belong to other files than the teacher's or the classifier's.
+    Raises UserError if the file is missing or damaged, or if its hashes differ from the teacher's or classifier's.
     """
     if not path.exists():
         raise UserError(f"{path} is missing; measure the teacher's rows with --teacher")
@@ -71,13 +71,13 @@ def shipped(folder: pathlib.Path = TEACHER, path: pathlib.Path = ROWS) -> tuple[
 
 
 def hashes(folder: pathlib.Path, classifier: pathlib.Path | None = None) -> dict[str, str]:
-    """What a row was measured with: the SHA-256 of the model's folder and of the classifier, WEIGHTS by default."""
+    """Returns the SHA-256 of the model folder and of the classifier file, WEIGHTS by default."""
     of_classifier = hashlib.sha256((classifier or WEIGHTS).read_bytes()).hexdigest()
     return {"folder_sha256": folder_hash(folder), "classifier_sha256": of_classifier}
 
 
 def folder_hash(folder: pathlib.Path) -> str:
-    """SHA-256 over the names and contents of a model folder's files; README.md and hidden ones are left out."""
+    """Returns the SHA-256 over the paths and contents of a folder's files, without README.md and hidden files."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != "README.md" and not path.name.startswith("."):
@@ -87,7 +87,7 @@ def folder_hash(folder: pathlib.Path) -> str:
 
 
 def machine() -> str:
-    """The processor or accelerator, in words."""
+    """Returns the number and name of the accelerators, or of the CPU cores."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{jax.device_count()} × {device.device_kind}"

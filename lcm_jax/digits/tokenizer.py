@@ -1,7 +1,7 @@
-"""A small CLIP tokenizer in which every word of a given text is one token.
+"""Builds a small CLIP tokenizer in which each of a set of words is one token.
 
-The files are those of OpenAI's CLIP as transformers' CLIPTokenizer reads them (vocab.json, merges.txt). All 256 bytes
-are in the vocabulary, so that any other text is spelled out and not lost.
+The files are in the format of OpenAI's CLIP (vocab.json, merges.txt), as transformers' CLIPTokenizer reads it. All 256
+bytes are in the vocabulary, so other text is split into bytes, not lost.
 """
 
 import json
@@ -17,12 +17,12 @@ def write_tokenizer(folder: pathlib.Path, words: Iterable[str], max_length: int)
     """Writes a CLIPTokenizer folder for lower-case `words`.
 
     Args:
-      folder: it must not exist.
-      words: each becomes one token.
-      max_length: of a prompt in tokens, start and end included.
+      folder: the folder to create; must not exist.
+      words: words that become one token each.
+      max_length: maximum prompt length in tokens, including start and end.
 
     Returns:
-      Its vocabulary, token → id. The end-of-text token has the highest id: CLIP finds the end by that.
+      The vocabulary, token → id. The end-of-text token has the highest id, which CLIP uses to find the end.
     """
     vocabulary, merges = _trained(words)
     vocabulary = {token: i for i, token in enumerate([*vocabulary, START, END])}
@@ -37,20 +37,20 @@ def write_tokenizer(folder: pathlib.Path, words: Iterable[str], max_length: int)
 
 
 def _trained(words: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Returns the tokens in order of their ids, and the merges, of byte-pair encoding trained until no pair is left."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # late: as slow as transformers
+    """Trains byte-pair encoding until no pair is left; returns the tokens in the order of their ids, and the merges."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # slow to import, so not at the top
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = [*letters, *(letter + END_OF_WORD for letter in letters)]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
-        vocab_size=2**20,  # more than there are pairs
+        vocab_size=2**20,  # no limit: more than there are pairs
         min_frequency=1,
         show_progress=False,
         end_of_word_suffix=END_OF_WORD,
-        # the ids of letters decide which of two equally frequent pairs is merged first; given like this, they are
-        # the same each time, and not in the order of a hash table
+        # Ids of letters break ties between equally frequent pairs. Passing them in order makes training
+        # deterministic; the trainer would number them in hash table order.
         special_tokens=letters,
     )
     tokenizer.train_from_iterator(sorted(set(words)), trainer)

@@ -1,1 +1,1 @@
-"""Measures of how well a model of the captioned digits draws what it is asked for."""
+"""Metrics of image quality."""

@@ -1,18 +1,18 @@
-"""The Fréchet distance between two sets of features, each taken for a normal distribution (FID, arXiv 1706.08500)."""
+"""Fréchet distance between two sets of features, modelled as normal distributions (FID, arXiv 1706.08500)."""
 
 import numpy as np
 from jaxtyping import Float
 
 
 def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
-    """|mean_a - mean_b|² + tr(A + B - 2 (A B)^½), with A and B the covariances; float64.
+    """Returns |mean_a - mean_b|² + tr(A + B - 2 (A B)^½) with covariances A and B, computed in float64.
 
-    It is biased upwards in small sets: compare distances of equally many pictures only, and more than d of them.
+    It is biased upwards for small sets: compare only distances of equally many images, and use more than d.
     """
     (mean_a, A), (mean_b, B) = (
         (x.mean(0), np.cov(x, rowvar=False)) for x in (a.astype(np.float64), b.astype(np.float64))
     )
-    # A B has the eigenvalues of the symmetric A^½ B A^½, none negative but for rounding
+    # A B has the eigenvalues of the symmetric A^½ B A^½, which are negative only by rounding
     root = _square_root(A)
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ B @ root), 0, None)).sum()
     return float(np.sum((mean_a - mean_b) ** 2) + np.trace(A) + np.trace(B) - 2 * cross)

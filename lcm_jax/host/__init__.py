@@ -1,1 +1,1 @@
-"""What any program needs of the machine that it runs on: files, pictures as pixels, kept compiled programs."""
+"""Host utilities: files, JSON, images as pixels, argument conversion and the compile cache."""

@@ -1,5 +1,5 @@
-"""Values that users pass to Python functions, converted in one place: what is plainly meant is taken (a steps of 4.0,
-"4" or a NumPy integer), anything else is one UserError that names the argument."""
+"""Converts arguments of the Python API. Unambiguous values are accepted (4.0, "4" or a NumPy integer for an integer);
+anything else raises a UserError that names the argument."""
 
 import contextlib
 import math
@@ -14,12 +14,12 @@ import numpy as np
 
 from lcm_jax.errors import UserError, plain
 
-SEEDS = 2**64  # seeds are below
-LARGEST = 10**100  # whole numbers are below: Python prints none of more than 4,300 digits
+SEEDS = 2**64  # exclusive upper bound of seeds
+LARGEST = 10**100  # exclusive upper bound of integers: Python does not print more than 4,300 digits
 
 
 def whole(name: str, value: Any) -> int:
-    """Returns a whole number as int: an integer of any library, 4.0 or "4". Raises UserError for others, and bool."""
+    """Converts an integer of any library, 4.0 or "4" to int. Raises UserError for other values, including bool."""
     given = _scalar(value)
     is_plain = isinstance(given, str) or (isinstance(given, float) and given.is_integer())
     convert: Callable[[Any], int] = int if is_plain else operator.index
@@ -31,7 +31,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def wholes(name: str, value: Any) -> list[int]:
-    """Returns whole numbers as a list, also of a single one. Raises UserError as `whole` does."""
+    """Converts one integer or several to a list of int. Raises UserError like `whole`."""
     value = _scalar(value)
     if isinstance(value, str) or not _is_iterable(value):
         return [whole(name, value)]
@@ -39,8 +39,8 @@ def wholes(name: str, value: Any) -> list[int]:
 
 
 def number(name: str, value: Any) -> float:
-    """Returns a number as float: of any library, or "7.5". Raises UserError for others, for bool, and for one that is
-    not finite in float32."""
+    """Converts a number of any library, or "7.5", to float. Raises UserError for other values, including bool and
+    numbers that are not finite in float32."""
     given = _scalar(value)
     if not isinstance(given, (bool, bytes, bytearray)) and not getattr(given, "ndim", 0):
         try:
@@ -53,7 +53,7 @@ def number(name: str, value: Any) -> float:
 
 
 def seed(value: Any) -> int:
-    """Returns a seed: a whole number in 0 … 2^64 - 1. Raises UserError for others."""
+    """Converts a seed to int. Raises UserError unless it is an integer in 0 … 2^64 - 1."""
     found = whole("seed", value)
     if not 0 <= found < SEEDS:
         raise UserError(f"seed is {plain(found, 40)}; it must be in 0 … {SEEDS - 1}")
@@ -61,9 +61,9 @@ def seed(value: Any) -> int:
 
 
 def text(name: str, value: Any) -> str:
-    """Returns a text, also of UTF-8 bytes. Raises UserError for others, and for text that is no Unicode.
+    """Converts a string or UTF-8 bytes to str. Raises UserError for other values and for invalid Unicode.
 
-    A command line in another encoding than UTF-8 reaches Python as text with lone surrogates.
+    A command line in an encoding other than UTF-8 reaches Python as text with lone surrogates.
     """
     found = _scalar(value)
     try:
@@ -78,7 +78,7 @@ def text(name: str, value: Any) -> str:
 
 
 def texts(name: str, value: Any) -> list[str]:
-    """Returns texts as a list, also of a single one. Raises UserError as `text` does, and for a set or a mapping."""
+    """Converts one text or several to a list of str. Raises UserError like `text`, and for a set or a mapping."""
     value = _scalar(value)
     if isinstance(value, (str, bytes, bytearray)):
         return [text(name, value)]
@@ -88,14 +88,14 @@ def texts(name: str, value: Any) -> list[str]:
 
 
 def path(name: str, value: Any) -> str:
-    """Returns a path, or the name of a model, as text. Raises UserError for what is neither text nor a path."""
+    """Converts a path or a model's name to str. Raises UserError unless it is a str or a PathLike of str."""
     if isinstance(value, (str, os.PathLike)) and isinstance(found := os.fspath(value), str):
         return found
     _refuse(name, value, "a path")
 
 
 def array(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Returns an array of real numbers as float32; raises UserError for anything else, or another shape."""
+    """Converts an array of real numbers to float32. Raises UserError for other values and for another shape."""
     try:
         found = value if isinstance(value, jax.Array) else np.asarray(value)
         real = jnp.issubdtype(found.dtype, jnp.floating) or jnp.issubdtype(found.dtype, jnp.integer)
@@ -105,12 +105,12 @@ def array(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
         _refuse(name, value, "an array of real numbers")
     if found.shape != shape:
         raise UserError(f"{name} has the shape {found.shape}; these prompts, steps and sizes need {shape} (NHWC)")
-    with np.errstate(over="ignore"):  # becomes inf, which is found in what is sampled
+    with np.errstate(over="ignore"):  # overflow gives inf, which is detected in the samples
         return jnp.asarray(found.astype(jnp.float32))
 
 
 def _scalar(value: Any) -> Any:
-    """Returns the Python value of a scalar of NumPy, JAX or torch; anything else as it is."""
+    """Returns a NumPy, JAX or torch scalar as a Python value; other values unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
@@ -125,5 +125,5 @@ def _refuse(name: str, value: Any, supported: str) -> NoReturn:
 def _shown(value: Any) -> str:
     try:
         return plain(repr(value), 100)
-    except Exception:  # of any class; of numbers with too many digits
+    except Exception:  # repr of a foreign class may raise anything; so may an integer with too many digits
         return f"of type {type(value).__name__}"

@@ -1,11 +1,11 @@
-"""Entries of JAX's compile cache that are whole or not there, with a checksum.
+"""Makes the entries of JAX's compile cache atomic and adds checksums.
 
-JAX writes an entry in place. Where the disk is full, or the process is killed, a part of it stays, and each later start
-reads that, warns and compiles again. Here an entry is written beside its place and renamed, and one that does not have
-its checksum is removed. What can't be written or read is reported in one line per process.
+JAX writes an entry in place. If the disk is full or the process is killed, a truncated entry remains, and every later
+start reads it, warns and compiles again. Here an entry is written to a temporary file and renamed, and an entry with a
+wrong checksum is removed. The first read or write error of a process is reported as a one-line warning.
 
-The files have JAX's names and format. The checksum follows the compressed executable as a skippable frame of Zstandard,
-which every decompressor ignores, zlib's too: other programs can share the folder. Their entries have no checksum, and
+File names and format are JAX's. The checksum follows the compressed executable as a skippable Zstandard frame, which
+all decompressors ignore, including zlib's, so other programs can share the folder. Their entries have no checksum and
 are used if they can be decompressed.
 """
 
@@ -27,9 +27,9 @@ _warned = False
 
 
 def open_cache(path: str) -> tuple[CacheInterface, str] | None:
-    """Opens the cache in this folder, as `jax._src.compilation_cache.get_file_cache` does; None if that is impossible.
+    """Opens the cache in a folder, like `jax._src.compilation_cache.get_file_cache`; returns None if it can't.
 
-    A folder that is not there is made for this user alone.
+    A missing folder is created with mode 0700.
     """
     try:
         with files.one_line(path):
@@ -43,7 +43,7 @@ def open_cache(path: str) -> tuple[CacheInterface, str] | None:
 
 
 def warn(error: UserError) -> None:
-    """Reports, once per process, what can't be kept."""
+    """Warns, once per process, that an entry can't be cached."""
     global _warned
     if not _warned:
         _warned = True
@@ -51,14 +51,14 @@ def warn(error: UserError) -> None:
 
 
 class Entries(CacheInterface):
-    """JAX's cache, by whose names and limits entries are read and written."""
+    """Wraps JAX's cache and keeps its file names and size limit."""
 
     def __init__(self, cache: Any) -> None:
-        """Args: an LRUCache of JAX, or one that wraps it."""
+        """Wraps `cache`, JAX's LRUCache or a wrapper of it."""
         self._cache, self._path = cache, cache._path
 
     def get(self, key: str) -> bytes | None:
-        """Returns the entry; None if there is none, or it is damaged, and then it is removed."""
+        """Returns an entry, or None if it is missing, unreadable or damaged; removes a damaged entry."""
         file = self._file(key)
         try:
             with files.one_line(file, "read"):
@@ -71,10 +71,10 @@ class Entries(CacheInterface):
         return None
 
     def put(self, key: str, value: bytes) -> None:
-        """Writes an entry, or nothing."""
+        """Writes a complete entry, or warns and leaves none."""
         file, entry = self._file(key), value + _FRAME + hashlib.sha256(value).digest()
         try:
-            if getattr(self._cache, "eviction_enabled", True):  # JAX counts what is there, and writes in place
+            if getattr(self._cache, "eviction_enabled", True):  # JAX must track the size, and writes in place
                 with files.one_line(file):
                     try:
                         self._cache.put(key, entry)
@@ -96,6 +96,6 @@ def _is_whole(entry: bytes) -> bool:
         return frame.removeprefix(_FRAME) == hashlib.sha256(value).digest()
     try:
         compilation_cache.decompress_executable(entry)
-    except Exception:  # zlib.error, or Zstandard's
+    except Exception:  # zlib.error or Zstandard's error
         return False
     return True

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that the second start of a command compiles nothing."""
+"""Persistent compilation cache, so that the second start of a command compiles nothing."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
-from jax._src import compilation_cache  # the cache's kind is chosen there; jax.experimental has its folder alone
+from jax._src import compilation_cache  # selects the cache's class; jax.experimental can only set the folder
 
 from lcm_jax.host import cache_entries
 
@@ -16,12 +16,13 @@ DEFAULT = "~/.cache/lcm_jax/compiled"
 
 @dataclasses.dataclass
 class Counts:
-    """The programs that this process has asked for since `enable`.
+    """Statistics of the programs that this process requested since `enable`.
 
     Attributes:
-      folder: of the cache.
-      programs: all of them; from_cache: those that were on disk.
-      seconds: spent in the compiler, reading the cache left out.
+      folder: folder of the cache.
+      programs: number of programs requested.
+      from_cache: number of programs found in the cache.
+      seconds: time spent compiling, without reading the cache.
     """
 
     folder: str
@@ -30,12 +31,12 @@ class Counts:
     seconds: float = 0.0
 
     def note_event(self, event: str, **_: str | int) -> None:
-        """A listener for `jax.monitoring`."""
+        """Counts requests and cache hits; an event listener for `jax.monitoring`."""
         self.programs += event == "/jax/compilation_cache/compile_requests_use_cache"
         self.from_cache += event == "/jax/compilation_cache/cache_hits"
 
     def note_duration(self, event: str, duration_secs: float, **_: str | int) -> None:
-        """A listener for `jax.monitoring`."""
+        """Adds up the compile time; a duration listener for `jax.monitoring`."""
         if event == "/jax/core/compile/backend_compile_duration":
             self.seconds += duration_secs
         elif event == "/jax/compilation_cache/cache_retrieval_time_sec":
@@ -46,15 +47,15 @@ _counts: Counts | None = None
 
 
 def enable() -> str:
-    """Turns JAX's persistent compilation cache on, with entries that are written whole, and returns its folder.
+    """Enables JAX's persistent compilation cache, with atomic writes, and returns its folder.
 
-    The folder is JAX_COMPILATION_CACHE_DIR (a path or `gs://…`) where that is set, else `~/.cache/lcm_jax/compiled`.
-    It is made for this user alone if it is not there: what is in it runs as a program.
+    The folder is JAX_COMPILATION_CACHE_DIR (a path or `gs://…`) if set, else `~/.cache/lcm_jax/compiled`. A missing
+    folder is created with mode 0700, since the entries are executed.
     """
     global _counts
     if compilation_cache.get_file_cache is not cache_entries.open_cache:
         compilation_cache.get_file_cache = cache_entries.open_cache
-        compilation_cache.reset_cache()  # where something was compiled before
+        compilation_cache.reset_cache()  # in case something was compiled before
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(pathlib.Path(DEFAULT).expanduser())
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -66,18 +67,18 @@ def enable() -> str:
 
 
 def folder() -> str:
-    """Returns the folder of the cache, or "" before `enable`."""
+    """Returns the cache folder, or "" before `enable`."""
     return _counts.folder if _counts else ""
 
 
 def from_cache() -> int:
-    """Returns how many programs were in the cache so far."""
+    """Returns the number of programs found in the cache so far."""
     return _counts.from_cache if _counts else 0
 
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """What is compiled in here is not looked for in the cache, nor put there."""
+    """Context manager that disables the cache: programs are neither read from it nor written to it."""
     before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     _switch(False)
     try:
@@ -88,18 +89,18 @@ def off() -> Iterator[None]:
 
 def _switch(on: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", on)
-    compilation_cache.reset_cache()  # JAX asks once a process
+    compilation_cache.reset_cache()  # JAX reads the setting only once per process
 
 
 def note_hit() -> None:
-    """Counts a program that was kept by other means than JAX's own cache."""
+    """Counts a program that was loaded from disk without JAX's cache."""
     if _counts:
         _counts.programs += 1
         _counts.from_cache += 1
 
 
 def summary() -> str:
-    """How many programs this process compiled since `enable`, and how many were in the cache; empty before."""
+    """Returns a line with the number of cache hits and compiled programs since `enable`; "" before it."""
     if _counts is None:
         return ""
     compiled = _counts.programs - _counts.from_cache

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, in folders and in Google Cloud Storage (`gs://bucket/…`)."""
+"""Atomic file writes, to folders and to Google Cloud Storage (`gs://bucket/…`)."""
 
 import contextlib
 import json
@@ -15,41 +15,41 @@ from lcm_jax.host import unfinished
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
-    """Whether the path is an object's, or the beginning of objects' names."""
+    """Returns whether the path is in Google Cloud Storage."""
     return os.fspath(path).startswith("gs://")
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
-    """Returns the path with the working directory before it, unless it is absolute or in a bucket."""
+    """Returns the absolute path; a path in a bucket is returned unchanged."""
     return epath.Path(path) if in_bucket(path) else epath.Path(os.path.abspath(path))
 
 
 def forget_listings(path: str | os.PathLike[str]) -> None:
-    """Lets what is below a bucket's path be listed anew: gcsfs keeps its listings, whatever others delete."""
+    """Drops gcsfs's cached listings if the path is in a bucket; they miss changes by other processes."""
     if in_bucket(path):
-        import fsspec  # comes with gcsfs, which only buckets need
+        import fsspec  # installed with gcsfs, which only buckets need
 
-        fsspec.filesystem("gs", finalize_on_close=True).invalidate_cache()  # the one that epath uses
+        fsspec.filesystem("gs", finalize_on_close=True).invalidate_cache()  # the instance that epath uses
 
 
 def write(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file beside `path` and renames it there; makes the folder. Raises UserError where that can't be done."""
+    """Writes a file atomically and creates its folder. Raises UserError if that fails."""
     data = content.encode() if isinstance(content, str) else content
     if in_bucket(path):
         with one_line(path):
-            epath.Path(path).write_bytes(data)  # an object appears when all of it has come
+            epath.Path(path).write_bytes(data)  # an object becomes visible only when its upload is complete
         return
     with new_file(path) as new:
         new.write_bytes(data)
 
 
 def make_folder(option: str, folder: epath.PathLike) -> None:
-    """Makes the folder that `option` names, before work that takes long; raises UserError where nothing can be written.
+    """Creates a folder if it is missing and checks that it is writable, before long work starts.
 
-    One that is there already stays as it is.
+    Does nothing for a bucket. Raises UserError, naming `option`, if the folder can't be created or written.
     """
     if in_bucket(folder):
-        return  # where there are no folders
+        return  # buckets have no folders
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,9 +63,9 @@ def make_folder(option: str, folder: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Gives the path of a file to write, which is renamed to `path` when it is complete and on the disk.
+    """Yields a temporary path to write, and at exit syncs the file and renames it to `path`.
 
-    Makes the folder. Raises UserError where something can't be written.
+    Creates the folder. Raises UserError if something can't be written.
     """
     path = pathlib.Path(path)
     with one_line(path):
@@ -78,22 +78,23 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes JSON as `write` does."""
+    """Writes a value as JSON, like `write`."""
     write(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextlib.contextmanager
 def one_line(path: str | os.PathLike[str], what: str = "written") -> Iterator[None]:
-    """Turns an error of this file, or below this folder, into a UserError: it can't be `what`, and the reason.
+    """Converts an OSError inside the context to a UserError: `path` can't be `what` ("written", "read"), and why.
 
-    In a bucket it is Unavailable, which launchers take for worth another start, but for what is absent or forbidden.
+    In a bucket, any exception is converted: to UserError if access is forbidden or the object is missing, else to
+    Unavailable, which launchers may retry.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if in_bucket(path):  # gcsfs, google-auth and aiohttp have kinds of their own
+        if in_bucket(path):  # gcsfs, google-auth and aiohttp have their own exception types
             reason = " ".join(f"{error or type(error).__name__}".split())[:200]
             if not (isinstance(error, FileNotFoundError | PermissionError) or reason.startswith("Forbidden")):
                 raise Unavailable(f"{path} can't be {what}: {reason}") from None

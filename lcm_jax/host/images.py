@@ -1,4 +1,4 @@
-"""Images as numbers, images side by side, and PNG files that are complete or absent."""
+"""Pixel range conversions, image grids and atomic PNG files."""
 
 import io
 import os
@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lcm_jax.host import files
 
-GAP = 2  # pixels between pictures
-LABEL = 14  # pixels of a label's line
+GAP = 2  # pixels between images
+LABEL = 14  # height of a label in pixels
 
 
 def to_signed(images: UInt8[Array, "*b 3"] | UInt8[np.ndarray, "*b 3"]) -> Float[Array, "*b 3"]:
@@ -21,7 +21,7 @@ def to_signed(images: UInt8[Array, "*b 3"] | UInt8[np.ndarray, "*b 3"]) -> Float
 
 
 def to_unit(images: Float[np.ndarray, "*b 3"]) -> Float[np.ndarray, "*b 3"]:
-    """Converts [-1, 1] to [0, 1]; values beyond are clipped."""
+    """Converts [-1, 1] to [0, 1], clipping values outside."""
     return np.clip(images * 0.5 + 0.5, 0.0, 1.0)
 
 
@@ -33,9 +33,10 @@ def to_uint8(unit: Float[np.ndarray, "*b 3"]) -> UInt8[np.ndarray, "*b 3"]:
 def grid(
     images: UInt8[np.ndarray, "n h w 3"], columns: int = 8, *, scale: int = 1, labels: Sequence[str] | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Lays pictures out row by row on white, enlarged `scale` times without smoothing, each above its label.
+    """Arranges images row by row on a white sheet, each above its label.
 
-    A label is one line, cut where its picture ends; there is one for each picture or none at all.
+    Images are enlarged by the integer `scale` without smoothing. `labels` has one label per image, printed on one line
+    and cut to the image's width, or is None.
     """
     if scale > 1:
         images = images.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -60,7 +61,7 @@ def grid(
 
 
 def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Writes a PNG beside `path` and renames it there; makes the folder. Raises UserError where that can't be done."""
+    """Writes a PNG file atomically and creates its folder. Raises UserError if that fails."""
     encoded = io.BytesIO()
     Image.fromarray(image).save(encoded, format="PNG")
     files.write(path, encoded.getvalue())

@@ -1,7 +1,7 @@
-"""JSON from outside, read in one way: bounded in size and depth, an object, each value that is used of its type.
+"""Reads untrusted JSON objects, with limits on size and depth and type checks of the values.
 
-A reader says which types its keys have, and gets a plain dict or a UserError that names the file, the key and the
-value that was found:
+The caller passes the types of the keys it uses, and gets a dict or a UserError that names the file, the key and the
+value:
 
     read(path, {"beta_start": NUMBER, "trained_betas": or_none(LIST)})
 """
@@ -15,21 +15,21 @@ from typing import Any
 
 from lcm_jax.errors import UserError, plain
 
-LARGEST = 64 * 2**20  # bytes: twice the largest file of a published model, an index of weights or a vocabulary
-DEEPEST = 64  # brackets inside each other
-CONFIG = 2**20  # bytes: the limit for a configuration, of which published ones have some thousand
-MOST_DIGITS = 100  # of one number
+LARGEST = 64 * 2**20  # bytes: twice the largest JSON file of a published model, a weight index or a vocabulary
+DEEPEST = 64  # levels of nested brackets
+CONFIG = 2**20  # bytes: the limit for a config; published ones have a few thousand
+MOST_DIGITS = 100  # digits of one number
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A type of a value: its name in messages, and the test for it."""
+    """A type of JSON value: its name in error messages and its test."""
 
     name: str
     test: Callable[[Any], bool]
 
     def check(self, key: str, value: Any) -> None:
-        """Raises UserError that names the key, unless the value is of this kind."""
+        """Raises UserError, naming the key, unless the value is of this kind."""
         if not self.test(value):
             raise UserError(f"{plain(key, 100)} is {plain(repr(value), 100)}; supported: {self.name}")
 
@@ -57,12 +57,12 @@ NUMBERS = Kind("a list of numbers", lambda value: isinstance(value, list) and al
 
 
 def up_to(most: int) -> Kind:
-    """Returns the kind of whole numbers from 1 to `most`."""
+    """Returns a Kind for integers from 1 to `most`."""
     return Kind(f"a positive whole number up to {most}", lambda value: _is_whole(value) and 0 < value <= most)
 
 
 def or_list(kind: Kind, most: int) -> Kind:
-    """Returns the kind of single values, and of lists of 1 to `most` of them."""
+    """Returns a Kind for a single value of `kind`, or a list of 1 to `most` of them."""
 
     def test(value: Any) -> bool:
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -72,7 +72,7 @@ def or_list(kind: Kind, most: int) -> Kind:
 
 
 def or_none(kind: Kind) -> Kind:
-    """Returns the kind of values that may be null too."""
+    """Returns a Kind for values of `kind` or null."""
     return Kind(f"{kind.name}, or null", lambda value: value is None or kind.test(value))
 
 
@@ -81,9 +81,10 @@ def read(
 ) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
 
-    Args: the file; the kind of each value that the caller uses, by key (a key that is absent is not checked); the
-      largest size of the file in bytes.
-    Raises: UserError if the file is missing, too large, too deep, no JSON object, or a value is of another kind.
+    `types` maps keys to the Kind of their values; absent keys are not checked. `largest` is the size limit in bytes.
+
+    Raises: UserError if the file is missing, unreadable, too large, too deeply nested or not a JSON object, or if a
+      value is of another kind.
     """
     path = pathlib.Path(path)
     try:
@@ -99,14 +100,14 @@ def read(
 def parse(
     data: str | bytes, where: str, types: Mapping[str, Kind] | None = None, *, largest: int = LARGEST
 ) -> dict[str, Any]:
-    """Returns the object that a JSON text holds; raises UserError as `read` does, `where` for the file."""
+    """Parses a JSON object. Raises UserError like `read`; `where` names the source in messages."""
     if len(data) > largest:
         raise UserError(f"{where} can't be read as JSON: it is larger than {largest >> 20} MiB")
     try:
         value = json.loads(data, parse_int=_bounded)
     except RecursionError:
         raise UserError(f"{where} can't be read as JSON: brackets in brackets, deeper than {DEEPEST}") from None
-    except ValueError as error:  # UnicodeDecodeError too
+    except ValueError as error:  # includes UnicodeDecodeError
         raise UserError(f"{where} can't be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{where} should hold a JSON object, found {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""Files that run code when they are read: only this user may have written them."""
+"""Reads and writes files that run code when loaded: only the current user may have written them."""
 
 import os
 import pathlib
@@ -9,20 +9,21 @@ from lcm_jax.host import files
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Raises UserError if someone else owns this folder, or may write there."""
+    """Raises UserError if another user owns the folder or may write to it."""
     with files.one_line(folder, "read"):
         _check(os.stat(folder), os.fspath(folder))
 
 
 def read(path: str | os.PathLike[str]) -> bytes:
-    """Reads a file that this user owns, in a folder of this user's, and that nobody else may write.
+    """Reads a file that only the current user may have written.
 
-    Raises: UserError if it is another's, others may write it or its folder, it is a link, or it can't be read.
+    Raises: UserError if another user owns the file or its folder or may write to either, if the file is a symbolic
+      link, or if it can't be read.
     """
     path = pathlib.Path(path)
     with files.one_line(path, "read"):
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:  # by the open folder: nobody can exchange it between the checks and the reading
+        try:  # via the open folder, so that it can't be replaced between the check and the read
             _check(os.fstat(folder), os.fspath(path.parent))
             with os.fdopen(os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder), "rb") as file:
                 _check(os.fstat(file.fileno()), os.fspath(path))
@@ -32,9 +33,9 @@ def read(path: str | os.PathLike[str]) -> bytes:
 
 
 def write(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file that `read` accepts, with the mode 0600, as `files.write` does.
+    """Writes a file that `read` accepts, atomically and with mode 0600.
 
-    Raises: UserError if someone else owns its folder or may write there, or it can't be written.
+    Raises: UserError if another user owns its folder or may write to it, or if the file can't be written.
     """
     check_folder(pathlib.Path(path).parent)
     files.write(path, content)

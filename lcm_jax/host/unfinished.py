@@ -1,9 +1,9 @@
-"""Folders for what is being written, and what killed processes left of them.
+"""Temporary folders for atomic writes, and recovery from killed processes.
 
-`.NAME.HOST-PID.XXXXXXXX.tmp`, beside NAME, holds what becomes NAME when it is complete. `….old` is the NAME that is
-being replaced, where the operating system can't exchange two folders in one step. The process that writes holds a lock
-on the folder; the system releases it however the process ends. So the next process that writes to NAME knows which
-leftovers belong to nobody: it puts an `.old` back where NAME is missing, and removes all others.
+`.NAME.HOST-PID.XXXXXXXX.tmp`, next to NAME, holds what becomes NAME when it is complete. `….old` is the NAME being
+replaced, where the operating system can't exchange two folders atomically. The writing process holds a lock on the
+folder, which the system releases however the process ends. So the next process that writes to NAME can tell which
+folders were abandoned: it restores an `.old` if NAME is missing and removes all others.
 """
 
 import contextlib
@@ -18,34 +18,34 @@ import shutil
 import socket
 from collections.abc import Iterator
 
-_LONGEST = 100  # bytes of a target's name that are repeated in the temporary one; file systems allow 255 in all
+_LONGEST = 100  # bytes; longer target names are hashed, since file systems allow 255 for the temporary name
 _OWNER = re.compile(r"(?P<host>\w+)-(?P<pid>\d+)\.[0-9a-f]{8}\.(?:tmp|old)$")
 
 
 @contextlib.contextmanager
 def folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives an empty folder beside `target`, and removes it at the end with what is still in it.
+    """Yields an empty folder next to `target`, and removes it at exit with its contents.
 
-    What killed processes of this machine left of `target` is removed first. Raises OSError where nothing can be made.
+    Cleans up after killed processes first, see `clean`. Raises OSError if the folder can't be created.
     """
     clean(target)
     path, lock = _make(target)
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)  # what can't be removed now is removed by the next call
+        shutil.rmtree(path, ignore_errors=True)  # the next call removes what can't be removed now
         os.close(lock)
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[bool]:
-    """Holds the lock of a folder; gives False if another process or thread has it, or the folder is gone.
+    """Locks a folder; yields False if another process or thread holds the lock, or the folder can't be opened.
 
-    Where the file system has no locks, the process that the folder's name tells decides.
+    On a file system without locks, yields whether the process named in the folder's name has ended.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:  # gone meanwhile, or another user's
+    except OSError:  # removed meanwhile, or another user's
         yield False
         return
     try:
@@ -56,7 +56,7 @@ def locked(path: pathlib.Path) -> Iterator[bool]:
 
 
 def clean(target: pathlib.Path) -> None:
-    """Removes what killed processes of this machine left of `target`, or puts it back if it is the old `target`."""
+    """Removes what killed processes of this machine left of `target`; restores the old `target` if it is missing."""
     for path in _leftovers(target):
         with locked(path) as free:
             if free and path.suffix == ".old" and not os.path.lexists(target):
@@ -66,16 +66,16 @@ def clean(target: pathlib.Path) -> None:
 
 
 def restore(target: pathlib.Path) -> None:
-    """Puts the old `target` back if a process was killed after it had moved it away; otherwise changes nothing."""
+    """Restores the old `target` if a process was killed after moving it away; otherwise changes nothing."""
     for path in _leftovers(target):
         with locked(path) as free:
             if free and path.suffix == ".old" and not os.path.lexists(target):
-                with contextlib.suppress(OSError):  # a reader may lack the rights: then the target is missing to it
+                with contextlib.suppress(OSError):  # a reader may lack permission: then the target stays missing
                     path.rename(target)
 
 
 def sync(folder: pathlib.Path) -> None:
-    """Waits until all of a folder is on the disk: a rename that follows can't expose empty files after a loss of power.
+    """Flushes a folder and its files to disk, so that a later rename can't expose empty files after a power loss.
 
     Raises OSError: some file systems report only here that they are full.
     """
@@ -86,13 +86,13 @@ def sync(folder: pathlib.Path) -> None:
 
 
 def sync_file(path: pathlib.Path) -> None:
-    """Waits until a file's content is on the disk, as `sync` does."""
+    """Flushes a file's content to disk, like `sync`."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_names(folder: pathlib.Path) -> None:
-    """Waits until the names in a folder are on the disk, where the file system can."""
+    """Flushes a folder's directory entries to disk, if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -104,20 +104,20 @@ def sync_names(folder: pathlib.Path) -> None:
 
 
 def _make(target: pathlib.Path) -> tuple[pathlib.Path, int]:
-    """Returns a new folder and the open file descriptor that holds its lock."""
+    """Creates a folder and returns its path and the open file descriptor that holds its lock."""
     while True:
         name = f"{_prefix(target)}{_host()}-{os.getpid()}.{secrets.token_hex(4)}.tmp"
         path = target.with_name(name)
         path.mkdir()
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        # another process may have taken it for a leftover in the moment before it was locked
+        # another process may have removed it as abandoned before it was locked
         if _lock(descriptor) is not False and path.exists():
             return path, descriptor
         os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Locks an open folder, until it is closed; returns None where the file system has no locks."""
+    """Locks an open folder until it is closed. Returns False if it is locked, None without support for locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -128,7 +128,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _runs(path: pathlib.Path) -> bool:
-    """Whether the process runs that the name of a temporary folder tells."""
+    """Returns whether the process named in a temporary folder's name is running."""
     found = _OWNER.search(path.name)
     if not found:
         return False
@@ -136,13 +136,13 @@ def _runs(path: pathlib.Path) -> bool:
         os.kill(int(found["pid"]), 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # it runs, as another user
+    except PermissionError:  # it runs as another user
         pass
     return True
 
 
 def _leftovers(target: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the temporary folders that processes of this machine have made for `target`, old targets first."""
+    """Returns the temporary folders that processes of this machine created for `target`, old targets first."""
     prefix = _prefix(target)
     try:
         names = os.listdir(target.parent)

@@ -1,1 +1,1 @@
-"""From prompts to pictures: a loaded folder as something to call."""
+"""Sampling images from prompts with the model of a folder."""

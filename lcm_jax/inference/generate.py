@@ -1,7 +1,8 @@
-"""Prompts to pictures as one pure function: what pipelines, previews and evaluation compile."""
+"""Sampling from token ids to images as one pure function, which pipelines, previews and evaluation compile."""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -9,25 +10,28 @@ from jaxtyping import Array, Float, Int
 
 from lcm_jax.diffusion import consistency, guidance, sampling
 from lcm_jax.diffusion.schedule import Schedule
+from lcm_jax.families import Family
 from lcm_jax.models import Flat, Network
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """What a compiled sampling program is made for; arrays are given to `generate`.
+    """Static configuration of a sampling program; the arrays are arguments of `generate`.
 
     Attributes:
-      networks: "unet", "vae", "text_encoder".
-      schedule: the noise schedule.
+      family: of the networks.
+      networks: by component of the folder.
+      process: the noise process.
       kind: "lcm", "ddim" or "dpmpp".
-      guided: whether each step calls the UNet with and without the prompt and mixes the two. A UNet with a
-        w-embedding is told the guidance instead, in one call.
-      timestep_scaling: of the consistency function's boundary condition; "lcm" only.
-      decode: whether the result are pictures, or latents.
+      guided: whether each step applies classifier-free guidance, with and without the prompt. A denoiser
+        with a w-embedding takes w as an input instead.
+      timestep_scaling: for the consistency function's boundary condition; "lcm" only.
+      decode: whether to return images, not latents.
     """
 
-    networks: dict[str, Network]
-    schedule: Schedule
+    family: Family
+    networks: Mapping[str, Network]
+    process: Schedule
     kind: str
     guided: bool
     timestep_scaling: float = 10.0
@@ -44,36 +48,36 @@ def generate(
     z_T: Float[Array, "b h w c"],
     noise: Array,
 ) -> Float[Array, "b H W c"]:
-    """From token ids to pictures: a pure function, jitted as a whole by its callers.
+    """Samples images from token ids. A pure function, which its callers jit.
 
     Args:
-      sampler: static.
+      sampler: static configuration.
       params: weights by component.
-      input_ids, null_ids: the prompts, and what guidance leads away from (the empty or the negative prompt; read only
-        if `sampler.guided`).
-      w: guidance, guidance_scale - 1.
-      timesteps: falling; the length of this array is the number of steps.
+      input_ids: the prompts.
+      null_ids: the negative or empty prompts; unused unless `sampler.guided`.
+      w: guidance_scale - 1.
+      timesteps: descending, one per step.
       z_T: noise at the first timestep.
-      noise: for "lcm": (n-1, b, h, w, c) to be added between the steps, or a key; not read otherwise.
+      noise: for "lcm", noise (n-1, b, h, w, c) to add between the steps, or a random key; unused otherwise.
 
     Returns:
-      float32 pictures in [-1, 1] (not clipped), or latents.
+      float32 images in [-1, 1] (not clipped), or latents.
     """
-    networks, schedule = sampler.networks, sampler.schedule
-    unet = functools.partial(networks["unet"].apply, params["unet"])
-    context = networks["text_encoder"].apply(params["text_encoder"], input_ids)
+    family, networks, process = sampler.family, sampler.networks, sampler.process
+    bound = {name: functools.partial(network.apply, params[name]) for name, network in networks.items()}
+    denoiser = functools.partial(family.call, bound[family.denoiser])
+    condition = family.condition(bound, input_ids)
 
     if sampler.guided:
-        null_context = networks["text_encoder"].apply(params["text_encoder"], null_ids)
-        denoise = guidance.cfg_denoiser(unet, schedule, context, null_context, w)
+        denoise = guidance.cfg_denoiser(denoiser, process, condition, family.condition(bound, null_ids), w)
     else:
-        dim = networks["unet"].config.time_cond_proj_dim
+        dim = family.w_embedding_dim(networks[family.denoiser].config)
         w_embedding = guidance.w_embedding(w, dim) if dim else None
 
-        def told(z: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return schedule.to_x0_eps(unet(z, t, context, w_embedding), z, t)
+        def unguided(z: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return process.to_x0_eps(denoiser(z, t, condition, w_embedding), z, t)
 
-        denoise = told
+        denoise = unguided
 
     if sampler.kind == "lcm":
 
@@ -81,19 +85,18 @@ def generate(
             x0, _ = denoise(z, t)
             return consistency.with_boundary(x0, z, t, sampler.timestep_scaling)
 
-        z_0 = sampling.consistency_sample(f, schedule, z_T, timesteps, noise)
+        z_0 = sampling.consistency_sample(f, process, z_T, timesteps, noise)
     elif sampler.kind == "ddim":
-        z_0 = sampling.ddim_sample(denoise, schedule, z_T, timesteps)
+        z_0 = sampling.ddim_sample(denoise, process, z_T, timesteps)
     else:
-        z_0 = sampling.dpmpp_sample(denoise, schedule, z_T, timesteps)
-    return networks["vae"].apply(params["vae"], z_0, method="to_images") if sampler.decode else z_0
+        z_0 = sampling.dpmpp_sample(denoise, process, z_T, timesteps)
+    return bound["vae"](z_0, method="to_images") if sampler.decode else z_0
 
 
 def seed_key(seed: int) -> jax.Array:
-    """Returns the random key of a seed in 0 … 2^64 - 1; no two seeds have the same.
+    """Returns the random key of a seed in 0 … 2^64 - 1, a different one for each seed.
 
-    `jax.random.key` drops the upper half of a seed unless 64-bit numbers are enabled; seeds below 2^32 have the same
-    key either way.
+    `jax.random.key` drops a seed's upper 32 bits unless x64 is enabled; seeds below 2^32 give the same key either way.
     """
     with jax.enable_x64(True):
         return jax.random.key(np.uint64(seed))

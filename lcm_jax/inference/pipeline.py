@@ -1,11 +1,11 @@
-"""A diffusers folder as something to call: prompts in, pictures out.
+"""Pipeline that samples images from prompts with the model of a diffusers folder.
 
     pipe = load_pipeline("path/to/diffusers/folder")
     images = pipe(["a red seven on a blue background"], steps=4, guidance_scale=8.0, seed=0)
 
-What kind of sampler runs is in the folder: with `LCMScheduler` multistep consistency sampling, otherwise the
-diffusion model's own ODE by DDIM or DPM-Solver++. An LCM-LoRA makes a diffusion model one for `sampler="lcm"`, which is
-the default beside one that this project trained; other files don't say what they are:
+The folder determines the sampler: multistep consistency sampling with `LCMScheduler`, otherwise DDIM or DPM-Solver++
+on the diffusion model's ODE. With an LCM-LoRA, a diffusion model supports `sampler="lcm"` too. This is the default with
+an LCM-LoRA trained by lcm_jax; other LoRA files do not record that they are one:
 
     pipe = load_pipeline("folder", loras={"lcm.safetensors": 1.0, "style.safetensors": 0.8})
     images = pipe(["a red seven on a blue background"], sampler="lcm")
@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from lcm_jax.diffusion import sampling
 from lcm_jax.diffusion.guidance import is_guided
 from lcm_jax.errors import UserError, one_of, plain
+from lcm_jax.families import family_of
 from lcm_jax.host import arguments
 from lcm_jax.host.images import to_uint8, to_unit
 from lcm_jax.inference.generate import Sampler, generate, seed_key
@@ -37,15 +38,15 @@ from lcm_jax.interop.recipe import Recipe
 from lcm_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from lcm_jax.models import Flat, Network, Policy
 
-SAMPLERS = ("ddim", "dpmpp", "lcm")  # of a diffusion model, the last with an LCM-LoRA; a consistency model has "lcm"
+SAMPLERS = ("ddim", "dpmpp", "lcm")  # diffusion models need an LCM-LoRA for "lcm"; consistency models have only "lcm"
 OUTPUTS = ("uint8", "float", "latents")
-PEER_LCM_GUIDANCE = 8.5  # what diffusers' LatentConsistencyModelPipeline takes when it is not told
-LARGEST = 2**14  # pixels of a side; far beyond, XLA ends the whole process
+PEER_LCM_GUIDANCE = 8.5  # default of diffusers' LatentConsistencyModelPipeline
+LARGEST = 2**14  # pixels per side; far above, XLA aborts the process
 TEACHER_GUIDANCE, TEACHER_STEPS, LCM_STEPS = 7.5, 50, 4
 
 
 class Bound:
-    """A network with its weights: call it with arrays; `method` names another method than `__call__`."""
+    """A network bound to its weights, called with arrays; `method` selects another method than `__call__`."""
 
     def __init__(self, network: Network, params: Flat) -> None:
         self.network = network
@@ -58,22 +59,21 @@ class Bound:
 
 
 class Pipeline:
-    """A loaded folder: `unet`, `vae` and `text_encoder` (`Bound`), `tokenizer`, `schedule`, `folder`, `recipe`."""
+    """A loaded model: `networks` ({component: `Bound`}), `family`, `tokenizer`, `process`, `folder`, `recipe`."""
 
     def __init__(self, folder: Folder, tokenizer: Tokenizer, policy: Policy) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
         self.policy = policy
-        self.schedule = folder.schedule
+        self.family = family_of(folder.pipeline_class)
+        self.process = folder.schedule
         self.recipe = Recipe.read(folder.path)  # None unless lcm_jax distilled it
-        self.unet, self.vae, self.text_encoder = (
-            _bind(folder.components[name], policy) for name in ("unet", "vae", "text_encoder")
-        )
+        self.networks = {name: _bind(component, policy) for name, component in folder.components.items()}
         self.is_lcm = folder.scheduler_class == "LCMScheduler"
-        self.has_w_embedding = bool(self.unet.network.config.time_cond_proj_dim)
+        self.w_embedding_dim = self.family.w_embedding_dim(self.networks[self.family.denoiser].network.config)
         self._programs: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
-        self.lora_recipe: Recipe | None = None  # of an attached LCM-LoRA that lcm_jax distilled
-        self._merged: dict[str, dict[str, np.ndarray]] = {}  # what the attached LoRAs have changed
+        self.lora_recipe: Recipe | None = None  # recipe of an attached LCM-LoRA that lcm_jax distilled
+        self._merged: dict[str, dict[str, np.ndarray]] = {}  # kernels that the attached LoRAs changed
 
     def __call__(
         self,
@@ -93,32 +93,32 @@ class Pipeline:
     ) -> np.ndarray:
         """Samples one image per prompt.
 
-        One program is compiled for each (number of prompts, steps, size), and kept. Numbers may be of any library's
-        types, or text ("4").
+        One program is compiled and cached per (number of prompts, steps, size). Numbers may have any library's types,
+        or be strings ("4").
 
         Args:
-          prompts: a text, or several; too long ones are cut with a warning. The word of a multi-vector textual
-            inversion stands for all its vectors, as in diffusers.
-          steps: network steps; 4 for a consistency model, else 50.
-          guidance_scale: w + 1. By default the middle of the range that a consistency model was trained for (8.5 where
-            that is unknown; 1, which is none, for one without w-embedding, as an LCM-LoRA makes it), 7.5 for a
-            diffusion model. Outside the trained range: a warning. Without w-embedding each step calls the UNet with
-            and without the prompt; up to 1 (0 and negative values too, as in diffusers) there is no guidance, and the
-            UNet is called with the prompt only.
-          seed: in 0 … 2^64 - 1; image i depends on seed, i and, between the steps of a consistency model, the number of
-            prompts. None: another seed in each call.
-          negative_prompt: what guidance leads away from: one text for all prompts, or a list with one per prompt. A
-            consistency model with a w-embedding takes none, and without guidance it would have no effect.
-          height, width: in pixels; the size that the UNet was trained for by default.
-          timesteps: instead of `steps`, a falling list of training timesteps, or a single one.
-          latents: the first noise, NHWC, instead of noise from the seed.
-          noise: (n-1, …) what a consistency model adds between its n steps, likewise.
+          prompts: one string or several. Prompts that are too long are truncated with a warning. The token of a
+            multi-vector textual inversion expands to all its vectors, as in diffusers.
+          steps: number of sampling steps; 4 by default for a consistency model, 50 for a diffusion model.
+          guidance_scale: w + 1. The default is 7.5 for a diffusion model, the middle of the trained range for a
+            consistency model with a w-embedding (8.5 if unknown), and 1 for one without, as with an LCM-LoRA. Values
+            outside the trained range give a warning. Without a w-embedding, values above 1 call the UNet with and
+            without the prompt in each step; other values mean no guidance (also 0 and below, as in diffusers).
+          seed: in 0 … 2^64 - 1. Image i depends on the seed, on i and, through the noise between the steps of a
+            consistency model, on the number of prompts. None takes a random seed for each call.
+          negative_prompt: one string for all prompts, or one per prompt. Not supported by a consistency model with a
+            w-embedding, nor without guidance.
+          height, width: in pixels; by default the UNet's sample size.
+          timesteps: descending training timesteps, or a single one, instead of `steps`.
+          latents: initial noise (B, h, w, C), instead of noise from the seed.
+          noise: noise (n-1, B, h, w, C) between the n steps of a consistency model, instead of noise from the seed.
           output: "uint8" (B, H, W, 3), "float" (the same in [0, 1]) or "latents" (B, h, w, C), scaled.
-          sampler: "ddim" (default) or "dpmpp" for a diffusion model, "lcm" with an LCM-LoRA (default, if it says so).
+          sampler: "ddim" (default) or "dpmpp" for a diffusion model; "lcm" with an LCM-LoRA, where it is the default
+            if the LoRA records that it is one.
 
         Raises:
-          UserError: a value of another type or out of range, or one that this kind of model doesn't take; a word that
-            the text encoder has no row for.
+          UserError: a value of the wrong type, out of range, or not supported by this kind of model; a token without an
+            embedding in the text encoder.
         """
         prompts = arguments.texts("prompts", prompts)
         if not prompts:
@@ -127,9 +127,9 @@ class Pipeline:
         kind = self._kind(sampler)
         grid = self._timesteps(kind, steps, timesteps)
         scale = self._guidance(kind, guidance_scale)
-        guided = is_guided(scale, self.unet.network.config.time_cond_proj_dim)
+        guided = is_guided(scale, self.w_embedding_dim)
         negatives = _negatives(negative_prompt, len(prompts))
-        if any(negatives) and self.has_w_embedding:
+        if any(negatives) and self.w_embedding_dim:
             raise UserError(
                 "a consistency model with a w-embedding takes no negative_prompt: it has learnt guidance away from the "
                 "empty prompt; leave it out"
@@ -161,7 +161,7 @@ class Pipeline:
         program = self._program(kind, guided, output != "latents")
         try:
             result = program(
-                {"unet": self.unet.params, "vae": self.vae.params, "text_encoder": self.text_encoder.params},
+                {name: bound.params for name, bound in self.networks.items()},
                 self.tokenizer(prompts),
                 self.tokenizer(negatives),
                 jnp.full(len(prompts), scale - 1.0, jnp.float32),
@@ -189,22 +189,22 @@ class Pipeline:
 
     @property
     def default_guidance(self) -> float:
-        """The guidance_scale that is taken where none is given, with the folder's own sampler."""
+        """The default guidance_scale with the default sampler."""
         return self._default_guidance(self._kind(None))
 
     def _default_guidance(self, kind: str) -> float:
         if kind != "lcm":
             return TEACHER_GUIDANCE
-        if not self.has_w_embedding:
-            return 1.0  # such a student has the guidance in it
+        if not self.w_embedding_dim:
+            return 1.0  # guidance is distilled into such a student
         return (self.recipe.guidance_min + self.recipe.guidance_max) / 2 if self.recipe else PEER_LCM_GUIDANCE
 
     def latent_shape(
         self, count: int, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int, int]:
-        """Returns the NHWC shape of the latents of `count` pictures, of the UNet's own size unless told another."""
-        factor = 2 ** (len(self.vae.network.config.block_out_channels) - 1)
-        sample = self.folder.components["unet"].config.get("sample_size") or 64
+        """Returns the NHWC shape of `count` latents; height and width are in pixels, by default the UNet's size."""
+        factor = 2 ** (len(self.networks["vae"].network.config.block_out_channels) - 1)
+        sample = self.folder.components[self.family.denoiser].config.get("sample_size") or 64
         default = (sample, sample) if isinstance(sample, int) else tuple(sample)
         sizes = []
         for name, given, latent in (("height", height, default[0]), ("width", width, default[1])):
@@ -212,43 +212,41 @@ class Pipeline:
             if not factor <= pixels <= LARGEST or pixels % factor:
                 raise UserError(f"{name} is {pixels}; it must be a multiple of {factor} in {factor} … {LARGEST}")
             sizes.append(pixels // factor)
-        return count, sizes[0], sizes[1], self.unet.network.config.in_channels
+        return count, sizes[0], sizes[1], self.networks[self.family.denoiser].network.config.in_channels
 
     def set_loras(self, loras: Loras) -> None:
-        """Attaches LoRAs, merged into the weights in memory, in place of those that were attached before.
+        """Merges LoRAs into the weights in memory, instead of those merged before.
 
         Args:
-          loras: file (or folder, as diffusers or peft writes it) → weight. {} detaches all: the weights are then the
-            folder's own, bit for bit. So are those that a LoRA of weight 0 is for.
+          loras: file (or folder, as diffusers or peft writes it) → weight. {} restores the folder's weights exactly; a
+            weight of 0 leaves them unchanged.
 
         Raises:
-          UserError: a weight that isn't a finite number; a file that can't be read or was made for another base.
+          UserError: a weight is not finite; a file cannot be read or is for another base model.
         """
         merged = merged_kernels(self.folder, loras)
-        self.lora_recipe = lcm_recipe(loras, self.schedule.num_train_timesteps)
+        self.lora_recipe = lcm_recipe(loras, self.process.num_train_timesteps)
         for name in self._merged.keys() | merged.keys():
-            bound: Bound = getattr(self, name)
+            bound = self.networks[name]
             own, new = self.folder.components[name].params, merged.get(name, {})
             for path in self._merged.get(name, {}).keys() | new.keys():
                 bound.params[path] = _put(new.get(path, own[path]), self.policy)
         self._merged = merged
 
     def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
-        """Writes the kind of folder that it was loaded from: the same tensors, names, dtypes and files.
+        """Writes a folder like the loaded one, with the same tensors, names, dtypes and files.
 
-        Attached LoRAs are merged into it. Other variants of the weights are left out.
+        Attached LoRAs are merged. Other variants of the weights are not copied.
 
         Raises:
-          UserError: the target is no place to write, is where it was loaded from, or holds something that is no model.
+          UserError: the target is not writable, is the loaded folder, or contains something other than a model.
         """
         return write_folder(with_kernels(self.folder, self._merged), arguments.path("folder", folder))
 
     def lcm_timesteps(self, steps: int) -> Int[np.ndarray, " steps"]:
-        """Returns the timesteps of the sampler "lcm": `steps` of those that the folder, or an attached LCM-LoRA, was
-        trained for. Raises UserError where there are fewer of them.
-        """
+        """Returns `steps` of the timesteps that the model or LCM-LoRA was trained on; raises UserError for too many."""
         original, _ = self._lcm_grid
-        return sampling.lcm_timesteps(arguments.whole("steps", steps), original, self.schedule.num_train_timesteps)
+        return sampling.lcm_timesteps(arguments.whole("steps", steps), self.process, original)
 
     def _kind(self, sampler: str | None) -> str:
         if self.is_lcm:
@@ -264,14 +262,14 @@ class Pipeline:
 
     @property
     def _lcm_grid(self) -> tuple[int, float]:
-        """N and the timestep scaling that the folder, or an attached LCM-LoRA, was trained with."""
+        """N (original_inference_steps) and timestep_scaling of the model or the attached LCM-LoRA."""
         recipe, scheduler = self.lora_recipe, self.folder.scheduler
         if self.is_lcm or recipe is None:
             return scheduler.get("original_inference_steps", 50), float(scheduler.get("timestep_scaling", 10.0))
         return recipe.original_inference_steps, recipe.timestep_scaling
 
     def _timesteps(self, kind: str, steps: int | None, timesteps: int | Sequence[int] | None) -> np.ndarray:
-        total = self.schedule.num_train_timesteps
+        total = self.process.num_train_timesteps
         if timesteps is not None:
             if steps is not None:
                 raise UserError("give steps or timesteps, not both")
@@ -284,7 +282,7 @@ class Pipeline:
         if guidance_scale is None:
             return self._default_guidance(kind)
         guidance_scale = arguments.number("guidance_scale", guidance_scale)
-        if self.has_w_embedding and self.recipe:
+        if self.w_embedding_dim and self.recipe:
             low, high = self.recipe.guidance_min, self.recipe.guidance_max
             if not low <= guidance_scale <= high:
                 warnings.warn(
@@ -300,12 +298,9 @@ class Pipeline:
         key = (kind, guided, decode, timestep_scaling)
         if key not in self._programs:
             sampler = Sampler(
-                networks={
-                    "unet": self.unet.network,
-                    "vae": self.vae.network,
-                    "text_encoder": self.text_encoder.network,
-                },
-                schedule=self.schedule,
+                family=self.family,
+                networks={name: bound.network for name, bound in self.networks.items()},
+                process=self.process,
                 kind=kind,
                 guided=guided,
                 timestep_scaling=timestep_scaling,
@@ -318,16 +313,16 @@ class Pipeline:
 def load_pipeline(
     path_or_hub_id: str | os.PathLike[str], *, loras: Loras | None = None, dtype: str = "float32"
 ) -> Pipeline:
-    """Loads a folder that `StableDiffusionPipeline` or `LatentConsistencyModelPipeline` writes.
+    """Loads a folder written by diffusers' `StableDiffusionPipeline` or `LatentConsistencyModelPipeline`.
 
     Args:
-      path_or_hub_id: a folder, or the id of a model on the Hugging Face hub.
-      loras: LoRA file → weight, as `Pipeline.set_loras` takes it.
-      dtype: what the networks compute in, "float32" or "bfloat16".
+      path_or_hub_id: a folder, or a model id on the Hugging Face Hub.
+      loras: LoRA file → weight; see `Pipeline.set_loras`.
+      dtype: compute dtype of the networks, "float32" or "bfloat16".
 
     Raises:
-      UserError: no such folder; a file missing, broken or a pickle; a class or a configuration that isn't supported;
-        tensors missing, unexpected or of the wrong shape; a LoRA that can't be read or was made for another base.
+      UserError: the folder does not exist; a file is missing, damaged or a pickle; a class or configuration is not
+        supported; tensors are missing, unexpected or of the wrong shape; a LoRA cannot be read or is for another base.
     """
     policy = Policy.named(dtype)
     check(loras or {})
@@ -343,13 +338,13 @@ def _bind(component: Component, policy: Policy) -> Bound:
 
 
 def _put(array: np.ndarray, policy: Policy) -> jax.Array:
-    """The array on the device in the file's dtype, or in the compute dtype where that is the smaller one."""
+    """Puts an array on the device, in the file's dtype or the compute dtype, whichever is smaller."""
     smaller = jnp.dtype(policy.compute).itemsize < array.dtype.itemsize
     return jnp.asarray(array, policy.compute if smaller else array.dtype)
 
 
 def _negatives(given: Any, count: int) -> list[str]:
-    """Returns what each of `count` prompts is led away from: a single text serves all, and none is the empty text."""
+    """Returns `count` negative prompts: a single one is repeated, and None gives empty ones."""
     if given is None:
         return [""] * count
     negatives = arguments.texts("negative_prompt", given)

@@ -1,4 +1,4 @@
-"""Does diffusers load the folder, and draw what we draw? The only file that imports torch, and only when called."""
+"""Checks that diffusers loads a folder and samples the same images. torch is imported here only, inside functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lcm_jax.interop.lora.file import read_lora
 from lcm_jax.interop.lora.merge import adaptable
 
 TOLERANCE = 1e-3
-PROMPTS = ("a red seven", "")  # short, so that no tokenizer cuts them
+PROMPTS = ("a red seven", "")  # short, so that no tokenizer truncates them
 
 
 def verify(
@@ -33,20 +33,20 @@ def verify(
     steps: int = 4,
     seed: int = 0,
 ) -> float:
-    """Draws the same prompts from the same noise with diffusers and with us, both computing in float32.
+    """Compares samples of diffusers and lcm_jax from the same prompts and noise, both in float32.
 
     Args:
       folder: a model folder.
-      lora: a LoRA file that is attached to it; with an LCM-LoRA that tells its recipe, both draw with its sampler.
-      prompts, steps, seed: what is drawn.
+      lora: a LoRA file to attach. With an LCM-LoRA that records its recipe, both use the "lcm" sampler.
+      prompts, steps, seed: what to sample; the seed is that of the noise.
 
     Returns:
-      max |difference| / max |diffusers' values|, of the latents, of the pictures that both decode from the same
-      latents, and of each weight difference of the LoRA.
+      The largest max |difference| / max |diffusers' values| among the latents, the images decoded from the same
+      latents, and each LoRA weight difference.
 
     Raises:
-      UserError: torch or diffusers is missing; a tensor is missing or unexpected there; a LoRA adapts other modules
-        there; a difference is above 1e-3.
+      UserError: torch, diffusers or, for a LoRA, peft is missing; diffusers reports missing or unexpected tensors, or
+        adapts other modules with the LoRA; a difference is above 1e-3.
     """
     try:
         import diffusers
@@ -73,7 +73,7 @@ def verify(
     peer = getattr(diffusers, pipe.folder.pipeline_class).from_pretrained(str(path), **load_networks(pipe))
     peer.set_progress_bar_config(disable=True)
     if lora:
-        logging.getLogger("diffusers").setLevel(logging.ERROR)  # a text encoder without adapters is no news
+        logging.getLogger("diffusers").setLevel(logging.ERROR)  # it would warn of a LoRA without text encoder weights
         peer.load_lora_weights(str(lora), adapter_name="verified")
     of_weights = _lora_difference(lora, pipe, peer) if lora else 0.0
     if pipe.lora_recipe:
@@ -91,7 +91,7 @@ def verify(
 
     differences = {
         "latents": _difference(ours, theirs),
-        "pictures of the same latents": _difference(pipe.vae(theirs, method="to_images"), decoded),
+        "pictures of the same latents": _difference(pipe.networks["vae"](theirs, method="to_images"), decoded),
     }
     for what, difference in differences.items():
         if not difference <= TOLERANCE:
@@ -103,7 +103,7 @@ def verify(
 
 
 def _lora_difference(file: str | os.PathLike[str], pipe: Pipeline, peer: Any) -> float:
-    """The largest difference of a module's dW: a weak adapter of another scale hardly shows in what is drawn."""
+    """Returns the largest relative difference of a module's dW; a wrong scale may hardly change the samples."""
     kernels = adaptable(pipe.folder)
     ours = {
         f"{name}.{path}": difference
@@ -136,9 +136,9 @@ def _difference(ours: Any, theirs: np.ndarray) -> float:
 
 
 def lcm_drawer(pipe: Pipeline, steps: int) -> Callable[..., np.ndarray]:
-    """Returns `draw(prompts, first noise, noise between the steps, guidance_scale=…) -> uint8 pictures` of diffusers.
+    """Returns `draw(prompts, initial noise, noise between the steps, guidance_scale=…) -> uint8 images` by diffusers.
 
-    The noise is NHWC, as in `Pipeline.__call__`. Raises UserError without torch or diffusers.
+    The noise is NHWC, as in `Pipeline.__call__`. Raises UserError if torch, diffusers or transformers is missing.
     """
     try:
         import diffusers
@@ -170,7 +170,7 @@ def lcm_drawer(pipe: Pipeline, steps: int) -> Callable[..., np.ndarray]:
 
 
 def load_networks(pipe: Pipeline) -> dict[str, Any]:
-    """Loads each network in its own library; raises UserError if a tensor is missing, unexpected or misshapen there."""
+    """Loads each network with its library in float32; raises UserError for missing, unexpected or misshapen tensors."""
     import diffusers
     import torch
     import transformers
@@ -195,7 +195,7 @@ def load_networks(pipe: Pipeline) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def injected_noise(noise: list[Any]) -> Iterator[None]:
-    """Makes diffusers' LCMScheduler take its noise from this list of NCHW tensors, in order."""
+    """Makes diffusers' LCMScheduler use these NCHW tensors as its noise, in order."""
     scheduling_lcm: Any = importlib.import_module("diffusers.schedulers.scheduling_lcm")
     drawn = iter(noise)
     original = scheduling_lcm.randn_tensor

@@ -1,1 +1,1 @@
-"""The only room that knows the file formats of other projects: diffusers folders, safetensors, CLIP tokenizers."""
+"""Reads and writes the file formats of other projects: diffusers folders, safetensors, LoRA, CLIP tokenizers."""

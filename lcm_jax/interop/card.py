@@ -1,4 +1,4 @@
-"""The model card (README.md) of an exported folder: front matter that the hub reads, and the recipe."""
+"""Model card (README.md) of an exported folder: front matter for the Hugging Face Hub, usage and recipe."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def teacher_licence(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns the licence keys in the front matter of a folder's model card; {} if it names none.
+    """Returns the license keys in the front matter of a folder's model card, {} without a card or a license.
 
-    Raises UserError if there is a card whose front matter can't be read.
+    Raises UserError if the front matter can't be read.
     """
-    from huggingface_hub import metadata_load  # imported late: it takes time
+    from huggingface_hub import metadata_load  # lazy: slow to import
 
     path = folder / CARD_FILE
     if not path.is_file():
         return {}
     try:
         front = metadata_load(path) or {}
-    except Exception as error:  # YAML's own errors are no ValueError
+    except Exception as error:  # YAML errors aren't ValueErrors
         raise UserError(
             f"{path}: its front matter, which may name a licence, can't be read: {str(error).splitlines()[0]}"
         ) from None
@@ -36,8 +36,7 @@ def teacher_licence(folder: pathlib.Path) -> dict[str, Any]:
 def lcm_card(teacher: pathlib.Path, recipe: Recipe) -> str:
     """Returns the text of the model card of a distilled model.
 
-    The teacher's licence holds for what was distilled from it, so it is stated; a teacher whose card names none is
-    reported as such and no licence is claimed.
+    The teacher's license also covers the distilled model. If the teacher's card names none, the text says so.
     """
     from huggingface_hub import ModelCardData
 

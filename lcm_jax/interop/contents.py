@@ -1,7 +1,6 @@
-"""What belongs to a model folder: the parts that model_index.json names, what their loaders read, and documents.
+"""Selects the files of a model folder to copy: parts named by model_index.json, files that loaders read, documents.
 
-Folders in use hold more: checkpoints of the same model in other formats, other variants, caches, what a training left.
-None of it is taken into a new folder.
+Other files are not copied: checkpoints in other formats, other variants, caches, training leftovers.
 """
 
 import pathlib
@@ -25,9 +24,9 @@ _WITH_WEIGHTS = ("StableDiffusionSafetyChecker", "CLIPVisionModelWithProjection"
 
 
 def parts(model_index: Mapping[str, Any], where: str) -> dict[str, str]:
-    """Returns part → class of all that model_index.json names; `where` is the file, for the message.
+    """Returns part → class for each part in model_index.json that is not null; `where` names the file in errors.
 
-    Raises UserError for a part whose name is no plain name of a folder.
+    Raises UserError if a part's name is not a plain folder name.
     """
     found = {
         name: value[1]
@@ -38,15 +37,15 @@ def parts(model_index: Mapping[str, Any], where: str) -> dict[str, str]:
 
 
 def documents(file_names: Iterable[str]) -> list[str]:
-    """Returns those of the file names that are read by people: model card, licence, notices, other texts."""
+    """Returns the file names that are documents: model card, license, notices, other .md and .txt files."""
     return [name for name in file_names if _DOCUMENT.fullmatch(name)]
 
 
 def of_copied_part(file_names: Iterable[str]) -> list[str]:
-    """Returns those of the file names that are copied for a part that is not read: settings, documents, one model.
+    """Returns the files to copy for a part that is not loaded: settings, documents and one set of weights.
 
-    Of the weights it takes one format, safetensors if there is one, and of that one variant, the plain one if there is
-    one: what a loader finds first.
+    The weights are the ones that a loader finds first: safetensors before .bin, the unnamed variant before others, a
+    single file before shards.
     """
     file_names = list(file_names)
     chosen = set(documents(file_names)) | set(_one_arrangement(file_names))
@@ -67,10 +66,10 @@ def _one_arrangement(file_names: Iterable[str]) -> list[str]:
 
 
 def copied_files(root: pathlib.Path, name: str) -> list[str]:
-    """Returns the names of the files that are copied for a part that is not read, each checked to be safe to copy.
+    """Returns the files to copy for the part `name` of the model folder `root`, after checking that they are safe.
 
-    Args: the model folder; the part's name.
-    Raises: UserError names a link that leads elsewhere or to nothing. Documents that lead to nothing are left out.
+    Documents that are broken links are left out, except .txt files. Raises UserError for any other broken link, and for
+    links out of the folder.
     """
     chosen = of_copied_part(places.file_names(root, name))
     lost = [] if not chosen else lost_documents(root / name, [n for n in chosen if not n.endswith(_SETTINGS)])
@@ -81,18 +80,20 @@ def copied_files(root: pathlib.Path, name: str) -> list[str]:
 
 
 def lost_documents(directory: pathlib.Path, file_names: Iterable[str]) -> list[str]:
-    """Returns those of the names that are documents and links to nothing, as in a hub cache without their blobs."""
+    """Returns the documents that are broken links, as in a hub cache that lacks their blobs."""
     return [
         name for name in documents(file_names) if (directory / name).is_symlink() and not (directory / name).exists()
     ]
 
 
 def check_copied(directory: pathlib.Path, part_class: str, source: pathlib.Path, there: Collection[str]) -> None:
-    """Checks that a part that is only copied has what its class needs to load, and that this can be read.
+    """Raises UserError if a copied part lacks a file that its class needs, or a file can't be read.
 
-    Args: the part or its copy; its class in model_index.json; where it came from, for the message; the names of the
-      files that are copied.
-    Raises: UserError says what is missing.
+    Args:
+      directory: the part or its copy.
+      part_class: its class in model_index.json.
+      source: the original part, for error messages.
+      there: names of the copied files.
     """
     if part_class in ("CLIPTokenizer", "CLIPTokenizerFast"):
         if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= set(there):

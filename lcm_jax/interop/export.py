@@ -1,8 +1,8 @@
-"""Writing what was trained as a folder that diffusers loads.
+"""Writes trained models as folders that diffusers loads.
 
-A distilled UNet with a w-embedding becomes a `LatentConsistencyModelPipeline`. One without (w_embedding_dim 0) becomes
-a `StableDiffusionPipeline` with an `LCMScheduler`: LatentConsistencyModelPipeline always embeds the guidance and can't
-run it, StableDiffusionPipeline does, with guidance_scale 1 (off) or real guidance a little above.
+A distilled UNet with a w-embedding becomes a `LatentConsistencyModelPipeline`. A UNet without one (w_embedding_dim 0)
+becomes a `StableDiffusionPipeline` with an `LCMScheduler`, since LatentConsistencyModelPipeline always embeds the
+guidance scale. Run it with guidance_scale 1 (off), or slightly above 1 for classifier-free guidance.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 def lcm_scheduler(
     teacher: Folder, original_inference_steps: int = 50, timestep_scaling: float = 10.0
 ) -> dict[str, Any]:
-    """Returns scheduler_config.json of an `LCMScheduler`: the teacher's noise schedule, the trained grid.
+    """Returns the scheduler_config.json of an `LCMScheduler` with the teacher's noise schedule and the trained grid.
 
-    What the teacher's file leaves out is written with the default of its class, which isn't LCMScheduler's. Clipping
-    and thresholding are for pictures, not for latents: they are off.
+    Keys missing from the teacher's file get the defaults of the teacher's scheduler class, which differ from
+    LCMScheduler's. Clipping and thresholding are off: they apply to pixels, not latents.
     """
     return {
         "_class_name": "LCMScheduler",
@@ -63,14 +63,14 @@ def write_lcm_folder(
     """Writes the teacher's folder with the distilled UNet, an LCMScheduler, lcm_jax.json and a model card.
 
     Args:
-      teacher: the folder that was distilled; text encoder, VAE, tokenizer (and safety checker) are taken over.
-      unet_params: path → array of the student.
+      teacher: the teacher's folder. Its text encoder, VAE, tokenizer and any safety checker are reused.
+      unet_params: path → array, the student's parameters.
       out: the new folder; an existing model folder is replaced.
-      recipe: what goes into lcm_jax.json and the model card.
-      dtype: of the UNet's weights: float32, float16 or bfloat16. The others keep the teacher's.
+      recipe: written to lcm_jax.json and the model card.
+      dtype: dtype of the UNet's weights: float32, float16 or bfloat16. Other parts keep their dtypes.
 
     Raises:
-      UserError: the parameters don't fit the UNet; `out` can't be written.
+      UserError: the parameters don't fit the UNet, or `out` can't be written.
     """
     one_of("dtype", dtype, DTYPES)
     unet = teacher.components["unet"]
@@ -105,17 +105,17 @@ def write_trained_folder(
     config_updates: Mapping[str, Mapping[str, Any]] | None = None,
     dtype: str = "float32",
 ) -> pathlib.Path:
-    """Writes the source's folder, of the same pipeline class, with some of its components trained.
+    """Writes the source folder with trained components; the pipeline class stays the same.
 
     Args:
       source: the folder that training started from.
-      params: component → path → array.
+      params: component → path → array, the trained parameters.
       out: the new folder; an existing model folder is replaced.
       config_updates: component → values to change in its config.json, e.g. {"vae": {"scaling_factor": 0.4}}.
-      dtype: of the trained components' weights.
+      dtype: dtype of the trained components' weights.
 
     Raises:
-      UserError: the parameters don't fit; `out` can't be written.
+      UserError: the parameters don't fit, or `out` can't be written.
     """
     one_of("dtype", dtype, DTYPES)
     updates = config_updates or {}
@@ -131,9 +131,9 @@ def write_trained_folder(
 
 
 def with_lcm_scheduler(folder: Folder, recipe: Recipe | None) -> Folder:
-    """Returns the folder with an LCMScheduler, for a model that an LCM-LoRA was merged into; its own if it has one.
+    """Returns the folder with an LCMScheduler, after an LCM-LoRA was merged; unchanged if it already has one.
 
-    Where the LoRA doesn't tell its recipe, the grid is the LCM paper's, N = 50, which LCMScheduler has by default.
+    Without a recipe, the grid is that of the LCM paper, N = 50, also LCMScheduler's default.
     """
     if folder.scheduler_class == "LCMScheduler":
         return folder
@@ -145,10 +145,10 @@ def with_lcm_scheduler(folder: Folder, recipe: Recipe | None) -> Folder:
 
 
 def _for_transformers(folder: Folder) -> Folder:
-    """Returns the folder with the dtype float32 in every config.json that names one.
+    """Returns the folder with dtype float32 in each config.json that names a dtype.
 
-    transformers loads in the dtype that config.json names, diffusers in float32 unless another is requested: a half
-    precision text encoder beside a float32 UNet would fail there.
+    transformers loads in the dtype of config.json, diffusers in float32 by default. A half-precision text encoder with
+    a float32 UNet would fail.
     """
     components = {}
     for name, component in folder.components.items():

@@ -1,4 +1,4 @@
-"""Whether the parts of a model fit each other: each may be sound, and yet be of another model."""
+"""Checks that the parts of a model folder fit each other."""
 
 import pathlib
 
@@ -9,10 +9,10 @@ RGB = 3
 
 
 def check_fit(path: pathlib.Path, unet: UNetConfig, vae: VAEConfig, text_encoder: CLIPTextConfig) -> None:
-    """Checks the sizes that one part hands to another.
+    """Checks that the sizes of UNet, VAE and text encoder match; `path` is the model folder, for error messages.
 
-    Args: the model folder, for the message; the configurations of its parts.
-    Raises: UserError names both files, the keys and their values.
+    Raises:
+      UserError: two sizes differ, the UNet is SDXL's, or the VAE is not for RGB images.
     """
     latents = vae.latent_channels
     kinds = {2 * latents + 1: "an inpainting UNet", 2 * latents: "a UNet that edits images, like InstructPix2Pix's"}

@@ -1,8 +1,9 @@
-"""Reading a diffusers pipeline folder as a whole; folder_writing.py writes one.
+"""Reads a diffusers pipeline folder; folder_writing.py writes one.
 
-model_index.json            which component is of which class
-unet/ vae/ text_encoder/    config.json and safetensors: read into arrays, written from arrays
-scheduler/ tokenizer/ …     copied byte for byte
+model_index.json            class of each component
+unet/ vae/ text_encoder/    config.json and safetensors, read into arrays
+scheduler/                  scheduler_config.json, read as JSON
+tokenizer/ …                copied byte for byte
 """
 
 import dataclasses
@@ -28,12 +29,12 @@ from lcm_jax.models.config_json import warn_of_unknown
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What of a component's files its parameters don't say: enough to write them back as they were.
+    """How a component's files store its parameters; used to write them back unchanged.
 
     Attributes:
-      keys: our path → key in the file.
-      buffers: tensors of the file that are no parameters, by key; they are written back as they were.
-      arrangement: the files, and which holds which key.
+      keys: parameter path → key in the file.
+      buffers: key → tensor that is not a parameter; written back unchanged.
+      arrangement: the files, and the keys in each.
     """
 
     keys: dict[str, str]
@@ -47,10 +48,10 @@ class Component:
 
     Attributes:
       name: the subfolder, e.g. "unet".
-      library_class: the peer's class, e.g. "UNet2DConditionModel".
-      config: config.json as it is.
-      params: path → array, in our names and layout and the file's dtype.
-      source: how the file holds them; None for parameters that no file holds yet.
+      library_class: the class in diffusers or transformers, e.g. "UNet2DConditionModel".
+      config: the content of config.json, unchanged.
+      params: path → array, in this package's names and layout, in the file's dtype.
+      source: how the files store the parameters; None if they were not read from files.
     """
 
     name: str
@@ -60,18 +61,18 @@ class Component:
     source: Source | None = None
 
     def network(self, *, policy: Policy = FP32, **options: Any) -> Network:
-        """Returns the network of this component; `options` as `lcm_jax.models.Network` takes them."""
+        """Returns this component's network; `options` are passed to `lcm_jax.models.Network`."""
         return make_network(self.library_class, self.config, where=self.name, policy=policy, **options)
 
 
 @dataclasses.dataclass
 class Folder:
-    """A pipeline folder: JSON files as they are, networks as arrays.
+    """A pipeline folder in memory: JSON objects, and networks as arrays.
 
     Attributes:
-      path: where it lies; everything that isn't in `components` is copied from there when it is written.
-      model_index, scheduler: model_index.json, scheduler/scheduler_config.json.
-      components: the networks that were read, by name.
+      path: the folder on disk, from which parts that aren't in memory are copied on writing.
+      model_index, scheduler: the contents of model_index.json and scheduler/scheduler_config.json.
+      components: name → component, for the networks that were read.
     """
 
     path: pathlib.Path
@@ -81,17 +82,17 @@ class Folder:
 
     @property
     def pipeline_class(self) -> str:
-        """The peer's pipeline class."""
+        """The diffusers pipeline class."""
         return self.model_index["_class_name"]
 
     @property
     def scheduler_class(self) -> str:
-        """The peer's scheduler class."""
+        """The diffusers scheduler class."""
         return self.model_index["scheduler"][1]
 
     @property
     def schedule(self) -> Schedule:
-        """The noise schedule that scheduler_config.json describes; raises UserError if it isn't supported."""
+        """The noise schedule in scheduler_config.json; raises UserError if it isn't supported."""
         try:
             return read_schedule({**self.scheduler, "_class_name": self.scheduler_class})
         except UserError as error:
@@ -101,7 +102,7 @@ class Folder:
 def make_network(
     library_class: str, config: dict[str, Any], *, where: str, policy: Policy = FP32, **options: Any
 ) -> Network:
-    """Returns the network that a config.json describes; a UserError says `where`."""
+    """Returns the network for a config.json; `where` prefixes the message of a UserError."""
     config_class, model_class = MODEL_CLASSES[library_class]
     try:
         return _network(model_class, config_class.from_dict(config), policy, tuple(sorted(options.items())))
@@ -111,23 +112,23 @@ def make_network(
 
 @functools.lru_cache(maxsize=32)
 def _network(model_class: Any, config: Any, policy: Policy, options: tuple[tuple[str, Any], ...]) -> Network:
-    """Kept, since finding the shapes of a full-size UNet takes seconds, and a network holds no arrays."""
+    """Returns a cached network: computing the shapes of a full-size UNet takes seconds; a network holds no arrays."""
     return Network(model_class, config, policy=policy, **dict(options))
 
 
 def read_folder(path_or_hub_id: str | os.PathLike[str], *, only: Collection[str] | None = None) -> Folder:
-    """Reads a folder that `StableDiffusionPipeline` or `LatentConsistencyModelPipeline` writes.
+    """Reads a folder saved by `StableDiffusionPipeline` or `LatentConsistencyModelPipeline`.
+
+    Warns once if optional parts that are only copied, such as a safety checker, can't be exported.
 
     Args:
-      path_or_hub_id: a folder, or the id of a model on the Hugging Face hub.
+      path_or_hub_id: a folder, or the id of a model on the Hugging Face Hub.
       only: names of the networks whose weights are read; all by default.
 
-    Warns once of parts that are only copied (a safety checker) and lack what an export needs.
-
     Raises:
-      UserError: no such folder, a missing or broken file, a link that leaves the folder, an unsupported class or
-        configuration, parts that don't fit each other, weights in pickle files, weights that are not finite, tensors
-        missing, unexpected or of another shape than config.json says.
+      UserError: the folder is missing; a file is missing or broken; a link leaves the folder; a class or configuration
+        isn't supported; parts don't fit each other; weights are pickles or not finite; tensors are missing, unexpected
+        or don't have the shape given by config.json.
     """
     path = hub.local_folder(path_or_hub_id)
     index, classes = model_index.read(path)
@@ -142,13 +143,13 @@ def read_folder(path_or_hub_id: str | os.PathLike[str], *, only: Collection[str]
         if only is None or name in only
     }
     folder = Folder(path, index, scheduler, components)
-    _ = folder.schedule  # raises here, not in the middle of a run
+    _ = folder.schedule  # fail early if unsupported
     _warn_of_copied(path, {name: classes[name] for name in model_index.COPIED if name in classes})
     return folder
 
 
 def _check_links(path: pathlib.Path, parts: Iterable[str]) -> None:
-    """Raises UserError for a file that is read or copied and whose link leaves the folder; of weights, read_weights."""
+    """Raises UserError if a file to read or copy is a link out of the folder; `read_weights` checks the weights."""
     for name in parts:
         if name not in NETWORK_CLASSES and name != "scheduler":
             contents.copied_files(path, name)
@@ -161,7 +162,7 @@ def _check_links(path: pathlib.Path, parts: Iterable[str]) -> None:
 
 
 def _warn_of_copied(path: pathlib.Path, classes: dict[str, str]) -> None:
-    """Warns once of parts that are only copied and can't be: better known before a training than at its export."""
+    """Warns once about parts that can't be copied, so that the user knows before training, not at export."""
     faults = []
     for name, part_class in classes.items():
         try:
@@ -182,7 +183,7 @@ def _read_scheduler(path: pathlib.Path, pipeline_class: str) -> dict[str, Any]:
     return scheduler
 
 
-_LENGTH = json_file.Kind(  # two tokens begin and end each prompt; 10^30, also as 1e30, is "no limit"
+_LENGTH = json_file.Kind(  # at least a start and an end token; 10^30, also as 1e30, means "no limit"
     "a whole number from 2 on",
     lambda value: json_file.NUMBER.test(value) and (value >= 1e20 or (json_file.INTEGER.test(value) and value > 1)),
 )
@@ -190,12 +191,12 @@ _LENGTH = json_file.Kind(  # two tokens begin and end each prompt; 10^30, also a
 
 def _check_tokenizer(directory: pathlib.Path) -> None:
     where = directory / "tokenizer_config.json"
-    if where.exists():  # an old folder may hold the vocabulary only
+    if where.exists():  # old folders may hold only the vocabulary
         json_file.read(where, {"model_max_length": json_file.or_none(_LENGTH)})
 
 
 def _read_config(directory: pathlib.Path, library_class: str) -> tuple[dict[str, Any], Any]:
-    """Returns config.json as it is, and as it is read for the class; warns of keys that nobody knows."""
+    """Returns the content of config.json and the parsed configuration; warns about unknown keys."""
     where = directory / "config.json"
     config = json_file.read(where, largest=json_file.CONFIG)
     config_class, _ = MODEL_CLASSES[library_class]
@@ -212,7 +213,7 @@ def _read_component(directory: pathlib.Path, name: str, config: dict[str, Any], 
     library_class = NETWORK_CLASSES[name]
     tensors, arrangement = weights.read_weights(directory)
     where = f"{directory}/{arrangement.index or next(iter(arrangement.metadata))}"
-    if len(tensors) < least_tensors:  # before the network is made, which takes long for a large one
+    if len(tensors) < least_tensors:  # checked first: building a large network is slow
         raise UserError(
             f"{where}: its {len(tensors)} tensors don't fit the config.json beside it, which describes at least "
             f"{least_tensors}"
@@ -223,7 +224,7 @@ def _read_component(directory: pathlib.Path, name: str, config: dict[str, Any], 
     files = {key: f"{directory}/{file}" for key, file in arrangement.shard_of.items()}
     check_finite({key: tensors[key] for key in found.keys.values()}, files)
     params: Flat = {}
-    written: dict[str, str] = {}  # old → new spelling, where the two differ
+    written: dict[str, str] = {}  # old → current key
     for path, key in found.keys.items():
         params[path] = names.from_file(path, tensors[key].reshape(names.file_shape(path, wanted[path])))
         if library_class == "AutoencoderKL":

@@ -1,4 +1,4 @@
-"""Writing a diffusers pipeline folder as a whole: networks from their arrays, other parts and documents copied."""
+"""Writes a diffusers pipeline folder: networks from their arrays, other parts and documents copied."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from lcm_jax.interop.replace import keep_private, replacing
 
 
 def write_folder(folder: Folder, out: str | os.PathLike[str]) -> pathlib.Path:
-    """Writes the folder: networks from their arrays in the files that they came in, the other parts copied.
+    """Writes the folder: networks from their arrays, with the file layout they were read in; other parts copied.
 
-    Attention weights of old VAE folders get their present names; all other names, dtypes and shards stay, and the
-    variant that was read. Other variants and formats, and what model_index.json doesn't name, are left out, except
-    documents. An existing model folder is replaced, in one rename after everything is written and checked.
+    Attention weights of old VAE folders get their current names. All other names, dtypes, shards and the variant stay.
+    Other variants and formats, and anything that model_index.json doesn't name, are left out, except documents. An
+    existing model folder is replaced by a rename after everything is written and checked.
 
     Raises:
-      UserError: as `replacing` and `write_parts` do.
+      UserError: as for `replacing` and `write_parts`.
     """
     with replacing(out, folder.path) as temporary:
         write_parts(folder, temporary)
@@ -37,18 +37,20 @@ def write_parts(folder: Folder, to: pathlib.Path, *, recipe_holds: bool = True) 
     """Writes model_index.json, all parts that it names and documents into an empty folder, and checks them.
 
     Args:
-      recipe_holds: whether lcm_jax.json is taken along: the UNet is still the one that it tells of.
+      folder: the folder to write.
+      to: the empty folder.
+      recipe_holds: whether to copy lcm_jax.json, because it still describes the UNet.
 
     Raises:
-      UserError: a part's name is no plain name; a link leaves the folder; a part is missing, or would not load.
-      OSError: no place to write.
+      UserError: a part's name is not a plain name; a link leaves the folder; a part is missing or would not load.
+      OSError: the files can't be written.
     """
     if not folder.path.is_dir():
         raise UserError(f"{folder.path} is missing; what is only copied is read from there")
     parts = contents.parts(folder.model_index, f"{folder.path}/model_index.json")
     write_json(to / "model_index.json", folder.model_index)
     _copy_documents(folder.path, to, also=(RECIPE_FILE,) if recipe_holds else ())
-    for name, part_class in parts.items():  # first what may be missing, since writing weights takes long
+    for name, part_class in parts.items():  # parts that may be missing come first: writing weights is slow
         if name != "scheduler" and name not in folder.components:
             copied = contents.copied_files(folder.path, name)
             _copy_files(folder.path, name, to, copied)
@@ -69,7 +71,7 @@ def write_parts(folder: Folder, to: pathlib.Path, *, recipe_holds: bool = True) 
 
 
 def write_component(component: Component, root: pathlib.Path) -> None:
-    """Writes config.json and weights of one component below `root`."""
+    """Writes a component's config.json and weights to its subfolder of `root`."""
     directory = root / component.name
     directory.mkdir(exist_ok=True)
     write_json(directory / "config.json", component.config)
@@ -79,7 +81,7 @@ def write_component(component: Component, root: pathlib.Path) -> None:
 
 
 def new_source(component: Component) -> Source:
-    """Returns the usual single file with the usual keys, for parameters that don't come from a file."""
+    """Returns the default layout, one file with the current keys, for parameters that were not read from a file."""
     stem = "model" if component.library_class.startswith("CLIP") else "diffusion_pytorch_model"
     keys = {path: names.file_key(path) for path in component.params}
     return Source(keys, {}, weights.one_file(f"{stem}.safetensors", list(keys.values())))
@@ -88,9 +90,9 @@ def new_source(component: Component) -> Source:
 def replace_params(
     component: Component, params: Mapping[str, Any], dtype: np.dtype, config: dict[str, Any] | None = None
 ) -> Component:
-    """Returns the component with other parameters, cast to `dtype`, to be written in one full-precision file.
+    """Returns the component with new parameters, cast to `dtype`, to be written to one file without a variant.
 
-    The spelling of CLIP's keys and its buffers stay as they were read.
+    Keys and buffers of the component's source are kept. Raises UserError if the parameters don't fit the network.
     """
     network = make_network(component.library_class, config or component.config, where=component.name)
     cast = {path: np.asarray(array).astype(dtype) for path, array in params.items()}
@@ -107,12 +109,12 @@ def replace_params(
 
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object the way the peers do, indented by two."""
+    """Writes a JSON object, indented by two spaces as in diffusers and transformers."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _copy_files(root: pathlib.Path, name: str, to: pathlib.Path, files: Sequence[str]) -> None:
-    """Copies these files of a part, byte for byte."""
+    """Copies the given files of the part `name` byte for byte, except documents that are broken links."""
     lost = contents.lost_documents(root / name, files)
     if files:
         (to / name).mkdir(exist_ok=True)
@@ -132,7 +134,7 @@ def _copy_documents(root: pathlib.Path, to: pathlib.Path, also: tuple[str, ...])
 
 
 def _warn_of_lost(root: pathlib.Path, parts: Iterable[str]) -> None:
-    """Warns once of documents that are not copied, since they are links to nothing."""
+    """Warns once about documents that are not copied because they are broken links."""
     lost = contents.lost_documents(root, sorted(path.name for path in root.iterdir()))
     for name in parts:
         lost += [f"{name}/{file}" for file in contents.lost_documents(root / name, places.file_names(root, name))]
@@ -145,7 +147,7 @@ def _warn_of_lost(root: pathlib.Path, parts: Iterable[str]) -> None:
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a file; an error of the source is not reported as one of the place that is written to."""
+    """Copies a file; raises UserError if the source can't be opened, OSError if the target can't be written."""
     try:
         opened = source.open("rb")
     except OSError as error:
@@ -162,10 +164,7 @@ def _check_written(component: Component, to: pathlib.Path) -> None:
 
 
 def _check_fit(component: Component, directory: pathlib.Path) -> None:
-    """Checks that config.json and weights that were written fit each other, as reading them would.
-
-    Only the headers of the weights are read. Raises UserError.
-    """
+    """Raises UserError if the written config.json and weights don't fit each other; reads only the weight headers."""
     arrangement = component.source.arrangement if component.source else None
     file_names = arrangement.metadata if arrangement else [p.name for p in directory.glob("*.safetensors")]
     found: dict[str, tuple[int, ...]] = {}

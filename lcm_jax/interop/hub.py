@@ -1,4 +1,4 @@
-"""A folder on this machine for what the user named: a path, or the id of a model on the Hugging Face hub."""
+"""Resolves a path or a Hugging Face Hub id to a local folder."""
 
 import os
 import pathlib
@@ -8,17 +8,17 @@ from lcm_jax.errors import UserError
 from lcm_jax.host import unfinished
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# No pickles, no single-file checkpoints of the whole model at the top, and the variant without a name only.
+# No pickles, no top-level single-file checkpoints, and only the unnamed variant.
 _ALLOW = ["*.json", "*.txt", "*.md", "LICENSE*", "*/*.safetensors"]
 _IGNORE = [pattern for name in ("fp32", "fp16", "bf16") for pattern in (f"*.{name}.*", f"*.{name}-*")] + ["*non_ema*"]
 _NETWORKS = ("unet", "vae", "text_encoder")
 
 
 def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns the folder of that name, or fetches the hub's model of that name into the hub's own cache.
+    """Returns the folder at a path, or downloads the hub model of that id to the hub cache and returns its folder.
 
     Raises:
-      UserError: neither is to be had.
+      UserError: the path is a file or can't be read, or there is no such folder and the download fails.
     """
     path, name = pathlib.Path(os.path.expanduser(path_or_hub_id)), str(path_or_hub_id)
     try:
@@ -32,16 +32,16 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
         raise UserError(f"{name} can't be read: {error.strerror}") from None
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"there is no folder {name}")
-    # imported late: it takes time, and most models are folders
+    # lazy: slow to import, and most models are local folders
     from huggingface_hub import snapshot_download
 
     try:
         folder = pathlib.Path(snapshot_download(name, allow_patterns=_ALLOW, ignore_patterns=_IGNORE))
-        # a model that comes as a named variant only, such as half precision
+        # some models have only a named variant, such as fp16
         if not all(any((folder / name).glob("*.safetensors")) for name in _NETWORKS):
             folder = pathlib.Path(snapshot_download(name, allow_patterns=_ALLOW))
         return folder
-    except Exception as error:  # the hub's own errors, and those of an HTTP library that differs between its versions
+    except Exception as error:  # hub errors, and those of an HTTP library that depends on the hub's version
         reason = " ".join(str(error).split()).split(". ")[0]
         raise UserError(
             f"there is no folder {name}, and no model of that name could be fetched from the hub: {reason}"

@@ -1,4 +1,4 @@
-"""model_index.json: which parts a pipeline has, and of which class each is."""
+"""Reads model_index.json: the parts of a pipeline and their classes."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ from lcm_jax.interop import places
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
 TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 NETWORK_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-# Neither run nor changed, so of any class: transformers renames that of the feature extractor with its versions.
+# Only copied, so any class is accepted: the feature extractor's class name differs between transformers versions.
 COPIED = ("safety_checker", "feature_extractor", "image_encoder")
 _SUPPORTED = {**{name: (known,) for name, known in NETWORK_CLASSES.items()}, "tokenizer": TOKENIZER_CLASSES}
 _REQUIRED = (*NETWORK_CLASSES, "tokenizer", "scheduler")
@@ -28,10 +28,12 @@ _EXAMPLES = {
 def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads model_index.json in the folder `path`.
 
-    Returns: the JSON object, with [null, null] for an optional part that is null; part → class, for each part that is
-      not null.
-    Raises: UserError for a file that can't be read, a pipeline, a part or a class that isn't supported, a part that is
-      missing, and a part whose name is no plain name of a folder.
+    Returns:
+      The JSON object, with [null, null] for optional parts that are null; and part → class for the other parts.
+
+    Raises:
+      UserError: the file can't be read; the pipeline, a part or a class isn't supported; a part is missing; a part's
+        name is not a plain folder name.
     """
     where = path / "model_index.json"
     places.check_file(where, path)
@@ -66,7 +68,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def is_part(value: Any) -> bool:
-    """Whether a value in model_index.json names a part: a library and a class, or [null, null] for no such part."""
+    """Returns whether a value in model_index.json is a part: [library, class], or [null, null] for an absent part."""
     return isinstance(value, list) and len(value) == 2 and all(item is None or isinstance(item, str) for item in value)
 
 

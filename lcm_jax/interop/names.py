@@ -1,8 +1,7 @@
-"""Parameter names: ours and those in a safetensors file, a bijection.
+"""Maps parameter paths of this package to keys in safetensors files and back.
 
-A parameter's path here is its key in the file up to the last part: `kernel`, `scale` and `embedding` are all called
-`weight` there. Kernels are also stored the other way round: a convolution's is OIHW there and HWIO here, a linear
-layer's is (out, in) there and (in, out) here.
+Path and key differ only in the last part: `kernel`, `scale` and `embedding` are `weight` in the file. Kernels are
+transposed: convolutions are OIHW in the file and HWIO here, linear layers (out, in) in the file and (in, out) here.
 """
 
 import dataclasses
@@ -16,39 +15,39 @@ from lcm_jax.errors import UserError, few
 Shape = tuple[int, ...]
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-# VAE folders written before diffusers 0.18 call the projections of an attention layer so.
+# Attention projections in VAE folders written before diffusers 0.18.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION_KEY = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 _ATTENTION_WEIGHT = re.compile(r".*attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight")
 _CLIP_PREFIX = "text_model."
-# What a CLIP file may hold beside the parameters of CLIPTextModel: a buffer of older versions, and the other parts of a
-# CLIPModel. transformers reads over them.
+# Tensors that a CLIP file may hold besides CLIPTextModel's parameters: a buffer of older versions, and the other parts
+# of a CLIPModel. transformers ignores them.
 _CLIP_OTHERS = re.compile(r".*embeddings\.position_ids|logit_scale|(text|visual)_projection\.weight|vision_model\..+")
 
 
 def file_key(path: str) -> str:
-    """Returns the key that the peer's current version gives to our parameter `path`."""
+    """Returns the key of the parameter `path` in current diffusers or transformers."""
     stem, _, leaf = path.rpartition(".")
     leaf = _LEAVES.get(leaf, leaf)
     return f"{stem}.{leaf}" if stem else leaf
 
 
 def to_file(path: str, array: np.ndarray) -> np.ndarray:
-    """Returns our array in the file's layout (a view)."""
+    """Returns a parameter's array in the file's layout, as a view."""
     if path.endswith("kernel"):
         return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
     return array
 
 
 def from_file(path: str, array: np.ndarray) -> np.ndarray:
-    """Returns a file's array in our layout (a view): the inverse of `to_file`."""
+    """Returns a file's array in this package's layout, as a view; the inverse of `to_file`."""
     if path.endswith("kernel"):
         return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
     return array
 
 
 def file_shape(path: str, shape: Shape) -> Shape:
-    """Returns the shape in the file of our parameter `path` with our shape `shape`."""
+    """Returns the file's shape for the parameter `path` of shape `shape`."""
     if path.endswith("kernel"):
         return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
     return tuple(shape)
@@ -56,11 +55,11 @@ def file_shape(path: str, shape: Shape) -> Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """Which tensor of a file is which parameter.
+    """Result of `match`.
 
     Attributes:
-      keys: our path → key in the file, for each parameter of the network, once.
-      buffers: keys in the file that hold no parameter but may be there (CLIP's `position_ids`, its vision tower).
+      keys: parameter path → key in the file, for each parameter of the network.
+      buffers: keys in the file that are allowed but not parameters, such as CLIP's `position_ids` or vision tower.
     """
 
     keys: dict[str, str]
@@ -68,16 +67,16 @@ class Match:
 
 
 def match(library_class: str, found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str) -> Match:
-    """Pairs each tensor of a file with a parameter of the network.
+    """Matches each tensor of a file to a parameter of the network.
 
     Args:
-      library_class: the peer's class name, whose older spellings are read too.
+      library_class: the class in diffusers or transformers; its older key names are accepted too.
       found: key → shape, as in the file.
-      wanted: our path → our shape.
-      where: the file, for the message.
+      wanted: parameter path → shape.
+      where: the file, for error messages.
 
     Raises:
-      UserError: names what is missing, unexpected, doubled or of another shape, first few and count.
+      UserError: tensors are missing, unexpected, duplicated or of the wrong shape; lists the first few and the count.
     """
     expected = {file_key(path): path for path in wanted}
     assert len(expected) == len(wanted), "two parameters of the network have one key in the file"
@@ -114,9 +113,9 @@ def match(library_class: str, found: Mapping[str, Shape], wanted: Mapping[str, S
 
 
 def current_key(library_class: str, key: str, expected: Iterable[str]) -> str:
-    """Returns the key that the peer's current version gives to what a file calls `key`.
+    """Returns the current diffusers or transformers name of a file's `key`.
 
-    CLIP's keys come with and without the prefix `text_model.`; the form that is in `expected` is returned.
+    CLIP keys exist with and without the prefix `text_model.`; a key that is not in `expected` gets the other form.
     """
     if library_class == "AutoencoderKL" and (old := _OLD_ATTENTION_KEY.fullmatch(key)):
         return f"{old[1]}.{_OLD_ATTENTION[old[2]]}.{old[3]}"
@@ -126,7 +125,7 @@ def current_key(library_class: str, key: str, expected: Iterable[str]) -> str:
 
 
 def squeezed(library_class: str, current: str, shape: Shape) -> Shape:
-    """Returns the shape without the two ones of a VAE attention weight that is stored as a 1 × 1 convolution."""
+    """Returns the shape, without the last two axes for a VAE attention weight stored as a 1 × 1 convolution."""
     if library_class == "AutoencoderKL" and len(shape) == 4 and _ATTENTION_WEIGHT.fullmatch(current):
         return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
     return tuple(shape)

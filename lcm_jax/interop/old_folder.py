@@ -1,6 +1,6 @@
-"""What an existing folder may hold so that an export replaces it: only what exports write, and copies of it.
+"""Checks that an export may replace an existing folder.
 
-The old folder is removed as a whole. A file that is nobody's copy would be lost: a note, a LoRA, images, a run.
+The old folder is removed, so files that no export writes would be lost: notes, LoRAs, images, training runs.
 """
 
 import pathlib
@@ -16,18 +16,18 @@ _ADVICE = "move it away, or choose another --out"
 
 
 def check_replaceable(target: pathlib.Path, source: pathlib.Path | None, out: str) -> None:
-    """Checks that nothing is lost when a model folder is replaced.
+    """Checks that replacing a model folder loses no files.
 
-    Known are the folders of parts that the old model_index.json names with settings and weights in them, and the
-    documents of a model. Whatever `source` has under the same name is known too, since it is copied from there.
+    Allowed are documents, and settings and weights in the parts that the old model_index.json names. Files that
+    `source` has under the same name are allowed too.
 
     Args:
-      target: the existing folder, its real path.
+      target: the existing folder, as a real path.
       source: the folder that the new model is read from.
-      out: `target` as the user named it, for the message.
+      out: `target` as the user wrote it, for error messages.
 
     Raises:
-      UserError: names what lies in `target` and belongs to `source`, or that no model folder has.
+      UserError: `target` contains `source` or files that `source` links to, or files that no export writes.
     """
     if not any(target.iterdir()):
         return
@@ -58,7 +58,7 @@ def _is_of_part(path: pathlib.Path) -> bool:
 
 
 def _first_inside(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path | None:
-    """Returns the source, or an entry of it or of its parts that is a link, if what it leads to lies in `target`."""
+    """Returns the first of `source`, its entries and its parts' entries whose real path is in `target`, or None."""
     entries = list(source.iterdir()) if source.is_dir() else []
     files = [file for path in entries if path.is_dir() for file in path.iterdir()]
     return next((path for path in [source, *entries, *files] if target in path.resolve().parents), None)

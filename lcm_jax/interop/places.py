@@ -1,16 +1,16 @@
-"""Where the files of a model folder may lie: names are plain, links stay within the model or a hub cache.
+"""Checks file names and links of a model folder, which may be untrusted.
 
-A folder from elsewhere must not reach into this machine. A component named `../x` would be written outside the output
-folder; a link `vae/config.json -> ~/.ssh/id_rsa` would copy a secret into an export that is then published. The rules:
+A component named `../x` would be written outside the output folder. A link `vae/config.json -> ~/.ssh/id_rsa` would
+copy a secret into an export. The rules:
 
-1. Names of components and of weight files are plain names (`plain_name`).
-2. A link to a file must end inside the model folder or be a blob of a hub cache, `models--NAME/blobs/HASH`, to which
-   the hub's snapshots link. The cache, or its blobs, may have been moved and be links themselves.
-3. A part itself may be a link to a folder anywhere, since models share parts that way, if that folder is recognizably
-   a part: it holds the configuration of one. Its files must then stay within the folder that the link leads to.
-4. Nothing but regular files and folders is read: opening a named pipe would wait for ever.
+1. Names of components and weight files are plain names (`plain_name`).
+2. A link to a file must lead into the model folder or to a blob of a hub cache, `models--NAME/blobs/HASH`, as in hub
+   snapshots. The cache or its blobs may have been moved and be links themselves.
+3. A part may be a link to any folder that holds a part's configuration, since models share parts this way. Links in it
+   must then stay within that folder.
+4. Only regular files and folders are read: opening a named pipe would block forever.
 
-Only files that are opened or copied are judged: a checkpoint that no loader reads may be a link to anything.
+Only files that are opened or copied are checked. A checkpoint that no loader reads may be any link.
 """
 
 import os
@@ -21,19 +21,19 @@ from typing import Any
 from lcm_jax.errors import UserError, plain
 from lcm_jax.host import json_file
 
-_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a blob: the SHA-1 or SHA-256 of its content
-_LONGEST_NAME = 255  # bytes, the limit of the usual file systems
-# A part holds one of these files; config.json is a common name, so it must also name a model.
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # name of a blob: SHA-1 or SHA-256 of its content
+_LONGEST_NAME = 255  # bytes, the limit of common file systems
+# A part holds one of these files, or a config.json with one of _CONFIG_MARKS, since config.json is a common name.
 _MARKS = ("scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
 _CONFIG_MARKS = ("_class_name", "model_type", "architectures")
 
 
 def plain_name(name: Any, where: str) -> str:
-    """Returns the name of a file or folder that lies directly in another folder.
+    """Returns `name` if it is a plain file or folder name; `where` starts the error message.
 
-    Args: the name, as a file from outside gives it; the file and what it names there, for the message.
-    Raises: UserError for what is no text, empty, hidden, too long, or holds a separator, a colon (a drive on Windows),
-      white space at an end or a character that can't be printed.
+    Raises:
+      UserError: it is not a string, is empty, hidden or longer than 255 bytes, or has a path separator, a colon (a
+        Windows drive), leading or trailing white space, or a character that can't be printed.
     """
     if (
         not isinstance(name, str)
@@ -48,13 +48,13 @@ def plain_name(name: Any, where: str) -> str:
 
 
 def file_names(root: pathlib.Path, name: str) -> list[str]:
-    """Returns the names of what lies directly in a part and is no folder, sorted; hidden ones are left out.
+    """Returns the sorted names of a part's files, without hidden files; [] if the part has no folder.
 
-    Links are listed wherever they lead, even to nothing: `part_file` judges those that are used.
+    `name` is the part's subfolder of the model folder `root`, a plain name. All links are listed, even broken ones;
+    `part_file` checks those that are used.
 
-    Args: the model folder; the part's folder, a plain name.
-    Raises: UserError for a part that is no folder, or a link to something else than a part. A part without a folder has
-      no files, and is no error.
+    Raises:
+      UserError: the part is not a folder, can't be read, or is a link to something other than a part.
     """
     part = root / name
     if not part.is_symlink() and not part.exists():
@@ -67,11 +67,7 @@ def file_names(root: pathlib.Path, name: str) -> list[str]:
 
 
 def part_file(root: pathlib.Path, name: str, file: str) -> pathlib.Path:
-    """Returns the path of a part's file, checked to be safe to read and to copy.
-
-    Args: the model folder; the part's folder, a plain name; the file's name.
-    Raises: UserError names the file, and where its link leads.
-    """
+    """Returns the path of a file in a part's subfolder `name` (a plain name), after checking it with `check_file`."""
     part = root / name
     shared = not pathlib.Path(os.path.realpath(part)).is_relative_to(os.path.realpath(root))
     check_file(part / file, part if shared else root)
@@ -79,10 +75,10 @@ def part_file(root: pathlib.Path, name: str, file: str) -> pathlib.Path:
 
 
 def check_file(path: pathlib.Path, within: pathlib.Path) -> None:
-    """Checks that a file is safe to read and to copy.
+    """Checks that a file is safe to read and copy: if it is a link, it stays in the folder `within` or a hub cache.
 
-    Args: the file; the folder that its links must not leave.
-    Raises: UserError names the file, and where its link leads.
+    Raises:
+      UserError: a link leads elsewhere or is broken, or the file is not a regular file.
     """
     target = pathlib.Path(os.path.realpath(path))
     if path.is_symlink():
@@ -117,7 +113,7 @@ def _is_part(folder: pathlib.Path) -> bool:
 def _is_blob(target: pathlib.Path, path: pathlib.Path) -> bool:
     if target.parent.name == "blobs" and target.parent.parent.name.startswith("models--"):
         return True
-    # a cache that was moved: its place is known by the way to the file only, so the blob must have the name of one
+    # a moved cache is recognized only by the path to the file, so the blob's name must be a hash
     for snapshots in pathlib.Path(os.path.abspath(path)).parents:
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
             blobs = os.path.realpath(snapshots.parent / "blobs")

@@ -1,4 +1,4 @@
-"""How a consistency model was distilled, as its folder (lcm_jax.json) or its LoRA file (in the header) tells."""
+"""Distillation settings of a consistency model, stored in lcm_jax.json or in the header of an LCM-LoRA file."""
 
 import dataclasses
 import json
@@ -14,24 +14,24 @@ from lcm_jax.host.json_file import INTEGER, NUMBER, POSITIVE, TEXT, WHOLE, Kind
 
 RECIPE_FILE = "lcm_jax.json"
 HEADER_KEY = "lcm_jax"
-MOST_STEPS = 1000  # no noise schedule that is read here has more timesteps
+MOST_STEPS = 1000  # the most timesteps of any supported noise schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a consistency model was distilled: the content of lcm_jax.json, or of an LCM-LoRA's header.
+    """Distillation settings of a consistency model: the content of lcm_jax.json or of an LCM-LoRA's header.
 
     Attributes:
-      teacher: the hub id that it was distilled from, or the folder's name.
+      teacher: hub id or folder name of the teacher.
       weights: "ema" or "student".
-      guidance_min, guidance_max: the trained range of guidance_scale (w + 1).
+      guidance_min, guidance_max: trained range of guidance_scale (w + 1).
       solver: psi, "ddim", "dpm" or "dpmpp".
-      skip: k, the training timesteps that one step of psi crosses.
-      original_inference_steps: N, the number of timesteps on the trained grid.
-      timestep_scaling: of the boundary condition.
-      w_embedding_dim: 0 for a student that isn't told the guidance.
-      distance: the loss's d.
-      steps, batch_size, learning_rate, ema_decay: of the training; ema_decay 0 is none.
+      skip: k, the number of training timesteps per step of psi.
+      original_inference_steps: N, the number of timesteps in the trained grid.
+      timestep_scaling: timestep scale in the boundary condition.
+      w_embedding_dim: size of the guidance embedding; 0 for a student without one.
+      distance: d, the distance in the loss.
+      steps, batch_size, learning_rate, ema_decay: training settings; ema_decay 0 means no EMA.
     """
 
     teacher: str
@@ -51,20 +51,20 @@ class Recipe:
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "Recipe | None":
-        """Returns the recipe in a model folder, None if it has none; raises UserError if it can't be read."""
+        """Returns the recipe of a model folder, or None if it has none; raises UserError if it can't be read."""
         path = folder / RECIPE_FILE
         return cls._of(json_file.read(path, _KINDS), str(path)) if path.exists() else None
 
     @classmethod
     def of_header(cls, header: Mapping[str, str], where: str) -> "Recipe | None":
-        """Returns the recipe in a LoRA file's header, as `read` does; `where` is the file."""
+        """Returns the recipe in a LoRA file's header, as `read` does; `where` names the file in errors."""
         if HEADER_KEY not in header:
             return None
         where = f"{where}: {HEADER_KEY} in its header"
         return cls._of(json_file.parse(header[HEADER_KEY], where, _KINDS), where)
 
     def to_header(self) -> dict[str, str]:
-        """Returns what a LoRA file's header holds of it."""
+        """Returns the recipe as a LoRA file's header entry."""
         return {HEADER_KEY: json.dumps(dataclasses.asdict(self), sort_keys=True)}
 
     @classmethod

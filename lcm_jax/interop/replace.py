@@ -1,4 +1,4 @@
-"""Writing a folder so that it is complete or not there, however the process ends."""
+"""Writes a folder atomically: it is complete or absent, even if the process is killed."""
 
 import contextlib
 import ctypes
@@ -13,20 +13,19 @@ from lcm_jax.host import files, unfinished
 from lcm_jax.interop.old_folder import check_replaceable
 from lcm_jax.interop.weights import is_weights
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux constants
 
 
 @contextlib.contextmanager
 def replacing(out: str | os.PathLike[str], source: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
-    """Gives a new folder beside `out` to write into, and renames it to `out` when all went well.
+    """Yields a new folder next to `out` to write into, and renames it to `out` on success.
 
-    Only its owner can read the new folder meanwhile. It is on the disk before `out` changes, in one step where the
-    operating system can exchange two folders. Otherwise a process that is killed between two renames leaves no `out`,
-    which the next reader or writer on this machine puts back. What killed processes left of `out` is removed.
+    Until then only its owner can read it. It is synced to disk before `out` changes. The change is atomic where the
+    operating system can exchange two folders. Elsewhere, a process killed between two renames leaves no `out`; the
+    next reader or writer on the same machine restores it. Leftovers of killed processes are removed.
 
     Raises:
-      UserError: `out` is or holds `source`, is a file, or is a folder with something in it that no export writes; no
-        place to write.
+      UserError: `out` is or contains `source`, is a file, holds files that no export writes, or can't be written.
     """
     target = pathlib.Path(os.path.realpath(os.path.expanduser(out)))
     unfinished.restore(target)
@@ -56,9 +55,9 @@ def replacing(out: str | os.PathLike[str], source: pathlib.Path | None = None) -
 
 
 def keep_private(folder: pathlib.Path, source: pathlib.Path) -> None:
-    """Gives group and others no more rights to a folder and its files than they have to those that they came from.
+    """Limits group and other permissions of a folder and its files to those of `source` and its files.
 
-    A file that `source` doesn't have is treated as the most private of its weights, if it holds weights.
+    A weight file that `source` doesn't have is limited by the permissions of all weight files in `source`.
     """
     if not source.is_dir():
         return
@@ -77,20 +76,20 @@ def _limit(path: pathlib.Path, mode: int) -> None:
 
 def _set_mode(path: pathlib.Path, mode: int) -> None:
     if path.stat().st_mode != mode:
-        with contextlib.suppress(PermissionError):  # a file system without rights, such as that of a memory stick
+        with contextlib.suppress(PermissionError):  # file systems without permissions, such as FAT
             path.chmod(stat.S_IMODE(mode))
 
 
 def exchange(first: pathlib.Path, second: pathlib.Path) -> bool:
-    """Exchanges two folders in one step. Returns whether it did: not every system and file system can."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # of Linux alone
+    """Exchanges two folders atomically; returns False if the operating system or file system can't."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux only
     if renameat2 is None:
         return False
     return renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
 
 
 def _put(new: pathlib.Path, target: pathlib.Path) -> None:
-    """Renames `new` to `target`; what was there is then at `new`, or gone."""
+    """Renames `new` to `target`; the old target ends up at `new` or is removed."""
     if not target.exists():
         new.rename(target)
     elif not exchange(new, target):
@@ -102,4 +101,4 @@ def _put(new: pathlib.Path, target: pathlib.Path) -> None:
             except OSError:
                 old.rename(target)
                 raise
-            shutil.rmtree(old, ignore_errors=True)  # what can't be removed now is removed by the next writer
+            shutil.rmtree(old, ignore_errors=True)  # the next writer removes the rest

@@ -1,4 +1,4 @@
-"""A scheduler_config.json of diffusers: which classes and values are supported, and what a missing key means."""
+"""Reads diffusers' scheduler_config.json: supported classes and values, and defaults for missing keys."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError, plain
 from lcm_jax.host import json_file
 
-# what a key that scheduler_config.json lacks means to diffusers' class of that name
+# defaults of diffusers' scheduler classes
 _DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -18,7 +18,7 @@ _DEFAULTS: dict[str, Any] = {
     "prediction_type": "epsilon",
     "set_alpha_to_one": True,
     "steps_offset": 0,
-    "original_inference_steps": 1,  # no other class has a trained grid
+    "original_inference_steps": 1,  # only LCMScheduler has a trained grid
 }
 _LATENT = {"beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULER_CLASSES: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ SCHEDULER_CLASSES: dict[str, dict[str, Any]] = {
     "UniPCMultistepScheduler": {},
 }
 _OFF = json_file.Kind("False", lambda value: value in (None, False))
-_SWITCH = json_file.or_none(json_file.BOOLEAN)  # null is off, as to diffusers
+_SWITCH = json_file.or_none(json_file.BOOLEAN)  # null means off, as in diffusers
 KINDS: dict[str, json_file.Kind] = {
     "num_train_timesteps": json_file.WHOLE,
     "beta_start": json_file.POSITIVE,
@@ -49,20 +49,20 @@ KINDS: dict[str, json_file.Kind] = {
     "rescale_betas_zero_snr": _SWITCH,
     "prediction_type": json_file.TEXT,
     "set_alpha_to_one": _SWITCH,
-    "steps_offset": json_file.or_none(json_file.INTEGER),  # diffusers' pipelines write 1 over null
-    # of LCMScheduler: the trained grid
+    "steps_offset": json_file.or_none(json_file.INTEGER),  # diffusers' pipelines replace null by 1
+    # LCMScheduler's trained grid
     "original_inference_steps": json_file.WHOLE,
     "timestep_scaling": json_file.POSITIVE,
-    # what would change the process that is sampled: only these values mean what is implemented
+    # options that change the diffusion process: only these values are implemented
     "thresholding": _OFF,
     "trained_betas": json_file.Kind("None", lambda value: value is None),
     "use_flow_sigmas": _OFF,
     "use_dynamic_shifting": _OFF,
     "timestep_type": json_file.Kind("'discrete'", lambda value: value == "discrete"),
-    "predict_epsilon": json_file.Kind("True", lambda value: value in (None, True)),  # prediction_type's older form
+    "predict_epsilon": json_file.Kind("True", lambda value: value in (None, True)),  # older form of prediction_type
 }
-# Other keys of diffusers' classes. They are about its solvers and their timesteps, which are not used here, and about
-# clipping: `StableDiffusionPipeline` turns clip_sample off whatever the file says, since latents are not in [-1, 1].
+# Ignored keys of diffusers' classes: options of its solvers and timesteps, which are not used here, and clipping, which
+# `StableDiffusionPipeline` always turns off, since latents are not in [-1, 1].
 _OTHERS = (
     "algorithm_type clip_sample clip_sample_range disable_corrector dynamic_thresholding_ratio euler_at_final "
     "final_sigmas_type flow_shift interpolation_type lambda_min_clipped lower_order_final predict_x0 sample_max_value "
@@ -74,10 +74,10 @@ KNOWN = frozenset((*KINDS, *_OTHERS.split()))
 
 
 def read_schedule(config: Mapping[str, Any]) -> Schedule:
-    """Returns the schedule of a scheduler_config.json; a missing key has the default of the class that it names.
+    """Returns the noise schedule of a scheduler_config.json; missing keys get the defaults of its `_class_name`.
 
     Raises:
-      UserError: a class or a value that isn't supported.
+      UserError: the class or a value isn't supported.
     """
     values = read_values(config)
     schedule = Schedule(**{field.name: values[field.name] for field in dataclasses.fields(Schedule)})
@@ -89,16 +89,16 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
 
 
 def read_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of a scheduler's config, with the defaults of the class that it names.
+    """Returns the values of a scheduler_config.json, with the defaults of its `_class_name` for missing keys.
 
     Raises:
-      UserError: a class or a value that isn't supported.
+      UserError: the class or a value isn't supported.
     """
     name = config.get("_class_name")
     if name is None:
         raise UserError("_class_name is missing; it must name diffusers' scheduler class, like 'DDIMScheduler'")
     if not isinstance(name, str) or name not in SCHEDULER_CLASSES:
-        # no nearest name: another class samples in another way
+        # suggest no similar name: another class samples differently
         names = ", ".join(known.removesuffix("Scheduler") for known in SCHEDULER_CLASSES)
         raise UserError(f"_class_name is {plain(repr(name), 60)}; supported, each with Scheduler behind: {names}")
     for key, kind in KINDS.items():

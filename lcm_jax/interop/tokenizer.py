@@ -1,4 +1,4 @@
-"""The CLIP tokenizer of a folder: prompts to token ids, and what was cut off."""
+"""CLIP tokenizer of a model folder: converts prompts to token ids and reports truncated text."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 
 
 class Tokenizer:
-    """Turns prompts into the ids that the text encoder takes. Safe to call from several threads at once."""
+    """Converts prompts to token ids for the text encoder. Thread-safe."""
 
     def __init__(self, backend: tokenizers.Tokenizer, max_length: int, pad_id: int, rows: int, where: str) -> None:
         """Initializes the tokenizer.
 
         Args:
-          backend: a `tokenizers.Tokenizer`, whose settings are changed.
-          max_length: the ids of a prompt.
-          pad_id: the id that fills up.
-          rows: of the text encoder's table of embeddings; ids are below.
-          where: the text encoder's folder, for messages.
+          backend: a `tokenizers.Tokenizer`; its truncation and padding settings are changed.
+          max_length: number of ids per prompt.
+          pad_id: the padding id.
+          rows: number of rows in the text encoder's embedding table; ids must be below.
+          where: the text encoder's folder, for error messages.
         """
         self.max_length = max_length
-        # Set once: transformers' own call sets them anew each time, which isn't safe in threads.
+        # Set once: transformers sets them in each call, which isn't thread-safe.
         backend.enable_truncation(max_length)
         backend.enable_padding(length=max_length, pad_id=pad_id, pad_token=backend.id_to_token(pad_id))
         self._backend, self._rows, self._where = backend, rows, where
         self._vectors = _multi_vector_words({token.content for token in backend.get_added_tokens_decoder().values()})
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Returns int32 (len(prompts), max_length): start token, prompt, end token, padding; too long ones are cut.
+        """Returns int32 (len(prompts), max_length): start token, prompt (truncated if too long), end token, padding.
 
         Raises:
-          UserError: a prompt that is no Unicode text, or has a word that the text encoder has no row for.
+          UserError: a prompt is not Unicode text, or has a token without a row in the text encoder's embedding table.
         """
         prompts = [self._expanded(prompt) for prompt in prompts]
         ids = np.asarray([encoding.ids for encoding in self._backend.encode_batch(prompts)], np.int64)
@@ -59,23 +59,23 @@ class Tokenizer:
         return ids.astype(np.int32)
 
     def cut(self, prompt: str) -> str:
-        """Returns the end of the prompt that does not fit into `max_length` ids; "" if all of it fits.
+        """Returns the truncated end of a prompt that exceeds `max_length` ids; "" if it fits.
 
-        A multi-vector word stands there as the words of its vectors.
+        Words of multi-vector textual inversions are expanded.
         """
         prompt = self._expanded(prompt)
         overflowing = self._backend.encode(prompt).overflowing
         if not overflowing:
             return ""
-        # the pieces' first and last tokens are the start and end token, which stand for no text: (0, 0)
+        # each piece begins and ends with the start and end token, whose offsets are (0, 0)
         starts = [start for piece in overflowing for start, end in piece.offsets if end > start]
         return prompt[min(starts) :].strip() if starts else ""
 
     def _expanded(self, prompt: str) -> str:
-        """Returns the prompt with each word of a multi-vector textual inversion followed by its other vectors' words.
+        """Returns the prompt with words of multi-vector textual inversions expanded, "x" to "x x_1 x_2 …".
 
-        As in diffusers (`TextualInversionLoaderMixin.maybe_convert_prompt`), a word counts where the tokenizer finds it
-        as a token, and is then replaced wherever its letters stand.
+        As in diffusers' `TextualInversionLoaderMixin.maybe_convert_prompt`, a word that the tokenizer finds as a token
+        is replaced at every occurrence of its letters.
         """
         prompt = arguments.text("the prompt", prompt)
         if any(word in prompt for word in self._vectors):
@@ -87,7 +87,7 @@ class Tokenizer:
 
 
 def _multi_vector_words(added: set[str]) -> dict[str, str]:
-    """Returns word → "word word_1 word_2 …" of the added tokens that have more than one vector."""
+    """Returns word → "word word_1 word_2 …" for the added tokens with more than one vector."""
     found = {}
     for word in added:
         words = [word]
@@ -99,13 +99,14 @@ def _multi_vector_words(added: set[str]) -> dict[str, str]:
 
 
 def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = "text_encoder") -> Tokenizer:
-    """Reads the CLIP tokenizer in the subfolder `name`, in either file format that transformers writes.
+    """Reads the CLIP tokenizer in the subfolder `name`, from tokenizer.json or vocab.json.
 
-    Prompts are as long as both the tokenizer's `model_max_length` and the text encoder's position table allow. Words
-    that the text encoder has no row for are a warning here, as diffusers reads such folders, and an error in a prompt.
+    The prompt length is the smaller of the tokenizer's `model_max_length` and the text encoder's
+    `max_position_embeddings`. Tokens without a row in the text encoder's embedding table cause a warning here, since
+    diffusers loads such folders, and an error when a prompt contains one.
 
     Raises:
-      UserError: the files are missing or broken; the text encoder has no row for the tokens of every prompt.
+      UserError: the files are missing or broken; there is no pad token; the start, end or pad token has no row.
     """
     directory = folder.path / name
     tokenizer = read_tokenizer(directory)
@@ -119,7 +120,7 @@ def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = 
     backend = tokenizer.backend_tokenizer
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
     loaded = Tokenizer(backend, length, tokenizer.pad_token_id, config.vocab_size, str(where))
-    loaded([""])  # without rows for the start and end token no prompt can be encoded
+    loaded([""])  # raises if the start, end or pad token has no row
     if beyond := sorted((i, word) for word, i in backend.get_vocab().items() if i >= config.vocab_size):
         warnings.warn(
             f"{where} has no rows for words of the tokenizer (vocab_size is {config.vocab_size}), so prompts can't "
@@ -131,15 +132,15 @@ def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = 
 
 
 def read_tokenizer(directory: pathlib.Path) -> Any:
-    """Returns transformers' CLIPTokenizer of a folder; raises UserError if its files are missing or broken."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it says that PyTorch is missing, which is meant so
-    from transformers import CLIPTokenizer  # imported late: it takes half a second
+    """Returns the folder's transformers CLIPTokenizer; raises UserError if its files are missing or broken."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no warning that PyTorch is missing
+    from transformers import CLIPTokenizer  # lazy: the import takes half a second
 
     if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
         raise UserError(f"{directory} holds neither tokenizer.json nor vocab.json; a CLIPTokenizer has one of them")
     try:
         return CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
+    except Exception as error:  # tokenizers raises plain Exception for broken files
         raise UserError(
             f"{directory} can't be read as a CLIP tokenizer: {' '.join(str(error).split())[:200]}"
         ) from None

@@ -1,4 +1,4 @@
-"""What can be wrong with the weights in a file: it is no safetensors file, or they are no finite numbers."""
+"""Finds faults in weight files: not a safetensors file, or values that are not finite numbers."""
 
 import concurrent.futures
 import pathlib
@@ -9,9 +9,9 @@ import numpy as np
 
 from lcm_jax.errors import UserError, few
 
-_CHUNK = 2**22  # numbers that are looked at in one piece, so that little memory is needed beside the tensor
-_START = 512  # bytes of a file that are looked at to say what it is
-# first bytes → what such a file is, for files that are found where weights should be
+_CHUNK = 2**22  # values checked at once, to limit memory
+_START = 512  # bytes read to identify a file
+# first bytes → file type
 _OTHERS = (
     (b"version https://git-lfs", "a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`"),
     (b"PK\x03\x04", "a pickle or another zip file, not safetensors"),
@@ -23,12 +23,11 @@ _OTHERS = (
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], file_of: Mapping[str, str]) -> None:
-    """Checks that weights are finite numbers of a floating-point type: 16 and 8 bits, 32 or 64.
+    """Checks that weights (key → array) are of a floating-point type (8 to 64 bits) and finite in float32.
 
-    Args: key → array; key → the file that holds it.
-    Raises: UserError names the file, the first keys and what they hold, and how many others there are.
+    Raises UserError with the file, from `file_of` (key → file), and the first few keys and their faults.
     """
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # numpy's loops run beside each other
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # numpy releases the GIL
         faults = {key: fault for key, fault in zip(tensors, pool.map(_fault, tensors.values()), strict=True) if fault}
     if faults:
         file = file_of[next(iter(faults))]
@@ -44,17 +43,17 @@ def _fault(array: np.ndarray) -> str:
 
 
 def _not_finite(flat: np.ndarray) -> int:
-    if flat.dtype in (np.float16, jnp.bfloat16):  # by the bits of the exponent: several times faster than isfinite
+    if flat.dtype in (np.float16, jnp.bfloat16):  # exponent bits: several times faster than isfinite
         exponent = np.asarray(np.inf, flat.dtype).view(np.uint16)
         return int(np.count_nonzero((flat.view(np.uint16) & exponent) == exponent))
-    if flat.dtype == np.float64:  # computed with in float32, in which larger numbers are infinite
+    if flat.dtype == np.float64:  # used in float32, where larger numbers overflow
         with np.errstate(over="ignore"):
             flat = flat.astype(np.float32)
     return flat.size - int(np.count_nonzero(np.isfinite(flat)))
 
 
 def unreadable(path: pathlib.Path, error: Exception) -> str:
-    """Returns what is wrong with a file that safetensors can't read: what it is, or where it ends too early."""
+    """Returns why safetensors can't read a file: another file type, or a truncated file."""
     try:
         with path.open("rb") as file:
             start, size = file.read(_START), path.stat().st_size

@@ -1,8 +1,8 @@
-"""safetensors files of one component, as diffusers and transformers lay them out.
+"""Reads and writes a component's safetensors files in the layout of diffusers and transformers.
 
-A component's tensors are in one file (`diffusion_pytorch_model.safetensors`, `model.safetensors`), or in shards that
-an index (`….safetensors.index.json`) lists; either may carry a variant such as `fp16` in its name. What was read is
-written back in the same arrangement. Pickle files are never read.
+The tensors are in one file (`diffusion_pytorch_model.safetensors`, `model.safetensors`), or in shards listed by an
+index (`….safetensors.index.json`). File names may include a variant such as `fp16`. Files are written back in the
+arrangement in which they were read. Pickle files are never read.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from lcm_jax.interop.weight_faults import unreadable
 
 Tensors = dict[str, np.ndarray]
 
-DTYPES = ("float32", "float16", "bfloat16")  # in which weights are written
-VARIANTS = ("", "fp32", "fp16", "bf16")  # in the order of choice
+DTYPES = ("float32", "float16", "bfloat16")  # dtypes for writing
+VARIANTS = ("", "fp32", "fp16", "bf16")  # in order of preference
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _STEMS = ("diffusion_pytorch_model", "model")
-# diffusers and transformers write an index's variant behind `index`, older versions of diffusers in front
+# an index's variant is after `index` (`….safetensors.index.fp16.json`); older diffusers wrote it before `.safetensors`
 _NAME = re.compile(
     rf"(?:{'|'.join(_STEMS)})(?:\.(?P<variant>[\w-]+))?\.safetensors(?:\.index(?:\.(?P<index_variant>[\w-]+))?\.json)?"
 )
 _SHARD = re.compile(r".*-\d+-of-\d+")
-# safetensors looks these up in numpy, which doesn't have them
+# safetensors looks these up in numpy, which lacks them
 _FLOAT8 = {
     "F8_E4M3": jnp.float8_e4m3fn,
     "F8_E5M2": jnp.float8_e5m2,
@@ -47,13 +47,13 @@ _FLOAT8 = {
 
 @dataclasses.dataclass(frozen=True)
 class Arrangement:
-    """How a component's tensors are spread over files.
+    """How a component's tensors are distributed over files.
 
     Attributes:
       shard_of: key → name of the file that holds it.
-      metadata: file name → the metadata of its header (or None).
-      index: name of the index file; "" for one whole file.
-      index_metadata: the index's own metadata (`total_size`).
+      metadata: file name → header metadata, or None.
+      index: name of the index file; "" for a single file.
+      index_metadata: metadata of the index (`total_size`).
     """
 
     shard_of: dict[str, str]
@@ -63,34 +63,34 @@ class Arrangement:
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """The names of all files that this arrangement writes."""
+        """Names of all files, including the index."""
         return tuple(self.metadata) + ((self.index,) if self.index else ())
 
     def renamed(self, new_names: dict[str, str]) -> "Arrangement":
-        """Returns the same arrangement with the keys `old → new` renamed."""
+        """Returns the arrangement with keys renamed by `new_names`, old → new."""
         shard_of = {new_names.get(key, key): name for key, name in self.shard_of.items()}
         return dataclasses.replace(self, shard_of=shard_of)
 
 
 def one_file(name: str, keys: list[str]) -> Arrangement:
-    """Returns the arrangement of all `keys` in one file, with the header that the peers' loaders ask for."""
+    """Returns an arrangement of all `keys` in one file, with the header that diffusers and transformers require."""
     return Arrangement(dict.fromkeys(keys, name), {name: {"format": "pt"}})
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of this name holds a component's weights, or is the index of such files."""
+    """Returns whether a file name is that of a weight file or of an index of weight files."""
     return name.endswith((".safetensors", *PICKLES, ".msgpack", ".h5", ".onnx")) or ".safetensors.index." in name
 
 
 def read_weights(directory: pathlib.Path) -> tuple[Tensors, Arrangement]:
-    """Reads a component's tensors, in the file's names, layout and dtypes.
+    """Reads a component's tensors with the names, layout and dtypes of the file.
 
-    Files that name no variant go before `fp32`, `fp16` and `bf16`, in this order; another variant is read if it is the
-    only one. A single file goes before shards.
+    The order of preference is no variant, `fp32`, `fp16`, `bf16`; any other variant is read if it is the only one. A
+    single file is preferred over shards.
 
     Raises:
-      UserError: no safetensors file there, only pickles or several unusual variants, a shard missing, a link that
-        leaves the model folder, or a file that can't be read.
+      UserError: there is no safetensors file, only pickles or several other variants; a shard is missing; a link leaves
+        the model folder; a file can't be read.
     """
     file = _find(directory)
     if file is None:
@@ -103,7 +103,7 @@ def read_weights(directory: pathlib.Path) -> tuple[Tensors, Arrangement]:
 
 
 def _find(directory: pathlib.Path) -> pathlib.Path | None:
-    """Returns the file that holds a component's weights, or the index of its shards."""
+    """Returns the component's weight file or the index of its shards; None if there are no weights."""
     found: dict[str, list[pathlib.Path]] = {}
     for path in directory.glob("*.safetensors*"):
         match = _NAME.fullmatch(path.name)
@@ -125,19 +125,19 @@ def _find(directory: pathlib.Path) -> pathlib.Path | None:
 
 
 def _check(file: pathlib.Path) -> None:
-    """Raises UserError for a link that leaves the model folder, in which the component's folder lies."""
+    """Raises UserError if the file is a link out of the model folder, the parent of the component's folder."""
     places.part_file(file.parent.parent, file.parent.name, file.name)
 
 
 def write_weights(directory: pathlib.Path, tensors: Tensors, arrangement: Arrangement) -> None:
-    """Writes tensors (names and layout of the file) in the given arrangement.
+    """Writes tensors, in the names and layout of the file, in the given arrangement.
 
-    Raises: UserError for a file name that leads out of the directory; OSError where it can't be written.
+    Raises UserError if a file name is not a plain name, OSError if a file can't be written.
     """
     for name in arrangement.file_names:
         places.plain_name(name, f"the weights for {directory.name} name")
     for name, metadata in arrangement.metadata.items():
-        # safetensors writes the memory behind a transposed view as it lies: each must be contiguous
+        # safetensors ignores strides: a transposed view would be written in the wrong order
         shard = {key: np.ascontiguousarray(tensors[key]) for key, file in arrangement.shard_of.items() if file == name}
         save(directory / name, shard, metadata)
     if arrangement.index:
@@ -146,9 +146,9 @@ def write_weights(directory: pathlib.Path, tensors: Tensors, arrangement: Arrang
 
 
 def save(path: pathlib.Path, tensors: Tensors, metadata: dict[str, str] | None) -> None:
-    """Writes a safetensors file with the umask's permissions; `save_file` makes files that only their owner can read.
+    """Writes a safetensors file with the umask's permissions, since `save_file` makes files owner-only.
 
-    Raises OSError: no place to write.
+    Raises OSError if the file can't be written.
     """
     path.touch()
     mode = path.stat().st_mode
@@ -162,7 +162,7 @@ def save(path: pathlib.Path, tensors: Tensors, metadata: dict[str, str] | None) 
 
 
 def read_file(path: pathlib.Path) -> tuple[Tensors, dict[str, str] | None]:
-    """Returns a safetensors file's tensors and the metadata of its header; raises UserError if it can't be read."""
+    """Returns the tensors and header metadata of a safetensors file; raises UserError if it can't be read."""
     with _opened(path) as file:
         dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (no iterator)
         float8 = _read_float8(path, [key for key, dtype in dtypes.items() if dtype in _FLOAT8])
@@ -170,19 +170,19 @@ def read_file(path: pathlib.Path) -> tuple[Tensors, dict[str, str] | None]:
 
 
 def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """Returns key → shape of a safetensors file, without its tensors; raises UserError if it can't be read."""
+    """Returns key → shape for a safetensors file, from its header; raises UserError if it can't be read."""
     with _opened(path) as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def read_header(path: pathlib.Path) -> dict[str, str]:
-    """Returns the metadata of a safetensors file's header alone; raises UserError if it can't be read."""
+    """Returns the header metadata of a safetensors file, {} if none; raises UserError if it can't be read."""
     with _opened(path) as file:
         return file.metadata() or {}
 
 
 def _read_float8(path: pathlib.Path, keys: list[str]) -> Tensors:
-    """Reads these tensors of a file that safetensors has checked, by the offsets in its header."""
+    """Reads float8 tensors by the offsets in the header; safetensors must have validated the file."""
     if not keys:
         return {}
     tensors = {}
@@ -204,7 +204,7 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except AttributeError as error:  # of numpy, which doesn't know the dtype
+    except AttributeError as error:  # numpy lacks the dtype
         raise UserError(f"{path} holds a dtype that is not read: {str(error).rpartition(' ')[2]}") from None
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path} {unreadable(path, error)}") from None

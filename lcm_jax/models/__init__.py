@@ -1,5 +1,8 @@
-"""Flax NNX ports of the networks of Stable Diffusion. A parameter's path is its name in the peer's files, up to the
-last part (kernel for weight, …); everything is NHWC; no network knows of diffusion or of files."""
+"""Flax NNX ports of Stable Diffusion's networks, in NHWC.
+
+A parameter's path is its name in diffusers and transformers files, except for the last part (kernel for weight, …). The
+networks contain no diffusion math and no file access.
+"""
 
 from lcm_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from lcm_jax.models.functional import Flat, Network

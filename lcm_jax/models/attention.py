@@ -1,4 +1,4 @@
-"""Attention over a flattened grid, and the transformer that the UNet puts after its residual blocks."""
+"""Attention and transformer blocks of the UNet."""
 
 import math
 
@@ -14,7 +14,7 @@ from lcm_jax.models.policy import Policy
 
 
 class Attention(nnx.Module):
-    """Multi-head attention; keys and values come from `context` where there is one."""
+    """Multi-head attention: cross-attention if `context` is given, else self-attention."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Attention(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """x * gelu(gate), with the exact GELU."""
+    """Computes x * gelu(gate), with the exact GELU."""
 
     def __init__(self, dim: int, inner: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
         self.proj = nnx.Linear(dim, 2 * inner, dtype=policy.compute, rngs=rngs)
@@ -57,14 +57,14 @@ class GEGLU(nnx.Module):
 
 @jax.custom_vjp
 def _gated(h: Array) -> Array:
-    """x * gelu(gate) of the two halves of h (B, N, 2E); for the gradient, h alone is kept."""
+    """Computes x * gelu(gate) of the two halves of h (B, N, 2E); the backward pass stores only h."""
     x, gate = jnp.split(h, 2, axis=-1)
     return x * jax.nn.gelu(gate, approximate=False)
 
 
 def _gated_backward(h: Array, dy: Array) -> tuple[Array]:
     x, gate, dy = (y.astype(jnp.float32) for y in (*jnp.split(h, 2, axis=-1), dy))
-    share = jax.scipy.special.ndtr(gate)  # gelu(g) = g share(g); the derivative of the share is the normal density
+    share = jax.scipy.special.ndtr(gate)  # gelu(g) = g · ndtr(g); the derivative of ndtr is the normal density
     density = jnp.exp(-0.5 * gate**2) / math.sqrt(2 * math.pi)
     return (jnp.concatenate([dy * gate * share, dy * x * (share + gate * density)], axis=-1).astype(h.dtype),)
 
@@ -73,7 +73,7 @@ _gated.defvjp(lambda h: (_gated(h), h), _gated_backward)
 
 
 class FeedForward(nnx.Module):
-    """GEGLU and a linear layer; `net` holds the parameters at the places that the file names."""
+    """GEGLU and a linear layer; the indices of `net` match the parameter names in diffusers files."""
 
     def __init__(self, dim: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
         linear = nnx.Linear(4 * dim, dim, dtype=policy.compute, rngs=rngs)
@@ -84,7 +84,7 @@ class FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm with float32 statistics."""
+    """Pre-norm self-attention, cross-attention and feed-forward, each with a residual connection."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
-    """Transformer blocks over the pixels of a feature map, between projections; residual."""
+    """Transformer blocks over the pixels of a feature map, between two projections, with a residual connection."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""How a block of a network is run: which of its results are kept for the backward pass, and when its weights meet."""
+"""Runs network blocks with rematerialization, and gathers their sharded weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,22 +10,22 @@ from lcm_jax.models.functional import whole
 
 
 def _all_but_whole_weights(primitive: Any, *_: Any, **params: Any) -> bool:
-    """A policy of jax.checkpoint: keep each result but those of functions that gather a weight."""
+    """`jax.checkpoint` policy that saves all results except those of functions that all-gather a weight."""
     inner = params.get("call_jaxpr")
     return not (inner and any(equation.primitive.name == "all_gather" for equation in inner.eqns))
 
 
 REMAT: dict[str, Callable[..., bool] | None] = {
     "none": _all_but_whole_weights,
-    "block": None,  # nothing is kept but what goes into the block
+    "block": None,  # saves only the block's inputs
     "block_save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
 }
 
 
 def run_block(method: Callable[..., Any], module: nnx.Module, *args: Any, remat: str) -> Any:
-    """Returns `method(module, *args)`, recomputing in the backward pass what the policy `remat` does not keep.
+    """Returns `method(module, *args)`, recomputing in the backward pass what the policy `remat` doesn't save.
 
-    Where `module` holds only parts of its weights, these come together here and, for the backward pass, once more.
+    Sharded weights of `module` are gathered here, and again in the backward pass.
     """
     graphdef, weights = nnx.split(module)
     divided = any(hasattr(leaf, "whole") for leaf in jax.tree.leaves(weights, is_leaf=lambda x: hasattr(x, "whole")))

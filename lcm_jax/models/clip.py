@@ -1,4 +1,4 @@
-"""CLIP's text encoder (arXiv 2103.00020), as Stable Diffusion uses it; parameters are named as transformers 5 does."""
+"""CLIP text encoder (arXiv 2103.00020) as used by Stable Diffusion; parameters are named as in transformers 5."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ KINDS: dict[str, json_file.Kind] = {
     "vocab_size": SIZE,
     "hidden_size": SIZE,
     "intermediate_size": SIZE,
-    "projection_dim": json_file.Kind(  # 0 and null: there is no projection
+    "projection_dim": json_file.Kind(  # 0 and null: no projection
         f"{SIZE.name}, 0, or null",
         lambda value: value is None or (value is not False and value == 0) or SIZE.test(value),
     ),
@@ -33,23 +33,23 @@ KINDS: dict[str, json_file.Kind] = {
     "layer_norm_eps": json_file.POSITIVE,
     "eos_token_id": json_file.Kind("one token id", json_file.INTEGER.test),
 }
-# Keys by which transformers or diffusers change the result, or the weights, and the values that change nothing. Its
-# other keys do not: they are about training, the first weights, and what is returned beside the last hidden state.
+# Keys that change the result or the weights in transformers or diffusers, with the values that have no effect. Other
+# keys concern training, initialization and extra outputs.
 FIXED: dict[str, Any] = {
-    "use_attention_mask": (False, None),  # diffusers' pipelines: padding is then masked
+    "use_attention_mask": (False, None),  # if true, diffusers' pipelines mask the padding
     "is_causal": True,
     "pruned_heads": ({}, None),
     "quantization_config": None,
     "fusion_config": None,
-    "transformers_weights": None,  # the name of another weight file
+    "transformers_weights": None,  # name of another weight file
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """The values of a CLIP text encoder's config.json that matter here; names and defaults are transformers'."""
+    """Configuration of a CLIP text encoder; names and defaults are those of transformers' config.json."""
 
-    KNOWN: ClassVar[None] = None  # transformers writes many keys that change nothing, and warns of none
+    KNOWN: ClassVar[None] = None  # transformers writes many keys without effect, so unknown ones aren't warned about
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -64,10 +64,10 @@ class CLIPTextConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "CLIPTextConfig":
-        """Reads a config.json, or its `text_config`, as transformers does where a config describes a vision tower too.
+        """Reads a config.json, or its `text_config` if it has one (a config with a vision tower), as transformers does.
 
         Raises:
-          UserError: a value that can't be, or that changes the result in a way that isn't implemented.
+          UserError: a value is invalid, or changes the result in a way that isn't implemented.
         """
         if "text_config" in config:
             json_file.OBJECT.check("text_config", config["text_config"])
@@ -84,7 +84,7 @@ class CLIPTextConfig:
 
     @property
     def least_tensors(self) -> int:
-        """A lower bound on the number of tensors: what the layers have."""
+        """A lower bound on the number of tensors: those of the layers."""
         return 16 * self.num_hidden_layers
 
 
@@ -97,14 +97,14 @@ class _Embeddings(nnx.Module):
         )
 
     def __call__(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        # rows first: nnx.Embed would turn the whole table into float32
+        # lookup before the cast: nnx.Embed would cast the complete table to float32
         tokens = jnp.take(self.token_embedding.embedding[...], input_ids, axis=0)
         positions = self.position_embedding.embedding[: input_ids.shape[1]]
         return tokens.astype(jnp.float32) + positions.astype(jnp.float32)
 
 
 class _SelfAttention(nnx.Module):
-    """Causal: a token sees those before it and itself."""
+    """Causal self-attention."""
 
     def __init__(self, config: CLIPTextConfig, *, policy: Policy, rngs: nnx.Rngs) -> None:
         self.heads, width, dtype = config.num_attention_heads, config.hidden_size, policy.compute
@@ -154,7 +154,7 @@ class _Encoder(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-    """Token ids to one vector a token."""
+    """CLIP text encoder: token ids to one feature vector per token."""
 
     def __init__(self, config: CLIPTextConfig, *, policy: Policy = FP32, rngs: nnx.Rngs) -> None:
         self.config, self.policy = config, policy
@@ -163,14 +163,14 @@ class CLIPTextModel(nnx.Module):
         self.final_layer_norm = _layer_norm(config, policy=policy, rngs=rngs)
 
     def __call__(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        """Returns the last layer's features after the final norm: what SD 1.x and 2.x condition on."""
+        """Returns the last layer's features after the final norm, which SD 1.x and 2.x condition on."""
         return self.final_layer_norm(self._layers(input_ids)[-1])
 
     def hidden_states(self, input_ids: Int[Array, "b l"]) -> tuple[list[jax.Array], Float[Array, "b d"]]:
-        """Returns the features before the first layer and after each (no final norm), and the pooled vector.
+        """Returns the embeddings and each layer's output (without the final norm), and the pooled vector.
 
-        The pooled vector is the final norm's output at the end token: the first `eos_token_id`, or the largest id
-        where a folder of the old kind says 2.
+        The pooled vector is the final norm's output at the end token: the first `eos_token_id`, or the largest id in
+        old configs where `eos_token_id` is 2. `CLIPTextModelWithProjection` also projects it.
         """
         states = self._layers(input_ids)
         end = input_ids if self.config.eos_token_id == 2 else (input_ids == self.config.eos_token_id)
@@ -180,7 +180,7 @@ class CLIPTextModel(nnx.Module):
 
     def _layers(self, input_ids: Int[Array, "b l"]) -> list[jax.Array]:
         length, most = input_ids.shape[1], self.config.max_position_embeddings
-        if length > most:  # the lookup of a position that isn't there would give NaN, not an error
+        if length > most:  # an out-of-range position would give NaN, not an error
             raise UserError(f"the prompt has {length} tokens; this text encoder takes {most}")
         states = [self.embeddings(input_ids).astype(self.policy.compute)]
         for layer in self.encoder.layers:
@@ -192,7 +192,7 @@ class CLIPTextModel(nnx.Module):
 
 
 class CLIPTextModelWithProjection(CLIPTextModel):
-    """The same, whose pooled vector goes through a linear map: SDXL's second text encoder."""
+    """CLIP text encoder with a linear projection of the pooled vector: SDXL's second text encoder."""
 
     def __init__(self, config: CLIPTextConfig, *, policy: Policy = FP32, rngs: nnx.Rngs) -> None:
         super().__init__(config, policy=policy, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Models as pure functions of flat dicts: 'down_blocks.0.resnets.1.conv1.kernel' -> array."""
+"""Models as pure functions of flat parameter dicts: 'down_blocks.0.resnets.1.conv1.kernel' -> array."""
 
 import functools
 import re
@@ -12,14 +12,14 @@ from flax import nnx
 from lcm_jax.errors import UserError
 from lcm_jax.models.policy import FP32, Policy
 
-Flat = dict[str, Any]  # a parameter's path → its array, of jax or numpy
+Flat = dict[str, Any]  # parameter path → JAX or numpy array
 
-# used in float32 under each policy; so are vectors: biases are added, and norms scaled, by layers that cast them
+# used in float32 under every policy, as are vectors (biases, norm scales), which the layers cast themselves
 _FULL_PRECISION = re.compile(r"conv_out\.kernel|.*\.cond_proj\.kernel|.*_embedding\.embedding")
 
 
 def flatten(state: Any) -> dict[str, Any]:
-    """Returns {'a.0.b': leaf} of an nnx State, or of nested dicts."""
+    """Flattens an nnx State or nested dicts to {'a.0.b': leaf}."""
     pure = nnx.to_pure_dict(state) if isinstance(state, nnx.State) else state
     flat = {}
     for path, leaf in jax.tree.leaves_with_path(pure):
@@ -28,12 +28,12 @@ def flatten(state: Any) -> dict[str, Any]:
 
 
 def whole(leaf: Any) -> Any:
-    """Returns the weight itself, where `leaf` stands for one of which this device holds a part."""
+    """Returns the gathered weight if `leaf` is sharded (has a method `whole`), else `leaf`."""
     return leaf.whole() if hasattr(leaf, "whole") else leaf
 
 
 def unflatten(flat: dict[str, Any]) -> dict[Any, Any]:
-    """Returns the nested dict that nnx.merge takes: digit strings become ints, in numeric order."""
+    """Returns the nested dict for `nnx.merge`: digit strings become ints, in numeric order."""
     nested: dict[Any, Any] = {}
     for path in sorted(flat, key=_natural):
         *parents, leaf = _natural(path)
@@ -49,9 +49,9 @@ def _natural(path: str) -> list[tuple[bool, Any]]:
 
 
 class _OneKey(nnx.Rngs):
-    """Gives every initializer the same key: for an abstract model, whose values nobody sees.
+    """Rngs that return the same key for every initializer, for abstract models, whose values are never used.
 
-    The counter of nnx.Rngs would be traced, at a cost quadratic in the number of parameters (a minute for SDXL).
+    Tracing the counter of nnx.Rngs costs time quadratic in the number of parameters (a minute for SDXL).
     """
 
     def params(self) -> jax.Array:
@@ -59,10 +59,10 @@ class _OneKey(nnx.Rngs):
 
 
 class Network:
-    """A model class with its configuration, applied to flat parameters; cheap, and free of arrays.
+    """A model class with its configuration, applied to flat parameters; holds no arrays.
 
     Attributes:
-      model_class, config, policy, options: what it is made of.
+      model_class, config, policy, options: the constructor's arguments.
       shapes: path -> jax.ShapeDtypeStruct of each parameter.
     """
 
@@ -75,7 +75,7 @@ class Network:
 
     @property
     def used(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shapes, with the dtype in which the network uses each weight: cast to it before, nothing changes."""
+        """`shapes` with the dtype in which the network uses each weight; casting to it first changes no result."""
         return {
             path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if self._is_float32(path, leaf) else self.policy.compute)
             for path, leaf in self.shapes.items()
@@ -86,10 +86,10 @@ class Network:
         return len(leaf.shape) < 2 or _FULL_PRECISION.fullmatch(path) is not None
 
     def init(self, key: jax.Array) -> Flat:
-        """Returns random float32 parameters, drawn on the host: nothing is compiled.
+        """Returns random float32 parameters, sampled on the host without compilation.
 
-        Kernels are normal with variance 1 / fan-in (LeCun), embeddings with deviation 0.02 (as CLIP's), scales one,
-        biases and the projection of the w-embedding zero.
+        Kernels are normal with variance 1 / fan-in (LeCun), embeddings normal with standard deviation 0.02 (as in
+        CLIP). Scales are one; biases and the projection of the w-embedding are zero.
         """
         random = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
         params = {}
@@ -105,7 +105,7 @@ class Network:
         return {path: jnp.asarray(array) for path, array in params.items()}
 
     def check(self, params: dict[str, Any], where: str = "") -> None:
-        """Raises UserError that names the missing, unexpected and mis-shaped parameters (the first three of each)."""
+        """Raises UserError that names missing, unexpected and mis-shaped parameters (the first three of each)."""
         misshapen = {
             name: f"{name} is {tuple(params[name].shape)} and should be {leaf.shape}"
             for name, leaf in self.shapes.items()
@@ -124,18 +124,18 @@ class Network:
             raise UserError(f"{where or self.model_class.__name__}: parameters do not fit; {'; '.join(faults)}")
 
     def apply(self, params: dict[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
-        """Calls the model with these parameters; names and shapes are checked while tracing."""
+        """Calls `method` of the model with these parameters; raises UserError if names or shapes don't fit."""
         return getattr(self.bind(params), method)(*args, **kwargs)
 
     def in_block(self, path: str) -> bool:
-        """Whether the model's own `run_block` brings the weight at this path together."""
+        """Returns whether the model's `run_block` gathers the weight at this path."""
         return path.split(".", 1)[0] in getattr(self.model_class, "BLOCKS", ())
 
     def bind(self, params: dict[str, Any]) -> Any:
         """Returns a new model that holds these parameters; raises UserError if names or shapes don't fit.
 
-        In place of an array there may be an object with its `shape` and a method `whole()` that returns it, for weights
-        that come together only where they are used: in the model's own `run_block`, or here.
+        Instead of an array, a parameter may be an object with its `shape` and a method `whole()` that gathers it. It is
+        gathered where it is used: in the model's `run_block`, or here if it is outside of the model's blocks.
         """
         self.check(params)
         params = {path: p if self.in_block(path) else whole(p) for path, p in params.items()}
@@ -143,6 +143,6 @@ class Network:
 
 
 def _some(said: dict[str, str]) -> str:
-    """What is said of the first three names, and how many more there are."""
+    """Returns the values of the first three names, in natural order, and the number of the others."""
     names = sorted(said, key=_natural)
     return ", ".join(said[name] for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

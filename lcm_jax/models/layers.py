@@ -1,4 +1,4 @@
-"""The pieces that the UNet and the autoencoder share, in NHWC."""
+"""Layers shared by the UNet and the autoencoder, in NHWC."""
 
 import math
 from typing import Any
@@ -16,9 +16,10 @@ from lcm_jax.models.policy import Policy
 def sinusoid(
     t: Num[Array, " b"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
 ) -> Float[Array, "b dim"]:
-    """Sinusoidal features of timesteps, float32 (DDPM, arXiv 2006.11239; order and shift as the config says).
+    """Returns float32 sinusoidal features of timesteps (DDPM, arXiv 2006.11239).
 
-    An odd `dim` ends in a zero, as in the peer.
+    As in diffusers, `flip_sin_to_cos` puts cosines first, `freq_shift` is subtracted from the exponents' divisor
+    dim // 2, and an odd `dim` is padded with a zero.
     """
     half = dim // 2
     frequency = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
@@ -30,7 +31,7 @@ def sinusoid(
 def conv(
     c_in: int, c_out: int, size: int = 3, *, stride: int = 1, padding: Any = None, dtype: Any, rngs: nnx.Rngs
 ) -> nnx.Conv:
-    """A square convolution; padding size // 2 keeps the size."""
+    """Returns a square convolution; the default padding is size // 2, which keeps the size at stride 1."""
     pad = size // 2 if padding is None else padding
     return nnx.Conv(
         c_in, c_out, (size, size), strides=stride, padding=pad, conv_general_dilated=convolve, dtype=dtype, rngs=rngs
@@ -38,7 +39,7 @@ def conv(
 
 
 class TimestepEmbedding(nnx.Module):
-    """The two-layer perceptron on sinusoids; `cond_proj` adds the w-embedding before it."""
+    """Two-layer MLP on sinusoidal features; `cond_proj` adds the projected w-embedding to its input."""
 
     def __init__(self, c_in: int, c_out: int, *, cond_dim: int | None = None, policy: Policy, rngs: nnx.Rngs) -> None:
         dtype = policy.compute
@@ -57,7 +58,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 class ResnetBlock2D(nnx.Module):
-    """Norm, SiLU, convolution, twice, with the time embedding added between; residual."""
+    """Residual block: norm, SiLU and convolution, twice, with the time embedding added between."""
 
     def __init__(
         self, c_in: int, c_out: int, *, time_dim: int | None, groups: int, eps: float, policy: Policy, rngs: nnx.Rngs
@@ -81,10 +82,10 @@ class ResnetBlock2D(nnx.Module):
 
 
 def enlarge(x: Float[Array, "b h w c"], size: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
-    """Nearest-neighbour enlargement, twice as large, or to `size`, whose sides are 2h or 2h - 1 and 2w or 2w - 1.
+    """Upsamples by nearest neighbour to twice the size, or to `size`: 2h or 2h - 1 by 2w or 2w - 1.
 
-    Those are the sizes that a stride of 2 brought down to (h, w). Row i of 2h - 1 comes from row floor(i h / (2h - 1)),
-    which is floor(i / 2): the odd sizes are the doubled map without its last row or column, and need no gather.
+    These are the sizes that a stride of 2 reduces to (h, w). For size 2h - 1, row i comes from row
+    floor(i h / (2h - 1)) = floor(i / 2). So an odd size is the doubled map without its last row or column.
     """
     doubled = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     return doubled if size is None else doubled[:, : size[0], : size[1]]

@@ -1,7 +1,7 @@
-"""Normalisation with its gradient written out, so that of a layer nothing is kept but its input and a few statistics.
+"""Group and layer normalization with custom gradients that store only the input and a few statistics.
 
-Left to automatic differentiation, a norm in bfloat16 keeps several float32 copies of its input for the backward pass,
-which are slow to write and read again, and fill a chip's memory. What is normalised is computed again instead.
+With automatic differentiation, a bfloat16 norm stores several float32 copies of its input for the backward pass, which
+costs memory and bandwidth. Here the normalized values are recomputed instead.
 """
 
 import functools
@@ -16,7 +16,7 @@ from lcm_jax.models.policy import Policy
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation over (H, W, C/groups) with float32 statistics, followed by SiLU where the call says so."""
+    """Group normalization over (H, W, C/groups) with float32 statistics, optionally followed by SiLU."""
 
     def __init__(self, groups: int, channels: int, eps: float, *, policy: Policy) -> None:
         self.groups, self.eps, self.policy = groups, eps, policy
@@ -31,7 +31,7 @@ class GroupNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalisation over the last axis with float32 statistics."""
+    """Layer normalization over the last axis with float32 statistics."""
 
     def __init__(self, channels: int, eps: float, *, policy: Policy) -> None:
         self.eps, self.policy = eps, policy
@@ -54,7 +54,7 @@ def _group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float, si
 def _group_norm_forward(
     x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool, dtype: Any
 ) -> tuple[Array, Kept]:
-    """The mean is taken off before squaring, since E[x²] - E[x]² cancels where the mean is large."""
+    """Subtracts the mean before squaring, since E[x²] - E[x]² loses precision if the mean is large."""
     pixels = x.astype(jnp.float32)
     mean = _over_groups(pixels.mean(1), groups)
     centred = pixels - mean
@@ -70,17 +70,17 @@ def _group_norm_backward(groups: int, eps: float, silu: bool, dtype: Any, kept: 
         y = normal * scale + bias
         gate = jax.nn.sigmoid(y)
         dy = dy * gate * (1 + y * (1 - gate))
-    dbias, dscale = dy.sum(1), (dy * normal).sum(1)  # of each sample
+    dbias, dscale = dy.sum(1), (dy * normal).sum(1)  # per sample
     by_mean, by_deviation = (_over_groups(d * scale / x.shape[1], groups) for d in (dbias, dscale))
     dx = rstd * (dy * scale - by_mean - normal * by_deviation)
     return dx.astype(x.dtype), dscale.sum(0), dbias.sum(0)
 
 
 def _over_groups(channels: Float[Array, "b c"], groups: int) -> Float[Array, "b 1 c"]:
-    """The mean over the channels of a group, repeated for each of them.
+    """Returns the mean over each group's channels, repeated for each channel.
 
-    Pixels are reduced a channel at a time and only those few numbers are grouped: an array of (.., groups, C/groups)
-    would have a last axis of 10 in SD 1.5, slow to reduce on a CPU and padded to 128 on a TPU.
+    Callers reduce the pixels per channel first. An array (…, groups, C/groups) of pixels would have a last axis of 10
+    in SD 1.5, which is slow to reduce on CPU and padded to 128 on TPU.
     """
     b, c = channels.shape
     return jnp.repeat(channels.reshape(b, groups, c // groups).mean(-1), c // groups, axis=-1)[:, None]

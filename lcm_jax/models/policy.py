@@ -1,4 +1,4 @@
-"""In which numbers the networks compute."""
+"""Compute dtype of the networks."""
 
 import dataclasses
 
@@ -9,17 +9,17 @@ from lcm_jax.errors import one_of
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Weights are cast to `compute` where they are used, whatever dtype they are kept in.
+    """Dtype policy: weights are cast to `compute` where they are used, whatever their stored dtype.
 
-    float32 under each policy: the sinusoids of time and guidance, the statistics of norms, softmax, the UNet's last
-    convolution and its output.
+    Always float32: the sinusoids of time and guidance, norm statistics, softmax, and the UNet's last convolution and
+    output.
     """
 
     compute: jnp.dtype
 
     @classmethod
     def named(cls, name: str) -> "Policy":
-        """Returns the policy "float32" or "bfloat16"; raises UserError for another name."""
+        """Returns the policy "float32" or "bfloat16"; raises UserError for other names."""
         one_of("dtype", name, ("float32", "bfloat16"))
         return cls(jnp.dtype(name))
 

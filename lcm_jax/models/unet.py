@@ -1,4 +1,4 @@
-"""UNet2DConditionModel, as Stable Diffusion 1.x, 2.x and XL use it, with the w-embedding of consistency models."""
+"""UNet2DConditionModel of Stable Diffusion 1.x, 2.x and XL, with the w-embedding of consistency models."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from lcm_jax.models.unet_config import CROSS, UNetConfig
 
 
 class Downsample2D(nnx.Module):
-    """A convolution of stride 2, padded by one on each side."""
+    """Stride-2 convolution, padded by one on each side."""
 
     def __init__(self, channels: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
         self.conv = conv(channels, channels, stride=2, padding=1, dtype=policy.compute, rngs=rngs)
@@ -30,7 +30,7 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Nearest-neighbour enlargement to `size`, then a convolution."""
+    """Nearest-neighbour upsampling to `size`, then a convolution."""
 
     def __init__(self, channels: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
         self.conv = conv(channels, channels, dtype=policy.compute, rngs=rngs)
@@ -40,9 +40,9 @@ class Upsample2D(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One level: residual blocks, each with a transformer where the level has attention, then a change of size.
+    """One level of the UNet: residual blocks, each with a transformer if `cross`, then down- or upsampling.
 
-    A level of the way down hands every intermediate map to the way up; a level of the way up takes them back.
+    A down block returns its intermediate maps as skip connections; an up block consumes them.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Block(nnx.Module):
     def down(
         self, x: Float[Array, "b h w c"], time: Float[Array, "b e"], context: Float[Array, "b l d"]
     ) -> tuple[Float[Array, "b h2 w2 c2"], list[Array]]:
-        """Returns the map at the end of the level and all maps that the way up wants."""
+        """Returns the level's output and its skip connections."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = _scoped(f"resnets.{i}", resnet, x, time)
@@ -108,7 +108,7 @@ class Block(nnx.Module):
         context: Float[Array, "b l d"],
         size: tuple[int, int] | None,
     ) -> Float[Array, "b h2 w2 c2"]:
-        """`skips` in the order of use; `size` is that of the next level's maps, None on the last."""
+        """Returns the output; `skips` are in order of use, `size` is the next level's (None on the last level)."""
         for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
             x = _scoped(f"resnets.{i}", resnet, jnp.concatenate([x, skip], axis=-1), time)
             if self.cross:
@@ -117,7 +117,7 @@ class Block(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    """Residual block, transformer, residual block, at the smallest size."""
+    """Residual block, transformer and residual block at the lowest resolution."""
 
     def __init__(self, config: UNetConfig, *, attention: Implementation, policy: Policy, rngs: nnx.Rngs) -> None:
         channels, groups = config.block_out_channels[-1], config.norm_num_groups
@@ -150,9 +150,9 @@ class MidBlock(nnx.Module):
 
 
 class UNet2DConditionModel(nnx.Module):
-    """Predicts noise, velocity or sample (as its scheduler says) from a noisy latent, a time and a text."""
+    """Predicts noise, velocity or sample (the scheduler's prediction type) from noisy latent, timestep and text."""
 
-    BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # run one by one
+    BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # run by `run_block`, one at a time
 
     def __init__(
         self,
@@ -175,9 +175,9 @@ class UNet2DConditionModel(nnx.Module):
         )
         if config.addition_embed_type == "text_time":
             width = config.projection_class_embeddings_input_dim
-            assert width is not None  # from_dict looked
+            assert width is not None  # from_dict checked it
             self.add_embedding = TimestepEmbedding(width, time_dim, policy=policy, rngs=rngs)
-        downs, skips = [], [channels[0]]  # channels of the maps that the way up will take, in order
+        downs, skips = [], [channels[0]]  # channels of the skip connections, in order
         for level in range(n):
             before = channels[max(level - 1, 0)]
             pairs = [
@@ -219,10 +219,17 @@ class UNet2DConditionModel(nnx.Module):
         w_embedding: Float[Array, "b e"] | None = None,
         added: dict[str, Array] | None = None,
     ) -> Float[Array, "b h w o"]:
-        """Args: latents; timesteps in 0..T-1, int or float32; text features; the guidance's embedding where
-        `time_cond_proj_dim` is set; for SDXL {'text_embeds': (b, p), 'time_ids': (b, 6)}. Returns float32.
+        """Returns the float32 prediction.
 
-        Raises ValueError for a w_embedding that this UNet has no place for, and where `added` lacks what it needs.
+        Args:
+          z: noisy latents.
+          t: timesteps in 0..T-1, int or float32.
+          context: text features.
+          w_embedding: guidance embedding, for a UNet with `time_cond_proj_dim`.
+          added: {'text_embeds': (b, p), 'time_ids': (b, 6)}, for SDXL.
+
+        Raises:
+          ValueError: `w_embedding` without `time_cond_proj_dim`, or `added` lacks a key that this UNet needs.
         """
         config, dtype = self.config, self.policy.compute
         if w_embedding is not None and not config.time_cond_proj_dim:
@@ -232,7 +239,7 @@ class UNet2DConditionModel(nnx.Module):
         sinusoids = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
         time = self.time_embedding(sinusoid(t, config.block_out_channels[0], **sinusoids), w_embedding)
         if config.addition_embed_type and added:
-            assert config.addition_time_embed_dim is not None  # from_dict looked
+            assert config.addition_time_embed_dim is not None  # from_dict checked it
             ids = sinusoid(added["time_ids"].reshape(-1), config.addition_time_embed_dim, **sinusoids)
             ids = ids.reshape(len(z), -1)
             time = time + self.add_embedding(jnp.concatenate([added["text_embeds"].astype(jnp.float32), ids], axis=-1))
@@ -254,6 +261,6 @@ class UNet2DConditionModel(nnx.Module):
 
 
 def _scoped(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls the function; profiles show what it does under this name."""
+    """Calls the function under `jax.named_scope(name)`, for profiles."""
     with jax.named_scope(name):
         return function(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A UNet2DConditionModel's config.json: what is read of it and what is refused."""
+"""Configuration of UNet2DConditionModel, read from config.json."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -7,7 +7,7 @@ from lcm_jax.errors import UserError, one_of
 from lcm_jax.host import json_file
 from lcm_jax.models.config_json import BLOCKS, SIZE, SIZES, check_fixed, check_size, per_level, read_values
 
-# whether a block has attention to the text
+# whether a block type has cross-attention
 CROSS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 KINDS: dict[str, json_file.Kind] = {
@@ -19,7 +19,7 @@ KINDS: dict[str, json_file.Kind] = {
     "layers_per_block": SIZES,
     "transformer_layers_per_block": SIZES,
     "attention_head_dim": SIZES,
-    "cross_attention_dim": SIZES,  # a list of equal ones: the text has one width
+    "cross_attention_dim": SIZES,  # a list must have equal values
     "use_linear_projection": json_file.or_none(json_file.BOOLEAN),
     "norm_num_groups": SIZE,
     "norm_eps": json_file.POSITIVE,
@@ -29,11 +29,11 @@ KINDS: dict[str, json_file.Kind] = {
     "addition_embed_type": json_file.or_none(json_file.TEXT),
     "addition_time_embed_dim": json_file.or_none(SIZE),
     "projection_class_embeddings_input_dim": json_file.or_none(SIZE),
-    # of the latents, one number or height and width: images of 8,192 pixels at most
+    # latent size, one number or height and width; at most 1,024 (images of 8,192 pixels)
     "sample_size": json_file.or_none(json_file.or_list(json_file.up_to(1024), 2)),
 }
 _OFF = (None, False)
-# What this port does not vary: any other value in a config.json is an error that names it.
+# Keys with the only supported values; any other value in a config.json is an error.
 FIXED: dict[str, Any] = {
     "act_fn": "silu",
     "addition_embed_type_num_heads": 64,
@@ -48,7 +48,7 @@ FIXED: dict[str, Any] = {
     "resnet_out_scale_factor": 1.0,
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
-    "upcast_attention": (False, True, None),  # softmax is float32 anyway; SDXL's file says null
+    "upcast_attention": (False, True, None),  # no effect: softmax is always float32; null in SDXL's file
     "center_input_sample": _OFF,
     "class_embed_type": _OFF,
     "class_embeddings_concat": _OFF,
@@ -69,7 +69,7 @@ FIXED: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """The values of a UNet's config.json that its shape depends on; names and defaults are the file format's."""
+    """Configuration of the UNet; names and defaults are those of diffusers' config.json, except `heads`."""
 
     KNOWN: ClassVar = {*KINDS, *FIXED, "num_attention_heads"}
 
@@ -80,7 +80,7 @@ class UNetConfig:
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
     transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
-    heads: tuple[int, ...] = (8, 8, 8, 8)  # `attention_head_dim` in the file: a misnomer of the format
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # heads per level; called `attention_head_dim` in the file
     cross_attention_dim: int = 1280
     use_linear_projection: bool = False
     norm_num_groups: int = 32
@@ -94,8 +94,8 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "UNetConfig":
-        """Reads a config.json; raises UserError for a value that isn't supported."""
-        if config.get("num_attention_heads") is not None:  # diffusers refuses it too
+        """Reads a config.json; raises UserError for unsupported values."""
+        if config.get("num_attention_heads") is not None:  # diffusers raises an error too
             raise UserError("num_attention_heads is set; the format gives the number of heads as attention_head_dim")
         check_fixed({key: value for key, value in config.items() if key != "only_cross_attention"}, FIXED)
         values = read_values(config, KINDS)
@@ -132,7 +132,7 @@ class UNetConfig:
 
     @property
     def least_tensors(self) -> int:
-        """A lower bound on the number of tensors: what the residual blocks and transformers of the way down have."""
+        """A lower bound on the number of tensors: those of the down blocks' residual blocks and transformers."""
         attention = (
             CROSS[block] * n for block, n in zip(self.down_block_types, self.transformer_layers_per_block, strict=True)
         )
@@ -140,7 +140,7 @@ class UNetConfig:
 
 
 def _check_only_cross_attention(config: dict[str, Any], levels: int) -> None:
-    """Raises UserError unless it is false, or a list of one false per level."""
+    """Raises UserError unless `only_cross_attention` is absent, false, or a list of one false per level."""
     key = "only_cross_attention"
     value = config.get(key)
     if isinstance(value, list) and value and all(item is False for item in value):

@@ -1,4 +1,4 @@
-"""AutoencoderKL: pictures to latents and back."""
+"""AutoencoderKL: encodes images to latents and decodes latents to images."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from lcm_jax.models.layers import ResnetBlock2D, conv, enlarge
 from lcm_jax.models.norms import GroupNorm
 from lcm_jax.models.policy import FP32, Policy
 
-EPS = 1e-6  # of every norm in this model
+EPS = 1e-6  # epsilon of every norm in this model
 
 KINDS: dict[str, json_file.Kind] = {
     "in_channels": SIZE,
@@ -34,7 +34,7 @@ KINDS: dict[str, json_file.Kind] = {
 }
 FIXED: dict[str, Any] = {
     "act_fn": "silu",
-    "force_upcast": (True, False, None),  # which parts are float32 is the policy's matter
+    "force_upcast": (True, False, None),  # no effect: dtypes follow the policy
     "latents_mean": None,
     "latents_std": None,
     "quantization_config": None,
@@ -43,7 +43,7 @@ FIXED: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """The values of an AutoencoderKL's config.json that matter here; names and defaults are the file format's."""
+    """Configuration of AutoencoderKL; names and defaults are those of diffusers' config.json."""
 
     KNOWN: ClassVar = {*KINDS, *FIXED, "sample_size"}
 
@@ -63,7 +63,7 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "VAEConfig":
-        """Reads a config.json; raises UserError for a value that isn't supported."""
+        """Reads a config.json; raises UserError for unsupported values."""
         check_fixed(config, FIXED)
         values = read_values(config, KINDS)
         channels = values.get("block_out_channels", cls.block_out_channels)
@@ -83,11 +83,11 @@ class VAEConfig:
 
     @property
     def least_tensors(self) -> int:
-        """A lower bound on the number of tensors: what the residual blocks of the encoder and the decoder have."""
+        """A lower bound on the number of tensors: those of the encoder's and decoder's residual blocks."""
         return 16 * len(self.block_out_channels) * self.layers_per_block
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """Returns (h, w, C), the latents of a square picture of `image_size` pixels; raises UserError if none fits."""
+        """Returns a square image's latent shape (h, w, C); raises UserError unless 2^(levels - 1) divides its size."""
         factor = 2 ** (len(self.block_out_channels) - 1)
         if image_size % factor:
             raise UserError(f"config.data.image_size={image_size} is no multiple of {factor}, as this VAE needs")
@@ -95,7 +95,7 @@ class VAEConfig:
 
 
 class _Downsample(nnx.Module):
-    """A convolution of stride 2, padded by one at the bottom and the right only, unlike the UNet's."""
+    """Stride-2 convolution, padded by one only at the bottom and right, unlike the UNet's."""
 
     def __init__(self, channels: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
         self.conv = conv(channels, channels, stride=2, padding=((0, 1), (0, 1)), dtype=policy.compute, rngs=rngs)
@@ -113,7 +113,7 @@ class _Upsample(nnx.Module):
 
 
 class _Attention(nnx.Module):
-    """One head over all pixels, with its own norm; residual. The parts are named as the file names them."""
+    """Single-head self-attention over all pixels, with group norm and a residual connection."""
 
     def __init__(self, channels: int, groups: int, *, policy: Policy, rngs: nnx.Rngs) -> None:
         self.group_norm = GroupNorm(groups, channels, EPS, policy=policy)
@@ -146,7 +146,7 @@ class _Mid(nnx.Module):
 
 
 class _Level(nnx.Module):
-    """Residual blocks of one level, then a change of size by `sampler`."""
+    """Residual blocks of one level, then a resampling layer if `sampler` is "down" or "up"."""
 
     def __init__(
         self, c_in: int, c_out: int, count: int, groups: int, sampler: str, *, policy: Policy, rngs: nnx.Rngs
@@ -226,7 +226,7 @@ class _Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """`encode` and `decode` are the network's own; `to_latents` and `to_images` also shift and scale."""
+    """KL autoencoder; `encode` and `decode` use unscaled latents, `to_latents` and `to_images` scaled ones."""
 
     def __init__(self, config: VAEConfig, *, policy: Policy = FP32, rngs: nnx.Rngs) -> None:
         self.config, self.policy = config, policy
@@ -239,11 +239,11 @@ class AutoencoderKL(nnx.Module):
             self.post_quant_conv = conv(c, c, 1, dtype=policy.compute, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b H W i"]) -> Float[Array, "b H W o"]:
-        """Encodes and decodes, without noise."""
+        """Encodes images to the mean and decodes it."""
         return self.decode(self.encode(images)[0])
 
     def encode(self, images: Float[Array, "b H W i"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-        """Pictures in [-1, 1] to mean and log-variance of q(z|x), float32; log-variance is clipped to [-30, 20]."""
+        """Encodes images in [-1, 1] to float32 mean and log-variance (clipped to [-30, 20]) of q(z|x)."""
         moments = self.encoder(images.astype(self.policy.compute))
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
@@ -251,7 +251,7 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
-        """Unscaled latents to pictures, about [-1, 1], float32."""
+        """Decodes unscaled latents to float32 images, approximately in [-1, 1]."""
         z = z.astype(self.policy.compute)
         if self.config.use_post_quant_conv:
             z = self.post_quant_conv(z)
@@ -260,17 +260,17 @@ class AutoencoderKL(nnx.Module):
     def to_latents(
         self, images: Float[Array, "b H W i"], noise: Float[Array, "b h w c"] | None
     ) -> Float[Array, "b h w c"]:
-        """Pictures in [-1, 1] to scaled latents: the mean, or with standard normal `noise` a draw from q(z|x)."""
+        """Encodes images in [-1, 1] to scaled latents: a sample of q(z|x) with standard normal `noise`, or its mean."""
         return scaled_draw(self.config, *self.encode(images), noise)
 
     def to_images(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
-        """Scaled latents to pictures, about [-1, 1], float32."""
+        """Decodes scaled latents to float32 images, approximately in [-1, 1]."""
         return self.decode(latents / self.config.scaling_factor + (self.config.shift_factor or 0.0))
 
 
 def scaled_draw(
     config: VAEConfig, mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"], noise: Array | None
 ) -> Float[Array, "b h w c"]:
-    """Scaled latents of q(z|x) = N(mean, exp(logvar)): a draw with standard normal `noise`, or the mean without."""
+    """Returns scaled latents of q(z|x) = N(mean, exp(logvar)): a sample with standard normal `noise`, or the mean."""
     z = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
     return (z - (config.shift_factor or 0.0)) * config.scaling_factor

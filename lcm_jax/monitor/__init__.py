@@ -1,1 +1,1 @@
-"""What is seen of a run while it goes on: console, TensorBoard, profiles."""
+"""Monitoring of a run: console progress, TensorBoard, profiles."""

@@ -1,4 +1,4 @@
-"""A profile of some steps of a run, for TensorBoard's profile plugin or xprof, in `<workdir>/profile`."""
+"""Profiles steps of a run to `<workdir>/profile`, for TensorBoard's profile plugin or xprof."""
 
 import contextlib
 import dataclasses
@@ -15,9 +15,9 @@ from lcm_jax.host import files
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    """Which steps are recorded, on all processes alike. Nothing here changes the result."""
+    """Steps to profile, the same on all processes. Does not affect the training result."""
 
-    steps: tuple[int, ...] = ()  # the first and the last of them, as in (10, 12); (): none
+    steps: tuple[int, ...] = ()  # first and last step, as in (10, 12); (): none
 
     def __post_init__(self) -> None:
         whole = all(type(step) is int for step in self.steps)
@@ -26,13 +26,13 @@ class ProfileConfig:
 
 
 class Profiler:
-    """Records the steps of a ProfileConfig; use as a context manager around the loop."""
+    """Profiles the steps of a ProfileConfig; use as a context manager around the training loop."""
 
     def __init__(self, config: ProfileConfig, workdir: epath.PathLike) -> None:
-        """Raises UserError, here and where recording ends, if the folder can't be written."""
+        """Creates the folder. Raises UserError, here and when recording stops, if it can't be written."""
         self._first, self._last = config.steps or (0, 0)
         self._folder = epath.Path(workdir) / "profile" / f"process_{jax.process_index()}"
-        self._recorded = ""  # where a profile lies at first: the profiler itself knows no buckets
+        self._recorded = ""  # local folder of the trace: JAX's profiler can't write to a bucket
         self._running = False
         if config.steps:
             files.make_folder("--workdir", self._folder)
@@ -44,7 +44,7 @@ class Profiler:
         self.stop()
 
     def step(self, number: int) -> contextlib.AbstractContextManager:
-        """Around the dispatch of a step, counted from 1; starts recording before the first that is wanted."""
+        """Returns a context for dispatching a step, counted from 1; starts recording at the first configured step."""
         if not self._running and self._first <= number <= self._last:
             with files.one_line(tempfile.gettempdir()):
                 self._recorded = tempfile.mkdtemp() if files.in_bucket(self._folder) else str(self._folder)
@@ -53,11 +53,11 @@ class Profiler:
         return jax.profiler.StepTraceAnnotation("train", step_num=number) if self._running else contextlib.nullcontext()
 
     def is_last(self, number: int) -> bool:
-        """Whether recording ends with this step, so that it must be waited for."""
+        """Returns whether recording ends with this step, so that the caller must wait for it."""
         return self._running and number >= self._last
 
     def stop(self) -> None:
-        """Writes what was recorded, if anything was."""
+        """Stops recording and writes the profile; does nothing if not recording."""
         if self._running:
             self._running = False
             try:

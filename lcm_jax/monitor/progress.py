@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar with loss, images/s and ETA on a terminal, else a plain line now and then."""
+"""Console progress of a run: a bar with loss, images/s and ETA on a terminal, otherwise periodic plain lines."""
 
 import collections
 import math
@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 LINE_EVERY = 10.0  # seconds between plain lines
-WINDOW = 50  # steps over which speed is measured
+WINDOW = 50  # steps over which throughput is measured
 
 
 class Progress:
-    """Use as a context manager; `update` once a step."""
+    """Shows progress; use as a context manager and call `update` once per step."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class Progress:
         console: Console | None = None,
         compiled: Callable[[], str] = str,
     ) -> None:
-        """Args: the run's steps, those done before, images a step; the console for tests; what the compiler did."""
+        """Starts at `start_step` of `total_steps`; prints the summary that `compiled` returns after the first step."""
         self.total, self.batch_size, self._compiled = total_steps, batch_size, compiled
         self._console = console or Console()
         self._start, self._line = time.perf_counter(), -math.inf
@@ -48,13 +48,13 @@ class Progress:
             self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Prints a line as it is; above the bar where there is one."""
+        """Prints a line without markup, above the bar if there is one."""
         self._console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def update(self, step: int, loss: float) -> float:
-        """Notes that `step` steps are done; returns images/s over the last WINDOW steps (nan until there are two).
+        """Shows that `step` steps are done; returns images/s over the last WINDOW steps (NaN at the first call).
 
-        Time is measured from the end of the first step on, which is the one that waits for the compiler.
+        Time is measured from the end of the first step, since that step includes compilation.
         """
         now = time.perf_counter()
         if not self._times:

@@ -1,8 +1,8 @@
-"""A run's curves and pictures for TensorBoard, in `<workdir>/tensorboard`.
+"""Writes a run's scalars and images for TensorBoard to `<workdir>/tensorboard`.
 
-tensorboardX's SummaryWriter hands events to a thread of its own: when the disk is full that thread dies, and the run
-then waits for it without end. Here each event is on disk when a method returns, or the method says why not; only in a
-bucket, where a file can't grow, it waits for `flush`, for the next picture or for a minute to pass.
+tensorboardX's SummaryWriter writes events in a background thread: when the disk is full, that thread dies and the run
+then blocks forever. Here each event is on disk when a method returns, or the method raises. In a bucket, where files
+can't grow, events are buffered until `flush`, the next image or the first write after a minute.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from lcm_jax.host import files
 
 @contextlib.contextmanager
 def _as_if_absent(name: str) -> Iterator[None]:
-    """Lets nothing import this package, unless it has been imported already."""
+    """Hides a package from imports unless it is already imported."""
     hidden = name not in sys.modules
     if hidden:
         sys.modules[name] = None  # pyright: ignore[reportArgumentType]
@@ -35,24 +35,24 @@ def _as_if_absent(name: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-with _as_if_absent("torch"):  # tensorboardX imports it where it can: seconds, for nothing that is used here
+with _as_if_absent("torch"):  # tensorboardX imports torch if it can: that takes seconds and isn't needed here
     from tensorboardX import summary
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboardX.record_writer import RecordWriter, register_writer_factory
 
-SECONDS = 60  # between two writings of one part in a bucket
-PART = 8 * 2**20  # bytes after which a new part begins there: what is written again and again stays small
+SECONDS = 60  # between flushes to a bucket
+PART = 8 * 2**20  # bytes after which a new object starts in a bucket; bounds what each flush rewrites
 
 
 class Metrics:
-    """Writes scalars and pictures by step. A resumed run hides what an earlier one wrote beyond its start."""
+    """Writes scalars and images by step. A resumed run hides the points that earlier runs wrote after its start."""
 
     def __init__(self, workdir: epath.PathLike, start_step: int = 0) -> None:
-        """Args: the run's folder; the number of steps done, after which older points are stale.
+        """Opens a new event file in the run's folder; hides the points of earlier runs after `start_step`.
 
-        Raises: UserError, here and below, if the file can't be written.
+        Raises: UserError, here and in the other methods, if the file can't be written.
         """
-        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # what a NaN means, the run itself says
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # the run reports NaN itself
         self._folder = epath.Path(workdir) / "tensorboard"
         self._flushed = time.monotonic()
         with files.one_line(self._folder):
@@ -71,13 +71,13 @@ class Metrics:
         self._write(*(Event(step=step, summary=point) for point in points))
 
     def images(self, step: int, name: str, images: UInt8[np.ndarray, "n h w 3"]) -> None:
-        """Adds pictures under one name, eight a row."""
+        """Adds images under one name, eight per row."""
         sheet = summary.image(name, images, dataformats="NHWC")
         self._write(Event(step=step, summary=sheet))
         self.flush()
 
     def flush(self) -> None:
-        """Leaves nothing unwritten; to be called before a checkpoint, after which these points do not come again."""
+        """Writes buffered events. Call it before a checkpoint: a run resumed from it doesn't repeat these points."""
         with files.one_line(self._folder):
             self._file.flush()
         self._flushed = time.monotonic()
@@ -88,11 +88,11 @@ class Metrics:
             self._file.close()
 
     def _on_disk(self) -> int:
-        """What tells this file from another one of its name; in a bucket, whose objects are written whole, nothing."""
+        """Returns the event file's inode number; 0 in a bucket, whose objects are written in one piece."""
         return 0 if files.in_bucket(self._path) else os.stat(self._path).st_ino
 
     def _check_there(self) -> None:
-        """An open file can be written to after it was deleted, for nobody to read."""
+        """Raises UserError if the event file was deleted or replaced: writes to it would succeed but be lost."""
         try:
             there = self._on_disk() == self._inode
         except (FileNotFoundError, NotADirectoryError):
@@ -114,15 +114,15 @@ class Metrics:
 
 
 def _next_name(others: Iterable[str]) -> str:
-    """Returns the name of an event file that sorts behind all others, since TensorBoard reads them in this order.
+    """Returns an event file name that sorts after all others, since TensorBoard reads files in name order.
 
-    The name begins with the time, to the nanosecond: two runs may start within one second. Where the clock was ahead
-    when another file was begun, its time and a second are taken instead.
+    The name starts with the time in nanoseconds, since two runs may start within one second. If another file's time is
+    ahead of the clock, its time plus one second is used instead.
     """
     now, prefix = time.time_ns(), "events.out.tfevents."
     for name in others:
         if found := re.match(r"events\.out\.tfevents\.(\d+)", name):
-            # ten digits, so that the order of names is that of numbers; a name of more would sort by its first ten
+            # ten digits, so that names sort as numbers; a longer number sorts by its first ten digits
             second = int(found[1][:10].ljust(10, "0"))
             if f"{prefix}{now // 10**9:010d}.{now % 10**9:09d}" <= name:
                 now = (second + 1) * 10**9
@@ -130,9 +130,9 @@ def _next_name(others: Iterable[str]) -> str:
 
 
 class _Parts:
-    """A growing file in a bucket, where none can grow: objects `path.0000`, …, of which the last is written again.
+    """File-like writer for a bucket, where objects can't grow: writes `path.0000`, …, and rewrites only the last one.
 
-    TensorBoard reads them one after the other, in the order of their names.
+    TensorBoard reads the objects one after the other, in name order.
     """
 
     def __init__(self, path: str) -> None:
@@ -156,7 +156,7 @@ class _Parts:
 
 
 class _PartsFactory:
-    """Lets a RecordWriter open `gs://…`."""
+    """Lets tensorboardX's RecordWriter open `gs://…`."""
 
     def open(self, path: str) -> _Parts:
         return _Parts(path)

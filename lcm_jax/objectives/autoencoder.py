@@ -1,12 +1,16 @@
 """A variational autoencoder with a weak prior (arXiv 1312.6114; LDM, 2112.10752, section 3.1): reconstruction + KL."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcm_jax.errors import UserError
+from lcm_jax.objectives.base import Inputs, Networks, Objective, Roles, Update
 
 Pixels = Float[Array, "b H W c"]
 Latent = Float[Array, "b h w c"]
@@ -61,3 +65,37 @@ def summary(aux: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
 def deviation(mean: Float[Array, ""], mean_square: Float[Array, ""]) -> Float[Array, ""]:
     """The standard deviation of values with this mean and mean square."""
     return jnp.sqrt(mean_square - mean**2)
+
+
+# ---- the record
+
+
+def _updates(config: AutoencoderConfig, process: Any) -> dict[str, Update]:
+    def loss(networks: Networks, inputs: Inputs, noise: Latent) -> tuple[jax.Array, dict[str, jax.Array]]:
+        vae = networks.by_role["vae"]
+        return autoencoder_loss(
+            encode=functools.partial(vae, method="encode"),
+            decode=functools.partial(vae, method="decode"),
+            images=inputs.images,
+            noise=noise,
+            config=config,
+        )
+
+    return {"vae": Update(jax.random.normal, loss, summary)}
+
+
+def _check(config: AutoencoderConfig, adapters: bool) -> None:
+    if adapters:
+        raise UserError("lora.rank has no effect: objective is 'autoencoder', which LoRA files have no place for")
+
+
+AUTOENCODER = Objective(
+    name="autoencoder",
+    options=AutoencoderConfig,
+    needs=frozenset({"images"}),
+    result="model",
+    roles=lambda config, family: Roles(trained={"vae": "vae"}, exported={"vae": "vae"}),
+    updates=_updates,
+    check=_check,
+    latent_std=lambda config: config.latent_std,
+)

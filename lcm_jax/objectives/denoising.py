@@ -1,16 +1,18 @@
 """Plain diffusion training (DDPM, arXiv 2006.11239, eq. 14), for any prediction type, with classifier-free guidance."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lcm_jax.diffusion.guidance import drop_condition
+from lcm_jax.diffusion.guidance import Condition, drop_condition
 from lcm_jax.diffusion.schedule import Schedule, per_sample
 from lcm_jax.errors import UserError
+from lcm_jax.objectives.base import Inputs, Networks, Objective, Roles, Sampling, Update
 
 Latent = Float[Array, "b h w c"]
 
@@ -68,27 +70,65 @@ def min_snr_weight(schedule: Schedule, t: Int[Array, " b"], gamma: float) -> Flo
 
 def denoising_loss(
     network: Callable[..., Latent],
-    schedule: Schedule,
+    process: Schedule,
     z_0: Latent,
-    context: Float[Array, "b l d"],
-    null_context: Float[Array, "#b l d"],
+    condition: Condition,
+    null_condition: Condition,
     draws: Draws,
     config: DenoisingConfig,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The mean squared error of the network's output at z_t.
 
     Args:
-      network: (z, t, context) -> raw output.
+      network: (z, t, condition) -> raw output.
+      process: the noise process.
       z_0: float32 latents, scaled.
-      context, null_context: of the captions, and of the empty one (one for all, or one each).
+      condition, null_condition: of the captions, and of the empty one (one for all, or one each); trees of arrays.
       draws: from `draw`.
 
     Returns:
       The loss, and {"mse": without weights}.
     """
     eps, t, drop = draws
-    c = drop_condition(context, null_context, drop)
-    z_t = schedule.add_noise(z_0, eps, t)
-    square = (network(z_t, t, c) - schedule.target(z_0, eps, t)) ** 2
-    weight = min_snr_weight(schedule, t, config.min_snr_gamma) if config.min_snr_gamma else jnp.ones(t.shape)
+    c = drop_condition(condition, null_condition, drop)
+    z_t = process.add_noise(z_0, eps, t)
+    square = (network(z_t, t, c) - process.target(z_0, eps, t)) ** 2
+    weight = min_snr_weight(process, t, config.min_snr_gamma) if config.min_snr_gamma else jnp.ones(t.shape)
     return jnp.mean(per_sample(weight, square) * square), {"mse": jnp.mean(square)}
+
+
+# ---- the record
+
+
+def _roles(config: DenoisingConfig, family: Any) -> Roles:
+    trained = {"denoiser": family.denoiser}
+    if config.train_text_encoder:
+        trained |= {name: name for name in family.text_encoders}
+    return Roles(trained=trained, exported=trained)
+
+
+def _updates(config: DenoisingConfig, process: Schedule) -> dict[str, Update]:
+    def loss(networks: Networks, inputs: Inputs, draws: Draws) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return denoising_loss(
+            networks.by_role["denoiser"],
+            process=process,
+            z_0=inputs.z_0,
+            condition=inputs.condition,
+            null_condition=inputs.null_condition,
+            draws=draws,
+            config=config,
+        )
+
+    draws = functools.partial(draw, config=config, num_train_timesteps=process.num_train_timesteps)
+    return {"denoiser": Update(draws, loss)}
+
+
+DENOISING = Objective(
+    name="denoising",
+    options=DenoisingConfig,
+    needs=frozenset({"latents", "condition"}),
+    result="model",
+    roles=_roles,
+    updates=_updates,
+    sampling=lambda config, process: Sampling("ddim"),
+)

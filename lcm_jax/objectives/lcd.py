@@ -5,20 +5,22 @@ agree. k timesteps lie between the two (section 4.3), and w is drawn anew for ea
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lcm_jax.diffusion.consistency import consistency_function
 from lcm_jax.diffusion.distances import DISTANCES
-from lcm_jax.diffusion.guidance import cfg_denoiser, drop_condition, w_embedding
-from lcm_jax.diffusion.sampling import lcm_grid
+from lcm_jax.diffusion.guidance import Condition, cfg_denoiser, drop_condition, w_embedding
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.diffusion.solvers import SOLVERS
 from lcm_jax.errors import UserError, one_of
+from lcm_jax.objectives.base import Inputs, Networks, Objective, Roles, Sampling, Update
 
 Latent = Float[Array, "b h w c"]
 
@@ -101,40 +103,40 @@ def lcd_loss(
     student: Callable[..., Latent],
     target: Callable[..., Latent],
     teacher: Callable[..., Latent],
-    schedule: Schedule,
+    process: Schedule,
     z_0: Latent,
-    context: Float[Array, "b l d"],
-    null_context: Float[Array, "#b l d"],
+    condition: Condition,
+    null_condition: Condition,
     draws: Draws,
     config: LCDConfig,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s)), with z_s one step of psi from z_t.
 
     Args:
-      student, target: (z, t, context, w embedding or None) -> raw output, of the weights theta that are trained, and of
-        theta-, their average. No gradient flows into the target.
-      teacher: (z, t, context) -> raw output; called on 2B.
-      schedule: the teacher's.
+      student, target: (z, t, condition, w embedding or None) -> raw output, of the weights theta that are trained, and
+        of theta-, their average. No gradient flows into the target.
+      teacher: (z, t, condition) -> raw output; called on 2B.
+      process: the noise process of the teacher.
       z_0: float32 latents, scaled.
-      context, null_context: of the captions, and of the empty prompt (one for all, or one each).
+      condition, null_condition: of the captions, and of the empty prompt (one for all, or one each); trees of arrays.
       draws: from `draw`.
 
     Returns:
       The loss, and {"mean_square": of the difference of the two values of f, whatever the distance is}.
     """
     eps, i, w, drop = draws
-    T, k = schedule.num_train_timesteps, config.skip
-    t = jnp.asarray(lcm_grid(config.solver_steps(T), T))[i]  # t_{n+k}
+    T, k = process.num_train_timesteps, config.skip
+    t = jnp.asarray(process.grid(config.solver_steps(T)))[i]  # t_{n+k}
     s = jnp.maximum(t - k, 0)  # t_n
-    c = drop_condition(context, null_context, drop)
+    c = drop_condition(condition, null_condition, drop)
     w_emb = w_embedding(w, config.w_embedding_dim) if config.w_embedding_dim else None
 
-    z_t = schedule.add_noise(z_0, eps, t)
-    denoise = cfg_denoiser(teacher, schedule, c, null_context, w)
-    z_s = SOLVERS[config.solver](denoise, schedule, z_t, t, s)
+    z_t = process.add_noise(z_0, eps, t)
+    denoise = cfg_denoiser(teacher, process, c, null_condition, w)
+    z_s = SOLVERS[config.solver](denoise, process, z_t, t, s)
 
     def f(network: Callable[..., Latent], z: Latent, t: Int[Array, " b"]) -> Latent:
-        return consistency_function(schedule, network(z, t, c, w_emb), z, t, config.timestep_scaling)
+        return consistency_function(process, network(z, t, c, w_emb), z, t, config.timestep_scaling)
 
     difference = f(student, z_t, t) - jax.lax.stop_gradient(f(target, z_s, s))
     loss = DISTANCES[config.distance](difference, config.huber_c)
@@ -144,3 +146,85 @@ def lcd_loss(
 def summary(aux: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
     """What is logged, of the means over the whole batch: {"rms_difference"}."""
     return {"rms_difference": jnp.sqrt(aux["mean_square"])}
+
+
+# ---- the record
+
+
+def _roles(config: LCDConfig, family: Any) -> Roles:
+    denoiser = family.denoiser
+    return Roles(trained={"student": denoiser}, frozen={"teacher": denoiser}, exported={"student": denoiser})
+
+
+def _updates(config: LCDConfig, process: Schedule) -> dict[str, Update]:
+    def loss(networks: Networks, inputs: Inputs, draws: Draws) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return lcd_loss(
+            student=networks.by_role["student"],
+            target=networks.average["student"],
+            teacher=networks.by_role["teacher"],
+            process=process,
+            z_0=inputs.z_0,
+            condition=inputs.condition,
+            null_condition=inputs.null_condition,
+            draws=draws,
+            config=config,
+        )
+
+    draws = functools.partial(draw, config=config, num_train_timesteps=process.num_train_timesteps)
+    return {"student": Update(draws, loss, summary)}
+
+
+def _check(config: LCDConfig, adapters: bool) -> None:
+    if adapters and config.w_embedding_dim:
+        raise UserError(
+            f"lcd.w_embedding_dim is {config.w_embedding_dim}; with lora.rank it must be 0: a LoRA file has no "
+            "place for the projection of the w-embedding"
+        )
+
+
+def _network_config(role: str, config: LCDConfig, component: Any, family: Any) -> Any:
+    if dim := family.w_embedding_dim(component):
+        raise UserError(
+            f"its {family.denoiser} takes a w-embedding of {dim}, so it is a consistency model already; give the "
+            "folder of the diffusion model as config.model.folder"
+        )
+    return family.with_w_embedding(component, config.w_embedding_dim) if role == "student" else component
+
+
+def _new_weight(config: LCDConfig, key: jax.Array, shape: tuple[int, ...]) -> Any:
+    """The projection of the w-embedding: zero, so that the student starts as the teacher for every w, or random."""
+    if config.w_embedding_init == "zeros":
+        return np.zeros(shape, np.float32)
+    return jax.nn.initializers.lecun_normal()(key, shape, jnp.float32)
+
+
+def _sampling(config: LCDConfig, process: Schedule) -> Sampling:
+    return Sampling("lcm", config.solver_steps(process.num_train_timesteps), config.timestep_scaling)
+
+
+def _recipe(config: LCDConfig, process: Schedule) -> dict[str, Any]:
+    return {
+        "guidance_min": config.guidance_min,
+        "guidance_max": config.guidance_max,
+        "solver": config.solver,
+        "skip": config.skip,
+        "original_inference_steps": config.solver_steps(process.num_train_timesteps),
+        "timestep_scaling": config.timestep_scaling,
+        "w_embedding_dim": config.w_embedding_dim,
+        "distance": config.distance,
+    }
+
+
+LCD = Objective(
+    name="lcd",
+    options=LCDConfig,
+    needs=frozenset({"latents", "condition"}),
+    result="lcm",
+    roles=_roles,
+    updates=_updates,
+    check=_check,
+    network_config=_network_config,
+    new_weight=_new_weight,
+    sampling=_sampling,
+    recipe=_recipe,
+)

@@ -1,1 +1,1 @@
-"""One program on many devices: the mesh, who holds which part of which weight, and what is exchanged in a step."""
+"""Parallel training: the device mesh, the sharding of weights, the communication, and the processes of a run."""

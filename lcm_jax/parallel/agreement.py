@@ -1,8 +1,8 @@
-"""The processes of a run compare what they were started with, and end together where they differ.
+"""Checks that all processes of a run were started with the same settings, and ends them together if not.
 
-They do so in the key-value store of JAX's coordinator. That needs no device, so processes can compare before anything
-in which different ones would wait for each other without end. Each of N processes sends one short text and reads two;
-facts are exchanged as one hash, and in full only with a process whose hash differs.
+The comparison uses the key-value store of JAX's coordinator, which needs no device. So it can run before any collective
+operation in which processes with different settings would deadlock. Each process writes one short text and reads two.
+Settings are compared by hash; only a process whose hash differs reads them in full.
 """
 
 import hashlib
@@ -15,35 +15,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax._src import distributed  # the store has no public name; Orbax takes it from here too
+from jax._src import distributed  # the store has no public name; Orbax imports it the same way
 
 from lcm_jax.errors import Unavailable, UserError, plain
 
-PATIENCE = 60_000  # milliseconds of one request; a lost process is noticed by the roll call
-# names of flags whose values are places, and of one that says how many devices a CPU has: `of_devices` compares them
+PATIENCE = 60_000  # milliseconds per request, which is then repeated; the roll call detects lost processes
+# flags that are not compared: those that hold paths, and the number of CPU devices, which `of_devices` compares
 _OWN = re.compile(
     r"(^|[-_])(dump|cache|dirs?|directory|files?|path|autotune_results)([-_]|$)|_host_platform_device_count$"
 )
-_call = itertools.count()  # processes come here in the same order
+_call = itertools.count()  # all processes call `agree` in the same order
 
 
 class Disagreement(UserError):
-    """A mistake that every process of the run raises, at the same place and with the same message."""
+    """An error that every process of the run raises at the same place and with the same message."""
 
 
 class Postponed(Disagreement, Unavailable):
-    """A Disagreement about what may be there later."""
+    """A Disagreement about something temporary; a retry may succeed."""
 
 
 def agree(facts: Mapping[str, str], problem: str | UserError = "") -> None:
-    """Returns when all processes are here, with the same facts and without a problem; all of them must ask.
+    """Waits for all processes and checks that they have the same facts and no problem. All processes must call it.
 
     Args:
-      facts: name → value of what must be the same everywhere.
-      problem: why this process can't go on; that of one process ends all.
+      facts: {name: value} of what must be the same in all processes.
+      problem: why this process can't continue; a problem in one process ends all of them.
 
-    Raises: Disagreement, in all processes (Postponed if the problem is Unavailable); where this is the only process,
-      its problem.
+    Raises:
+      Disagreement: in all processes (Postponed if the problem is Unavailable). A single process raises its own problem.
     """
     run = distributed.global_state
     if run.client is None or (run.num_processes or 1) == 1:
@@ -78,7 +78,7 @@ def agree(facts: Mapping[str, str], problem: str | UserError = "") -> None:
 
 
 def settings() -> dict[str, str]:
-    """Returns what JAX and its compilers were told outside of the config, without paths, which are a host's own."""
+    """Returns the JAX options and compiler flags that must match in all processes, without host-specific flags."""
     names = ("enable_x64", "default_matmul_precision", "default_prng_impl", "threefry_partitionable")
     return {f"jax_{name}": str(getattr(jax.config, f"jax_{name}")) for name in names} | {
         name: _flags(os.environ.get(name, "")) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -86,9 +86,9 @@ def settings() -> dict[str, str]:
 
 
 def of_devices(devices: Sequence[Any]) -> dict[str, str]:
-    """Returns the number, the kind and the compiler of this process's devices, of all those of the run.
+    """Returns the number, kind and runtime version of this process's devices among `devices`.
 
-    JAX waits for all processes to find its devices, so they are compared after what processes were started with.
+    JAX waits for all processes when it initializes its devices, so compare the settings first.
     """
     local = [device for device in devices if device.process_index == jax.process_index()]
     kinds = sorted({f"{device.device_kind} ({device.platform})" for device in local})
@@ -99,13 +99,13 @@ def of_devices(devices: Sequence[Any]) -> dict[str, str]:
 
 
 def _flags(given: str) -> str:
-    """Returns flags in the order of their names, the last of each, without those that name a host's own place."""
+    """Returns flags sorted by name, the last value of each, without the host-specific ones."""
     flags = {flag.partition("=")[0]: flag for flag in given.split() if flag.startswith("-")}
     return " ".join(flags[name] for name in sorted(flags) if not _OWN.search(name))
 
 
 def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], me: str, first: str) -> str:
-    """Names the first fact that differs, with both values, and the number of the others."""
+    """Describes the first fact that differs, with both values, and counts the others."""
     names = [name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name)]
     name, more = names[0], f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     here, there = (plain(of.get(name, "nothing"), 80) for of in (mine, theirs))
@@ -113,9 +113,9 @@ def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], me: str, fir
 
 
 def _verdict(reports: list[dict[str, Any]]) -> tuple[str, bool]:
-    """Returns what all processes raise, and whether it may be mended by waiting.
+    """Returns (the message that all processes raise, or "", and whether a retry may succeed).
 
-    A problem comes before a difference, that of the first process first; "" for neither.
+    Problems take precedence over differences, and lower process numbers over higher ones.
     """
     if problems := [report for report in reports if report["problem"]]:
         why = problems[0]["problem"]

@@ -1,7 +1,7 @@
-"""What devices tell each other of weights and gradients, written out: one all-gather and one reduce-scatter a weight.
+"""Explicit collectives for sharded weights: one all-gather and one reduce-scatter per weight.
 
-Left to XLA, weights that are divided along an axis of a matrix product become products of parts of activations, and
-these are exchanged instead: hundreds of all-to-alls. Here the network sees whole weights only.
+If XLA chooses the collectives, it shards the matrix products and exchanges activations instead, with hundreds of
+all-to-alls. Here the network only sees gathered weights.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather(part: jax.Array, axis: int, dtype: Any, grad_dtype: Any) -> jax.Array:
-    """Returns the whole weight in `dtype`, from the parts along `axis` that the "fsdp" devices hold.
+    """All-gathers a weight over "fsdp" along `axis` and returns it in `dtype`.
 
-    Its gradient is `scatter`: each device receives its own part of the sum, in float32.
+    The backward pass is `scatter`: each device receives its shard of the summed gradient, in float32.
     """
     return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
 def scatter(gradient: jax.Array, axis: int, grad_dtype: Any) -> jax.Array:
-    """Returns this device's part of the sum over "fsdp", float32; the sum is taken in `grad_dtype`."""
+    """Sums a gradient over "fsdp" in `grad_dtype` and returns this device's shard along `axis`, in float32."""
     summed = jax.lax.psum_scatter(gradient.astype(grad_dtype), "fsdp", scatter_dimension=axis, tiled=True)
     return summed.astype(jnp.float32)
 
@@ -43,14 +43,14 @@ gather.defvjp(_forward, _backward)
 )
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A weight of which this device holds a part; a network calls `whole()` where it uses it.
+    """This device's shard of a weight; networks call `whole()` where they use the weight.
 
     Attributes:
-      part: what lies on this device.
-      shape: of the whole.
-      axis: the divided one.
-      dtype: of the whole weight, when it has come together.
-      grad_dtype: in which its gradient is summed.
+      part: the shard on this device.
+      shape: shape of the unsharded weight.
+      axis: the sharded axis.
+      dtype: dtype of the gathered weight.
+      grad_dtype: dtype in which its gradient is summed.
     """
 
     part: jax.Array
@@ -60,5 +60,5 @@ class Shard:
     grad_dtype: Any
 
     def whole(self) -> jax.Array:
-        """Returns the whole weight."""
+        """Returns the gathered weight."""
         return gather(self.part, self.axis, self.dtype, self.grad_dtype)

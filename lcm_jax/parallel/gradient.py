@@ -1,10 +1,10 @@
-"""The gradient of a loss over the global batch: each device takes its samples, micro-batch by micro-batch.
+"""The gradient of a loss over the global batch, accumulated over micro-batches on each device.
 
-Inside `jax.shard_map` an array is what one device holds of it, so no activation can leave its device: all that is
-exchanged are the weights and gradients of `exchange.py` and the sums at the end of `local` below.
+It runs inside `jax.shard_map`, where arrays are per-device, so activations never leave their device. The only
+communication is that of weights and gradients (`exchange.py`) and the sums at the end of `local` below.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,24 +23,33 @@ Gradient = Callable[[Weights, Weights, Weights, Any, Any], tuple[Values, Weights
 
 
 def make_gradient(
-    loss: Callable[..., Values], params: Shapes, frozen: Shapes, *, mesh: Mesh, config: MeshConfig, accumulate: int
+    loss: Callable[..., Values],
+    params: Shapes,
+    frozen: Shapes,
+    *,
+    trains: Sequence[str] | None = None,
+    mesh: Mesh,
+    config: MeshConfig,
+    accumulate: int,
 ) -> Gradient:
     """Returns `gradient(params, target, frozen, batch, draws) -> ((loss, aux), grads)`, to be called under jit.
 
     Args:
-      loss: (params, target, frozen, batch, draws) -> (mean over the samples, {name: mean over the samples}). It gets
-        `Shard`s in place of weights that come together where they are used.
-      params, frozen: shapes of the weights, with the dtype in which the networks use them; the target's are `params`.
-      accumulate: the number of micro-batches. They are strided over the global batch, each device dividing its own
-        samples, and their gradients are added in float32.
+      loss: (params, target, frozen, batch, draws) -> (mean over the samples, {name: mean over the samples}). With
+        `config.gather="block"` sharded weights are passed to it as `Shard`s.
+      params, frozen: shapes of the weights and the dtype in which networks use them; `params` also describes target.
+      trains: names of the weights that the gradient is for; all by default.
+      accumulate: number of micro-batches. Each device splits its own samples, so a micro-batch is strided over the
+        global batch. Gradients are accumulated in float32.
 
-    The gradient is float32, divided as the weights are, and the same on all devices that hold the same part.
+    The gradient is float32 and sharded like the weights; devices that hold the same shard get the same values.
     """
     fsdp = mesh.shape["fsdp"]
     axes = partition.divided_axes(params, fsdp)
     frozen_axes = partition.divided_axes(frozen, fsdp if config.frozen == "sharded" else 1)
     grad_dtype = jnp.dtype(config.grad_dtype)
     once = config.gather == "step"
+    names = tuple(params) if trains is None else tuple(trains)
 
     def shards(weights: Weights, axes: Axes, shapes: Shapes) -> Weights:
         def shard(part: jax.Array, axis: int | None, leaf: jax.ShapeDtypeStruct) -> Any:
@@ -53,14 +62,14 @@ def make_gradient(
         return share(*trained, shards(others, frozen_axes, frozen), batch, draws)
 
     def share(*args: Any) -> Values:
-        """What these samples add to the means over the global batch; to the gradient of the loss too."""
+        """The contribution of these samples to the means over the global batch, and so to the gradient."""
         return jax.tree.map(lambda x: x / (mesh.size * accumulate), loss(*args))
 
     def reduced(gradient: jax.Array, axis: int | None) -> jax.Array:
-        """The sum over all devices, as float32; of a divided weight that of this device's part."""
+        """The gradient summed over all devices, in float32; for a sharded weight, this device's shard of it."""
         if axis is None:
             return jax.lax.psum(gradient.astype(grad_dtype), AXES).astype(jnp.float32)
-        if once:  # else each use of the weight has summed over "fsdp" already
+        if once:  # otherwise the backward pass of `gather` has already summed over "fsdp"
             gradient = scatter(gradient, axis, grad_dtype)
         return jax.lax.psum(gradient.astype(grad_dtype), "data").astype(jnp.float32)
 
@@ -70,9 +79,14 @@ def make_gradient(
             function = share
             weights, target = (_whole(shards(w, axes, params)) for w in (weights, target))
             others = _whole(shards(others, frozen_axes, frozen))
-        value_and_grad = jax.value_and_grad(function, has_aux=True)
+        changed = {name: weights[name] for name in names}
+
+        def of_changed(changed: Weights, *args: Any) -> Values:
+            return function({**weights, **changed}, *args)
+
+        value_and_grad = jax.value_and_grad(of_changed, has_aux=True)
         values, grads = _add_up(
-            lambda part: value_and_grad(weights, target, others, *part), (batch, draws), parts=accumulate
+            lambda part: value_and_grad(changed, target, others, *part), (batch, draws), parts=accumulate
         )
         grads = _map(reduced, grads, axes)
         return jax.tree.map(lambda x: jax.lax.psum(x, AXES), values), grads
@@ -82,13 +96,13 @@ def make_gradient(
         local,
         mesh=mesh,
         in_specs=(trained, trained, others, BATCH, BATCH),
-        out_specs=((P(), P()), trained),
-        check_vma=False,  # the sums over devices are written out, not those that a type of "varying" would put in
+        out_specs=((P(), P()), {name: trained[name] for name in names}),
+        check_vma=False,  # the sums over devices are explicit, not inserted from "varying" types
     )
 
 
 def _map(f: Callable[..., Any], *trees: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """f of the leaves of these, weight by weight; the first says which there are."""
+    """Applies f to the leaves of the trees, weight by weight, for the weights of the first tree."""
     return {name: {path: f(*(tree[name][path] for tree in trees)) for path in flat} for name, flat in trees[0].items()}
 
 
@@ -97,7 +111,7 @@ def _whole(weights: Weights) -> Weights:
 
 
 def _add_up(function: Callable[[Any], Any], batch: Any, *, parts: int) -> Any:
-    """The sum of `function` over `parts` equal parts of the batch, one after the other, in float32."""
+    """Sums `function` over `parts` equal parts of the batch, sequentially; accumulates in float32 if parts > 1."""
     if parts == 1:
         return function(batch)
     divided = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)

@@ -1,7 +1,7 @@
-"""The grid of devices: "data" over slices and hosts, "fsdp" inside a slice. The batch is divided over both axes.
+"""The device mesh: axis "data" spans slices and hosts, axis "fsdp" lies inside a slice. Both divide the batch.
 
-Weights, EMA and optimizer state are divided over "fsdp" and the same along "data", so that only gradients cross the
-slow network between slices, once a step.
+Weights, EMA and optimizer state are sharded over "fsdp" and replicated over "data", so only gradients cross the slow
+network between slices, once per step.
 """
 
 import dataclasses
@@ -18,21 +18,21 @@ from jax.sharding import PartitionSpec as P
 from lcm_jax.errors import Unavailable, UserError, one_of
 
 AXES = ("data", "fsdp")
-BATCH = P(AXES)  # of every array whose first axis is the batch
+BATCH = P(AXES)  # partition spec of arrays whose first axis is the batch
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices share a run. Nothing here changes the result, but for rounding."""
+    """How a run is distributed over devices. Results differ only by rounding."""
 
-    data: int = -1  # groups of devices that each hold all weights; -1: whatever is left
-    fsdp: int = 1  # devices of such a group, between which weights, EMA and optimizer state are divided; -1 likewise
-    frozen: str = "replicated"  # teacher, VAE, text encoder: replicated | sharded (as the trained weights are)
-    # how divided weights come together: step: once a step | block: at each use, and again for the backward pass, which
-    # takes less memory where the whole weights are more than activations, and half as much traffic again
+    data: int = -1  # number of groups that each hold all weights; -1: all remaining devices
+    fsdp: int = 1  # devices per group, over which weights, EMA and optimizer state are sharded; -1 likewise
+    frozen: str = "replicated"  # teacher, VAE, text encoder: replicated | sharded (like the trained weights)
+    # when sharded weights are gathered: step: once per step | block: at each use and again for the backward pass, with
+    # 50 % more traffic, but less memory where the gathered weights are larger than the activations
     gather: str = "step"
-    cpu_devices: int = 0  # into which a run on a CPU is split, each with its share of the batch; 0: as XLA_FLAGS says
-    grad_dtype: str = "float32"  # in which gradients are summed over devices: float32 | bfloat16
+    cpu_devices: int = 0  # devices a CPU is split into, each with its share of the batch; 0: as set by XLA_FLAGS
+    grad_dtype: str = "float32"  # dtype of the gradient sums over devices: float32 | bfloat16
 
     def __post_init__(self) -> None:
         for name in AXES:
@@ -49,10 +49,10 @@ class MeshConfig:
 
 
 def split_cpu(devices: int) -> None:
-    """Makes JAX see the CPU as this many devices (0: as it is), before anything runs; accelerators stay what they are.
+    """Splits the CPU into this many JAX devices (0: no change). Call it before using JAX; accelerators are unaffected.
 
-    Each device works on its share of the batch by itself, so operations that are too small for all cores together, of
-    which a small UNet has many, leave no core idle. Raises UserError if JAX runs already with another number.
+    Each device processes its share of the batch independently. This keeps all cores busy in small UNets, many of whose
+    operations are too small to use all cores. Raises UserError if JAX already runs with another number.
     """
     if devices:
         try:
@@ -66,7 +66,7 @@ def split_cpu(devices: int) -> None:
 def found_devices() -> list[Any]:
     """Returns all devices of the run.
 
-    Raises: Unavailable where JAX finds none of the platform that JAX_PLATFORMS names first.
+    Raises: Unavailable if JAX finds no device of the first platform in JAX_PLATFORMS.
     """
     wanted = (jax.config.jax_platforms or "").split(",")[0]  # pyright: ignore[reportAttributeAccessIssue]
     extra = {"cuda": "cuda", "tpu": "tpu"}.get(wanted, "")
@@ -82,7 +82,7 @@ def found_devices() -> list[Any]:
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int]:
-    """Returns the sizes of the axes for this many devices; raises UserError where they do not multiply to it."""
+    """Returns the (data, fsdp) sizes; raises UserError if their product is not `devices`."""
     sizes = {name: getattr(config, name) for name in AXES}
     known = math.prod(size for size in sizes.values() if size != -1)
     if -1 in sizes.values() and devices % known == 0:
@@ -94,13 +94,13 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh of all devices of the run, or of `devices`, with the axes "data" and "fsdp".
+    """Returns a mesh of `devices` (default: all devices of the run) with the axes "data" and "fsdp".
 
-    Devices of several slices (those whose `slice_index` differs) are put together along "data" only.
+    Slices (devices with different `slice_index`) are joined along "data" only.
 
     Raises:
-      UserError: sizes that do not multiply to the devices; a "data" axis that slices do not divide; no device of the
-        kind that JAX_PLATFORMS asks for.
+      UserError: the product of the sizes is not the number of devices; "data" is not a multiple of the number of
+        slices; there is no device of the platform in JAX_PLATFORMS.
     """
     devices = found_devices() if devices is None else list(devices)
     data, fsdp = mesh_shape(config, len(devices))
@@ -117,7 +117,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises UserError unless each device gets the same number of samples for each micro-batch."""
+    """Raises UserError unless `batch_size` divides evenly by devices and micro-batches."""
     if batch_size % mesh.size:
         raise UserError(f"config.batch_size={batch_size} does not divide by the {mesh.size} devices")
     if batch_size % (mesh.size * accumulate):

@@ -1,8 +1,8 @@
-"""Which axis of which weight is divided over "fsdp": an ordered table of path patterns, outside the models.
+"""Sharding rules: which axis of each weight is sharded over "fsdp", by ordered path patterns outside the models.
 
-The first pattern that matches a path names axes in the order of preference; the first of them that the devices divide
-is taken, and a weight that has none lies whole on each device. A path that no pattern matches is an error: a new kind
-of layer must say what becomes of it.
+The first pattern that matches a path lists axes in order of preference. The first of them whose size is divisible by
+"fsdp" is sharded; if there is none, the weight is replicated. A path that no pattern matches is an error, so that each
+new kind of layer gets a rule.
 """
 
 import re
@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Shapes = dict[str, dict[str, jax.ShapeDtypeStruct]]  # {component: {path: shape}}
-Axes = dict[str, dict[str, int | None]]  # {component: {path: the divided axis, or None}}
+Axes = dict[str, dict[str, int | None]]  # {component: {path: the sharded axis, or None}}
 
-# Input channels come first: a part of them is a run of whole rows of 128 lanes on a TPU, where a part of the output
-# channels (320 / 8 = 40 in SD 1.5) would be padded. conv_in, with its four input channels, takes the second.
+# Input channels come first: on a TPU a shard of them is made of full rows of 128 lanes, whereas a shard of the output
+# channels (320 / 8 = 40 in SD 1.5) would be padded. conv_in, with 4 input channels, can need the second.
 RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
     (r"(.*\.)?(bias|scale)", ()),
     (r".*_embedding\.embedding", (-2, -1)),  # (entries, width)
@@ -26,7 +26,7 @@ RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
 
 
 def divided_axis(path: str, shape: tuple[int, ...], fsdp: int) -> int | None:
-    """Returns the axis of this weight that is divided over `fsdp` devices, or None; raises ValueError for no rule."""
+    """Returns the axis of this weight to shard over `fsdp` devices, or None; raises ValueError if no rule matches."""
     for pattern, preferred in RULES:
         if re.fullmatch(pattern, path):
             if fsdp == 1:
@@ -36,7 +36,7 @@ def divided_axis(path: str, shape: tuple[int, ...], fsdp: int) -> int | None:
 
 
 def divided_axes(shapes: Shapes, fsdp: int) -> Axes:
-    """Returns {component: {path: axis or None}} of the weights that have these shapes."""
+    """Returns the sharded axis, or None, of each weight."""
     return {
         name: {path: divided_axis(path, leaf.shape, fsdp) for path, leaf in flat.items()}
         for name, flat in shapes.items()
@@ -44,7 +44,7 @@ def divided_axes(shapes: Shapes, fsdp: int) -> Axes:
 
 
 def spec(axis: int | None) -> P:
-    """Returns the partition spec of an array with this axis divided."""
+    """Returns the partition spec of an array that is sharded along `axis`; None: replicated."""
     return P() if axis is None else P(*[None] * axis, "fsdp")
 
 
@@ -54,9 +54,9 @@ def specs(axes: Axes) -> dict[str, dict[str, P]]:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """Returns the sharding of each array of a state, of weights alone, or of an optimizer's moments of weights.
+    """Returns the sharding of each array in a training state, a tree of weights or optimizer moments.
 
-    An array belongs to the weight whose path is the last dict key on the way to it; scalars are on each device.
+    The last dict key on the way to an array is the path of its weight. Scalars are replicated.
     """
 
     def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -69,7 +69,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, like: Any) -> Any:
-    """Puts arrays of the host on the devices that `like`, of jax.ShapeDtypeStruct, says: on each its own part."""
+    """Moves host arrays to devices with the shapes and shardings of `like`, a tree of jax.ShapeDtypeStruct."""
     return jax.tree.map(
         lambda x, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.asarray(x[index])),
         tree,

@@ -1,4 +1,4 @@
-"""One process of a run, or the only one: which it is, and that all of them begin, fail and end together."""
+"""The processes of a run: finds this process's place among them, and starts, fails and ends them together."""
 
 import argparse
 import atexit
@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 import jax
-from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks; it has no public name
+from jax._src.clusters import ClusterEnv  # used by jax.distributed.initialize; it has no public name
 from jax.experimental import multihost_utils
 
 from lcm_jax.errors import Unavailable, UserError, plain
@@ -19,20 +19,20 @@ from lcm_jax.parallel.agreement import Disagreement, agree
 from lcm_jax.parallel.roll_call import RollCall
 from lcm_jax.parallel.roll_list import TOKEN
 
-WAIT = 300.0  # seconds for processes that are missing
-TELL = 20.0  # seconds for others to come, to hear of a mistake that this one alone may have made
-LATER = 30  # JAX's own wait, which ends in a stack dump, is so many seconds longer than that for its port
-# The roll call's port is so far below the coordinator's: of the ports that Google Cloud's own firewall rule opens among
-# the hosts of a TPU pod, 8474 is the neighbour of JAX's 8476.
+WAIT = 300.0  # seconds to wait for missing processes
+TELL = 20.0  # seconds to wait for the other processes when reporting an error to them
+LATER = 30  # seconds by which JAX's own timeout, which ends in a stack dump, exceeds the wait for its port
+# Distance of the roll call's port below the coordinator's: among the hosts of a TPU pod, Google Cloud's firewall rule
+# opens 8474 beside JAX's 8476.
 ROLL_CALL = 2
-# Under SLURM and mpirun JAX takes its port from the job's number, from this one on; so far below is no other job's, nor
-# one that Linux gives to connections (32768 and more).
+# Under SLURM and mpirun JAX derives its port from the job's number, starting at JOBS. The roll call's is BELOW_JOBS
+# lower, where it meets neither other jobs' ports nor Linux's ephemeral ports (32768 and up).
 JOBS, BELOW_JOBS = 2**16 - 2**12, 2**15
-CLUSTERS = ("GkeTpuCluster", "GceTpuCluster", "SlurmCluster", "OmpiCluster")  # in which JAX finds its processes
+CLUSTERS = ("GkeTpuCluster", "GceTpuCluster", "SlurmCluster", "OmpiCluster")  # in which JAX detects the processes
 
 
 class Place(NamedTuple):
-    """Where a process stands: HOST:PORT of process 0, its number, how many there are, its share of the host's GPUs."""
+    """A process's place in the run: HOST:PORT of process 0, its number, the number of processes, its local GPUs."""
 
     coordinator: str
     process: int
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say where this process stands, for machines on which it can't be found out."""
+    """Adds the options that give this process's place, for machines on which it can't be detected."""
     group = parser.add_argument_group("several processes (known by itself on TPU pods, under GKE, SLURM and mpirun)")
     group.add_argument(
         "--coordinator",
@@ -56,9 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def find(coordinator: str | None, count: int | None, process: int | None, wait: float = WAIT) -> Place | None:
-    """Returns this process's place, from the options or from the cluster it runs in; None if it is the only one.
+    """Returns this process's place, from the options or from the cluster it runs in; None for a single process.
 
-    Raises: UserError for options that are incomplete or out of range.
+    Raises: UserError if options are incomplete or out of range, or the cluster's environment can't be read.
     """
     if not 0 < wait < float("inf"):
         raise UserError(f"--wait={wait:g}; it must be a positive number of seconds")
@@ -83,7 +83,7 @@ def _check_address(address: str, what: str) -> None:
 
 
 def roll_call_port(port: int) -> int:
-    """Returns the port of the roll call beside a coordinator's."""
+    """Returns the roll call's port for a coordinator's port."""
     return port - (BELOW_JOBS if port >= JOBS else ROLL_CALL)
 
 
@@ -114,10 +114,10 @@ def _of_cluster(wait: float) -> Place | None:
 
 
 class Processes:
-    """Use as a context manager around all of a run; JAX knows of all processes and their devices inside."""
+    """Connects the processes of a run; a context manager inside which JAX sees the devices of all processes."""
 
     def __init__(self, place: Place | None, wait: float = WAIT) -> None:
-        """Waits for the others. Raises UserError if they do not come."""
+        """Waits for the other processes. Raises UserError if they can't be reached."""
         self._roll_call: RollCall | None = None
         if place is None:
             return
@@ -161,25 +161,26 @@ class Processes:
     ) -> None:
         if not self._roll_call:
             return
-        if error is None or isinstance(error, Disagreement):  # which all others raise as well
-            jax.distributed.shutdown()  # when all others are here
+        if error is None or isinstance(error, Disagreement):  # the others raise it as well
+            jax.distributed.shutdown()  # waits for the others
             self._roll_call.leave()
             return
         self._roll_call.leave(" ".join(f"{error}".split()) or type(error).__name__)
-        # JAX would wait for the others at exit, and they are ending as well
+        # at exit JAX would wait for the others, which are ending as well
         atexit.register(_exit, {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
 
     @staticmethod
     def _end(why: str) -> None:
-        """Ends a process whose main thread waits for a lost one inside JAX, and would for ever."""
+        """Ends this process, whose main thread may wait forever inside JAX for a lost process."""
         _say(f"error: {why}; all processes end. Start them again: the run goes on from its last checkpoint.")
         _exit(1)
 
 
 def tell(place: Place | None, problem: UserError) -> None:
-    """Tells the other processes why this one can't start, if they come within `TELL` seconds; then raises Disagreement.
+    """Reports to the other processes why this one can't start, then raises Disagreement.
 
-    They are told at the first `agree` of theirs, and all end with the same message. Returns if there are no others.
+    The others receive the problem in their first `agree`, and all end with the same message. Returns if there are no
+    other processes or they do not connect within `TELL` seconds.
     """
     if place is None:
         return
@@ -188,16 +189,16 @@ def tell(place: Place | None, problem: UserError) -> None:
             agree({}, problem)
     except Disagreement:
         raise
-    except Unavailable:  # they did not come
+    except Unavailable:  # they did not connect
         return
 
 
 def find_leniently(argv: Sequence[str]) -> Place | None:
-    """Returns this process's place as `find` does, from arguments of which others are wrong; None if it can't."""
+    """Returns this process's place like `find`, ignoring errors in other arguments; None if it can't be found."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_options(parser)
     own = ("--coordinator", "--num-processes", "--process-id")
-    # a value may stand by itself, and then does not begin with --; no other option of the command is looked at
+    # keeps only these options; a value in an argument of its own does not begin with --
     chosen = [
         text
         for before, text in zip(["", *argv], argv, strict=False)
@@ -211,7 +212,7 @@ def find_leniently(argv: Sequence[str]) -> Place | None:
 
 
 def _reach(host: str, port: int, wait: float) -> None:
-    """Waits for JAX's coordinator to answer; raises OSError. JAX itself would end the process with a stack dump."""
+    """Waits until JAX's coordinator accepts connections, else raises OSError; JAX would end with a stack dump."""
     deadline = time.monotonic() + wait
     while True:
         try:
@@ -225,7 +226,7 @@ def _reach(host: str, port: int, wait: float) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"lcm-jax: {plain(line)}", file=sys.stderr, flush=True)  # it may hold what another process sent
+    print(f"lcm-jax: {plain(line)}", file=sys.stderr, flush=True)  # it may contain text from another process
 
 
 def _exit(code: int) -> None:
@@ -235,21 +236,21 @@ def _exit(code: int) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks for all."""
+    """Returns whether this is process 0, which writes files and prints for all."""
     return jax.process_index() == 0
 
 
 def meet(name: str) -> None:
-    """Waits until all processes are at this place of the program, however long the slowest takes.
+    """Waits, without a time limit, until all processes reach this place in the program.
 
-    They wait in the coordinator: between devices the first to come would end after 30 seconds on CPUs, in Gloo.
+    The barrier uses the coordinator: a collective operation on CPUs (Gloo) would time out after 30 seconds.
     """
     agree({"place in the program": name})
 
 
 def all_agree(flag: bool) -> bool:
-    """Returns whether `flag` is true in all processes; all of them must ask."""
+    """Returns whether `flag` is true in all processes; all of them must call it."""
     if jax.process_count() == 1:
         return flag
-    meet("all_agree")  # one may have read for longer than the devices wait for each other
+    meet("all_agree")  # a process may have read data for longer than the collective's timeout
     return bool(multihost_utils.process_allgather(jax.numpy.asarray(flag)).all())

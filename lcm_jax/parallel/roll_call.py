@@ -1,15 +1,15 @@
-"""The processes of a run find each other before JAX starts, and learn at once when one of them is lost.
+"""Lets the processes of a run find each other before JAX starts, and detects lost processes at once.
 
-JAX itself waits for missing processes without a word, and ends minutes after a lost one with a stack dump. Here
-process 0 keeps a list (`roll_list.py`): each process connects to it, says its number and host, and stays connected
-until it is done. Messages are JSON, one a line:
+JAX waits silently for missing processes, and ends with a stack dump minutes after a process is lost. Here process 0
+keeps a list (`roll_list.py`): each process connects to it, sends its number and host, and stays connected until it is
+done. Messages are JSON, one per line:
 
-    {"challenge": "8f…"}                     the list's first words to whatever connects
-    {"process": 3, "of": 4, "host": "b", "proof": "…"}      from each process then; the proof is of the job's token
-    {"refused": "why"} or {"busy": "why"}    the list's answer to one that does not belong to it, or comes too late
-    {"all": true}                            to each process, when all are there
-    {"done": true} or {"failed": "why"}      from a process before it leaves; without it, it was lost
-    {"lost": "who and why"}                  to all others then
+    {"challenge": "8f…"}                     from the list to each new connection
+    {"process": 3, "of": 4, "host": "b", "proof": "…"}      the process's reply; proves that it knows the job's token
+    {"refused": "why"} or {"busy": "why"}    from the list to a process that does not belong to it, or is too late
+    {"all": true}                            from the list to each process, when all have connected
+    {"done": true} or {"failed": "why"}      from a process before it leaves; without it, the process was lost
+    {"lost": "who and why"}                  from the list to the others, when a process failed or was lost
 """
 
 import contextlib
@@ -22,29 +22,29 @@ from typing import Any
 from lcm_jax.errors import Unavailable, UserError, plain
 from lcm_jax.parallel.roll_list import LINE, RollList, keep_alive, parse, proof, send
 
-SAY_EVERY = 15.0  # seconds between lines that say who is missing
+SAY_EVERY = 15.0  # seconds between messages about missing processes
 Say = Callable[[str], None]
 
 
 class RollCall:
-    """One process's place in the list; process 0 keeps the list as well."""
+    """One process's connection to the list; process 0 also runs the list."""
 
     def __init__(
         self, address: str, process: int, count: int, *, wait: float, say: Say, how: str, on_loss: Say, token: str = ""
     ) -> None:
-        """Waits until all processes are there.
+        """Waits until all processes have connected.
 
         Args:
           address: HOST:PORT of the list, on process 0's host.
-          process, count: number of this process, and of all.
-          wait: seconds.
+          process, count: this process's number, and the number of processes.
+          wait: timeout in seconds.
           say: prints a line.
-          how: to start a process that is missing.
-          on_loss: called once all are there, in a thread of its own, with one line about a process that is lost.
-          token: of the job; the list refuses a process that has another.
+          how: how to start a missing process, for messages.
+          on_loss: called in a separate thread with one line about a process that is lost after all have connected.
+          token: the job's token; the list refuses a process with a different one.
 
         Raises:
-          UserError: some are missing after that time; the list refuses this process; its port is taken.
+          UserError: processes are missing after `wait`; the list refuses this process; the list's port is taken.
         """
         self._on_loss, self._leaving = on_loss, False
         self._process, self._count, self._token = process, count, token
@@ -75,7 +75,7 @@ class RollCall:
                 if time.monotonic() >= deadline:
                     raise Unavailable(f"waited in vain for {missing}") from None
                 say(f"Waiting for {missing}")
-                self._lines.close()  # of no use after a timeout; the list writes whole lines, and seldom
+                self._lines.close()  # unusable after a timeout; the list's lines are rare and come complete
                 self._lines = self._socket.makefile("rb")
                 continue
             if "challenge" in answer:
@@ -91,16 +91,16 @@ class RollCall:
     def _introduce(self, challenge: str) -> None:
         host = socket.gethostname()
         shown = proof(self._token, challenge, self._process, self._count, host)
-        with contextlib.suppress(OSError):  # a lost list is noticed where it is read from
+        with contextlib.suppress(OSError):  # reading detects a lost list
             self._send({"process": self._process, "of": self._count, "host": host, "proof": shown})
 
     @property
     def interface(self) -> str:
-        """The address that process 0 listens on, on process 0 itself; "" for several."""
+        """On process 0, the only address that it listens on; "" if there are several, and in other processes."""
         return self._list.interface if self._list else ""
 
     def leave(self, failed: str = "") -> None:
-        """Leaves the list: done, or failed for this reason, which the others are told."""
+        """Leaves the list: done, or failed with this reason, which is sent to the other processes."""
         self._leaving = True
         with contextlib.suppress(OSError):  # the list may be gone already
             self._send({"failed": plain(failed)} if failed else {"done": True})
@@ -116,7 +116,7 @@ class RollCall:
         send(self._socket, message)
 
     def _receive(self) -> dict[str, Any]:
-        """The next message; {} when the list is gone."""
+        """Returns the next message; {} if the connection is lost or the message is invalid."""
         try:
             line = self._lines.readline(LINE)
         except TimeoutError:
@@ -125,7 +125,7 @@ class RollCall:
             line = b""
         try:
             return parse(line) if line.endswith(b"\n") else {}
-        except UserError:  # nothing that a list says
+        except UserError:  # not a message of the list
             return {}
 
     def _watch(self) -> None:

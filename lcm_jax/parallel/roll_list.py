@@ -1,8 +1,8 @@
-"""The list that process 0 keeps of the processes of a run, for `roll_call.py`.
+"""The list of a run's processes, which process 0 keeps for `roll_call.py`.
 
-Its port is open to whatever reaches it, so nothing that comes in is trusted: a line has a largest length, a message has
-its kinds of values, and a connection that does not introduce itself is closed. None of this disturbs the run. Where the
-launcher gives a token, a process proves that it knows it; the token itself is never sent.
+Its port is open to anyone, so input is not trusted: the length of lines and the types of values are checked, and
+connections that do not introduce themselves are closed, without effect on the run. If the launcher sets a token, a
+process must prove that it knows it; the token itself is never sent.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from typing import Any
 from lcm_jax.errors import Unavailable, UserError, plain
 from lcm_jax.host import json_file
 
-TOKEN = "LCM_JAX_JOB_TOKEN"  # an environment variable, the same for all processes of a run, or set for none
-LINE = 8192  # bytes of a message: one of 500 characters, each of which JSON may write with 12
-INTRODUCE = 10.0  # seconds in which a connection must say which process it is
-STRANGERS = 64  # connections that have not said so yet, beside those of the processes that are missing
+TOKEN = "LCM_JAX_JOB_TOKEN"  # environment variable: the same in all processes of a run, or unset in all
+LINE = 8192  # maximum bytes per message; fits 500 characters, each of up to 12 bytes in JSON
+INTRODUCE = 10.0  # seconds within which a connection must identify its process
+STRANGERS = 64  # unidentified connections, in addition to one for each missing process
 KINDS = {
     **{"process": json_file.INTEGER, "of": json_file.INTEGER, "host": json_file.TEXT, "proof": json_file.TEXT},
     **{"failed": json_file.TEXT, "done": json_file.BOOLEAN, "all": json_file.BOOLEAN},
@@ -34,43 +34,43 @@ KINDS = {
 
 
 def proof(token: str, challenge: str, process: int, count: int, host: str) -> str:
-    """Returns what shows the list that a process knows the token, for this challenge and this introduction alone."""
+    """Returns an HMAC-SHA256 with the token over challenge and introduction, which proves knowledge of the token."""
     text = json.dumps([challenge, process, count, host])
     return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """Returns the message of a line; raises UserError for what is none."""
+    """Parses a line as a message; raises UserError if it is invalid."""
     if len(line) > LINE:
         raise UserError(f"a message is longer than {LINE} bytes")
     return json_file.parse(line, "a message", KINDS)
 
 
 def send(connection: socket.socket, message: dict[str, Any]) -> None:
-    """Sends a message as one line; raises OSError."""
+    """Sends a message as one line of JSON; raises OSError."""
     connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def keep_alive(connection: socket.socket) -> None:
-    """A host that is gone without a word is noticed after 45 seconds of silence."""
+    """Enables TCP keepalive, which detects a dead host after 45 seconds of silence."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6)):
-        if hasattr(socket, name):  # not on every system
+        if hasattr(socket, name):  # not available on every system
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def listen(host: str, port: int) -> tuple[list[socket.socket], str]:
-    """Opens a port on the interfaces that have the addresses of `host`.
+    """Opens a port on the interfaces that have the addresses of `host`, or on all of them if that is not possible.
 
-    Returns: the sockets; and, where all interfaces had to be taken, why.
-    Raises: Unavailable if the port is taken.
+    Returns: (sockets, why it listens on all interfaces, or "").
+    Raises: Unavailable if the port can't be opened, for example because it is in use.
     """
     try:
         found = {info[4][0]: info[0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except OSError:
         return [_open("", port)], f"{host} has no address here"
     local = all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
-    if local and host != "localhost" and host not in found:  # as Debian's /etc/hosts has the machine's own name
+    if local and host != "localhost" and host not in found:  # Debian's /etc/hosts maps the machine's name to loopback
         return [_open("", port)], f"{host} is an address of this machine alone, by its own name service"
     opened = []
     for address, family in found.items():
@@ -99,21 +99,21 @@ def _open(address: str, port: int, family: int = socket.AF_INET) -> socket.socke
 
 
 class RollList(threading.Thread):
-    """Who is there, who has left; one thread that waits for what they say.
+    """Thread that tracks which processes have connected and which have left.
 
     Attributes:
-      everywhere: why it listens on all interfaces; "" where it does not.
-      interface: the one address that it listens on; "" where there are several.
+      everywhere: why it listens on all interfaces; "" if it does not.
+      interface: the only IPv4 address that it listens on; "" if there is none or several.
     """
 
     def __init__(self, address: str, count: int, how: str, token: str = "") -> None:
-        """Args: HOST:PORT; the number of processes; how to start one that is missing; the job's token."""
+        """Args: HOST:PORT; the number of processes; how to start a missing one, for messages; the job's token."""
         super().__init__(daemon=True)
         self._count, self._how, self._token = count, how, token
         self._selector = selectors.DefaultSelector()
         self._hosts: dict[int, str] = {}
         self._left: set[int] = set()
-        self._strangers: dict[_Peer, float] = {}  # until when they may stay so, oldest first
+        self._strangers: dict[_Peer, float] = {}  # unidentified connections and their deadlines, oldest first
         self._called = self._over = False
         host, _, port = address.rpartition(":")
         self._servers, self.everywhere = listen(host, int(port))
@@ -123,7 +123,7 @@ class RollList(threading.Thread):
             self._selector.register(server, selectors.EVENT_READ)
 
     def missing(self) -> str:
-        """Which processes are missing, who is there, and how to start one."""
+        """Returns a text: which processes are missing, which have connected, and how to start one."""
         missing = [i for i in range(self._count) if i not in self._hosts]
         here = ", ".join(f"{i} on {host}" for i, host in sorted(self._hosts.items())[:8])
         more = ", …" if len(self._hosts) > 8 else ""
@@ -131,7 +131,7 @@ class RollList(threading.Thread):
         return f"{len(missing)} of {self._count} processes: {numbers} (here: {here}{more}). {self._how}"
 
     def run(self) -> None:
-        """Ends when all have left, or process 0 has, before all were there."""
+        """Serves until all processes have left, or process 0 has left before all had connected."""
         while len(self._left) < self._count and not self._over:
             for key, _ in self._selector.select(self._patience()):
                 if key.data is None:
@@ -147,7 +147,7 @@ class RollList(threading.Thread):
         self._selector.close()
 
     def _patience(self) -> float | None:
-        """Seconds until a connection has been a stranger for too long."""
+        """Returns seconds until the next deadline of an unidentified connection; None if there is none."""
         return max(0.0, next(iter(self._strangers.values())) - time.monotonic()) if self._strangers else None
 
     def _peers(self) -> list["_Peer"]:
@@ -155,12 +155,12 @@ class RollList(threading.Thread):
 
     def _accept(self, server: Any) -> None:
         if len(self._strangers) >= STRANGERS + self._count - len(self._hosts):
-            self._close(next(iter(self._strangers)))  # a process introduces itself at once
+            self._close(next(iter(self._strangers)))  # the oldest: real processes introduce themselves at once
         try:
             connection, _ = server.accept()
-            connection.setblocking(False)  # its buffer holds all that it is ever sent
+            connection.setblocking(False)  # the socket's buffer holds all that is ever sent to it
             keep_alive(connection)
-        except OSError:  # gone again, or this process may open no more files
+        except OSError:  # already closed, or the limit of open files is reached
             time.sleep(0.01)
             return
         peer = _Peer(connection)
@@ -180,7 +180,7 @@ class RollList(threading.Thread):
                     self._left.add(peer.process)
                 else:
                     raise UserError("it says nothing that a process says")
-        except UserError as error:  # none of ours: whatever looks for open ports
+        except UserError as error:  # not a process of a run, perhaps a port scanner
             peer.refuse(f"process 0 refuses what it was sent: {error}")
         if not peer.open:
             self._close(peer)
@@ -205,7 +205,7 @@ class RollList(threading.Thread):
                 peer.send(message)
 
     def _enter(self, peer: "_Peer", message: dict[str, Any]) -> bool:
-        """Puts a process on the list, or refuses it; returns whether it is there."""
+        """Adds a process to the list, or refuses it; returns whether it was added."""
         if missing := {"process", "of", "host", "proof"} - message.keys():
             raise UserError(f"an introduction lacks {min(missing)!r}")
         process, count, host = message["process"], message["of"], message["host"]
@@ -234,7 +234,7 @@ class RollList(threading.Thread):
 
 
 class _Peer:
-    """A connection of the list."""
+    """A connection to the list."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket, self.open = connection, True
@@ -244,7 +244,7 @@ class _Peer:
         self._rest = b""
 
     def read(self) -> list[dict[str, Any]]:
-        """The whole lines that are there; raises UserError for one that is no message."""
+        """Returns the messages of the complete lines received; raises UserError for an invalid one."""
         try:
             received = self.socket.recv(LINE)
         except BlockingIOError:
@@ -258,10 +258,10 @@ class _Peer:
         return [parse(line) for line in lines]
 
     def refuse(self, why: str, answer: str = "refused") -> None:
-        """Answers, and marks the connection as one to be closed."""
+        """Sends the answer and marks the connection to be closed."""
         self.send({answer: why})
         self.open = False
 
     def send(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # a lost one is noticed where it is read from
+        with contextlib.suppress(OSError):  # reading detects a lost connection
             send(self.socket, message)

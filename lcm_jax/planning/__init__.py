@@ -1,1 +1,1 @@
-"""What a run will cost, known before a machine is rented: the step compiled for chips that are not there."""
+"""Estimates the cost of a run without its hardware, by compiling the training step for TPUs ahead of time."""

@@ -1,4 +1,4 @@
-"""The networks of a run without their weights: from the folder's own configurations, or those of a published model."""
+"""Builds the networks of a run without weights, from a local folder or the bundled configs of published models."""
 
 import json
 import pathlib
@@ -9,28 +9,26 @@ import numpy as np
 from lcm_jax.config import Config
 from lcm_jax.interop.folder import Component, Folder, read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
-from lcm_jax.training.state import Parts, make_parts
+from lcm_jax.training.networks import Parts, make_parts
 
 
 def blueprint(config: Config) -> Parts:
     """Returns the parts of a run.
 
-    The folder of `config.model.folder` is read where it is on this machine; of a published model, whose configurations
-    come with the package, nothing is fetched.
+    Reads `config.model.folder` if it exists on this machine. For the hub id of a published model it uses the
+    configurations in the package; nothing is downloaded.
 
-    Raises: UserError where it is neither.
+    Raises: UserError if it is neither.
     """
     if not pathlib.Path(config.model.folder).is_dir() and (known := published().get(config.model.folder)):
         folder, empty_prompt = known
-        return make_parts(config, folder, lambda _: empty_prompt)  # the step holds the tokens of no other
+        return make_parts(config, folder, lambda _: empty_prompt)  # the step contains no other prompt's tokens
     folder = read_folder(config.model.folder)
     return make_parts(config, folder, load_tokenizer(folder))
 
 
 def published() -> dict[str, tuple[Folder, np.ndarray]]:
-    """Returns {hub id: (folder without weights, tokens (1, L) int32 of the empty prompt)} of the models whose
-    configurations come with the package.
-    """
+    """Returns {hub id: (folder without weights, int32 (1, L) tokens of "")} for the published models in the package."""
     found = {}
     for file in sorted(resources.files("lcm_jax").joinpath("assets", "published").iterdir(), key=lambda f: f.name):
         content = json.loads(file.read_text())

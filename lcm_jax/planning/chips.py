@@ -1,11 +1,13 @@
-"""What the chips can do, in one table, as their maker publishes it.
+"""Specifications of TPU chips.
 
-Source: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p and v6e (key specifications; read November 2026). The
-interconnect is published for all links of a chip and, of late, for both directions together; here it is one link, one
-way. Of v5e and v6e the data center network is that of a host with eight chips. Not published there: the network of v4,
-taken to be v5p's; clocks, which follow from the peak and the matrix units (v4, v5p: 8 a chip, v5e: 4, all of 128 x 128
-and two FLOPs a cell and cycle; v6e: two of 256 x 256, which would need twice the clock that is written here, at which
-v5p's compiler counts); which slices close to rings (v4, v5p: multiples of a cube of four; v5e, v6e: sixteen).
+Source: docs.cloud.google.com/tpu/docs, pages v4, v5e, v5p and v6e (key specifications; read November 2026). The
+interconnect bandwidth is published for all links of a chip and, recently, for both directions together; the table has
+one link in one direction. For v5e and v6e the data center network is that of a host with eight chips.
+
+Not published: the network of v4, assumed equal to v5p's. Clocks, derived from the peak and the matrix units at two
+FLOPs per cell and cycle (per chip, v4 and v5p: 8 of 128 x 128, v5e: 4). v6e, with two of 256 x 256, would need twice
+the clock in the table, which is the one at which the compiler counts for v5p. The slices that form rings: multiples of
+4 along a dimension for v4 and v5p, of 16 for v5e and v6e.
 """
 
 import dataclasses
@@ -13,19 +15,19 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip.
+    """Specification of a TPU chip.
 
     Attributes:
-      kind: as JAX names it in topologies.
-      peak_flops: a second, bfloat16.
-      memory: bytes of HBM.
-      bandwidth: bytes a second of HBM.
-      link: bytes a second of one link of the interconnect, one way; a chip has two along each dimension.
-      dimensions: of the interconnect.
-      ring: a slice whose size along a dimension is a multiple of this closes to a ring there.
-      network: bytes a second to other slices, one way.
-      clock: cycles a second, in which the compiler estimates.
-      largest: chips of the largest slice.
+      kind: JAX's name for it in topologies.
+      peak_flops: peak bfloat16 FLOP/s.
+      memory: HBM size in bytes.
+      bandwidth: HBM bandwidth in bytes/s.
+      link: bytes/s of one interconnect link in one direction; a chip has two links along each dimension.
+      dimensions: number of dimensions of the interconnect.
+      ring: the links along a dimension form a ring if the slice's size there is a multiple of this.
+      network: bytes/s per chip to other slices, in one direction.
+      clock: cycles/s that the compiler's cycle estimates refer to.
+      largest: number of chips in the largest slice.
     """
 
     kind: str
@@ -49,4 +51,4 @@ CHIPS = {
     "v6e": Chip("v6e", 918e12, 32 * _GIB, 1638e9, 100e9, 2, 16, 12.5e9, 1.75e9, 256),
 }
 
-HOP = 1e-6  # seconds for a message from a chip to its neighbour: the order of magnitude, not a published figure
+HOP = 1e-6  # seconds of latency between neighbouring chips: an order of magnitude, not a published figure

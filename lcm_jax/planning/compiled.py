@@ -1,8 +1,7 @@
-"""Reading a compiled program: what runs, how often, what it costs, and what devices tell each other meanwhile.
+"""Parses the text of a compiled XLA program: its operations, how often they run, their cycles, and collectives.
 
-The text of a program that XLA has compiled and scheduled lists each computation's operations in the order in which they
-run. TPU operations carry the compiler's estimate of their cycles, once, however often a loop repeats them; a kernel of
-Pallas carries what its author says of it, or nothing.
+The text lists the operations of each computation in scheduled order. On TPU each operation has the compiler's estimate
+of its cycles for one run, however often a loop repeats it. A Pallas kernel has its author's cost estimate, or none.
 """
 
 import dataclasses
@@ -22,15 +21,15 @@ _CHAIN_START, _CHAIN_DONE, _CHAINED = "async-collective-start", "async-collectiv
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One line of a computation, and how often it runs.
+    """An operation of a program.
 
     Attributes:
-      name, kind: its own name, and its opcode.
-      times: how often it runs in a step: the product of the loops around it.
-      cycles: the compiler's estimate of one run; 0 where there is none.
-      bytes: of its result on one device.
-      source: the function of the model that it comes from, as a path.
-      text: the line.
+      name, kind: its name and opcode.
+      times: runs per step: the product of the trip counts of the enclosing loops.
+      cycles: the compiler's estimate for one run; 0 if there is none.
+      bytes: size of its result on one device.
+      source: path of the model function that it comes from (XLA's op_name).
+      text: its line in the program.
     """
 
     name: str
@@ -44,16 +43,16 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """An exchange between devices.
+    """A collective operation.
 
     Attributes:
       kind: one of COLLECTIVES.
-      times: how often it runs in a step.
-      bytes: of one run's result on a device.
-      groups: device numbers that exchange with each other, group by group; of a permutation the pairs.
-      start, end: cycles of all that runs before it starts, and before its result is needed; those of all rounds of the
-        loop it is in. Equal where nothing runs meanwhile.
-      source: the function of the model that it comes from.
+      times: runs per step.
+      bytes: size of one run's result on a device.
+      groups: groups of device numbers that communicate with each other; (source, target) pairs for a permutation.
+      start, end: cycles of everything that runs before its start and before its result is needed. Loops count with all
+        their iterations. Equal if nothing runs in between.
+      source: path of the model function that it comes from (XLA's op_name).
     """
 
     kind: str
@@ -75,10 +74,10 @@ class _Line:
 
 
 class Program:
-    """A compiled program's text, read."""
+    """A parsed program."""
 
     def __init__(self, text: str) -> None:
-        """Args: what `jax.stages.Compiled.as_text` returns."""
+        """Args: the result of `jax.stages.Compiled.as_text`."""
         self._computations: dict[str, list[_Line]] = {}
         self._entry = ""
         lines: list[_Line] = []
@@ -94,7 +93,7 @@ class Program:
             raise ValueError("no entry computation; is this a compiled program's text?")
 
     def operations(self) -> list[Operation]:
-        """All that runs, fusions as one operation each, loops' bodies and branches in place of their loop."""
+        """Returns all operations that run. A fusion is one operation; a loop is replaced by those of its body."""
         return [
             Operation(line.name, line.kind, times, _cycles(line), size_of(line.type), _source(line), line.text)
             for line, times, _ in self._run(self._entry, 1)
@@ -102,12 +101,12 @@ class Program:
         ]
 
     def collectives(self, price: Callable[[str, str], float] | None = None) -> list[Collective]:
-        """Every exchange in the order of its end; those that the compiler has put into a fusion are taken out of it.
+        """Returns all collectives, including those inside fusions, in the order in which they end.
 
-        For chips of one core XLA writes an exchange as a chain of fusions: `async-collective-start`, one of the same
-        number called `async-collective-done`, and between them others, which compute and have a piece of it in them.
+        For single-core chips XLA writes a collective as a chain of fusions: `async-collective-start`,
+        `async-collective-done` with the same number, and between them fusions that compute and contain a part of it.
 
-        Args: (opcode, line) -> cycles of an operation for which the compiler has written none; by default 0.
+        Args: `price`: (opcode, line) -> cycles of an operation without a compiler estimate; default 0.
         """
         found: list[Collective] = []
         started: dict[tuple[int, str], tuple[_Line, float]] = {}
@@ -115,7 +114,7 @@ class Program:
         for line, times, scope in self._run(self._entry, 1):
             kind = line.kind.removesuffix("-start").removesuffix("-done")
             inner = [other for other in self._inside(line) if other.kind.removesuffix("-start") in COLLECTIVES]
-            ended: list[tuple[_Line, str, int, float]] = []  # what, kind, bytes, cycles before its start
+            ended: list[tuple[_Line, str, int, float]] = []  # operation, kind, bytes, cycles before its start
             if line.name.startswith(_CHAIN_START) or (line.kind.endswith("-start") and (kind in COLLECTIVES or inner)):
                 started[scope, line.name] = (line, total)
             elif opened := self._opened(line, scope, started):
@@ -138,7 +137,7 @@ class Program:
     def _opened(
         self, line: _Line, scope: int, started: dict[tuple[int, str], tuple[_Line, float]]
     ) -> tuple[_Line, float] | None:
-        """The line and the cycles at which the exchange began of which this is the end; None if it ends none."""
+        """Returns the start line of the collective that `line` ends and the cycles before it, or None."""
         names = re.findall(r"%([\w.\-]+)", line.operands) if line.kind.endswith("-done") else []
         if line.name.startswith(_CHAIN_DONE):
             names = [_CHAIN_START + line.name.removeprefix(_CHAIN_DONE)]
@@ -151,7 +150,7 @@ class Program:
                 yield from self._inside(inner)
 
     def _run(self, computation: str, times: int, depth: int = 0) -> Iterator[tuple[_Line, int, int]]:
-        """Lines in their order, with how often they run and a number of the computation's call."""
+        """Yields (line, number of runs, id of the call of its computation) in the order of execution."""
         for line in self._computations[computation]:
             yield line, times, hash((computation, times, depth))
             if line.kind == "while":
@@ -161,7 +160,7 @@ class Program:
                 branches = re.search(r"branch_computations=\{([^}]*)\}", line.text)
                 names = branches[1].split(", ") if branches else [_named(line, k) for k in ("true_computation",)]
                 costs = {name.strip("% "): self._cost(name.strip("% ")) for name in names}
-                yield from self._run(max(costs, key=lambda name: costs[name]), times, depth + 1)  # the dearest
+                yield from self._run(max(costs, key=lambda name: costs[name]), times, depth + 1)  # the most expensive
             elif line.kind == "call":
                 yield from self._run(_named(line, "to_apply"), times, depth + 1)
 
@@ -169,7 +168,7 @@ class Program:
         return sum(_cycles(line) * times for line, times, _ in self._run(computation, 1))
 
     def _trips(self, line: _Line, condition: str) -> int:
-        """How often a loop runs: as XLA says, or as its condition compares a counter from zero with a constant."""
+        """Returns a loop's trip count: XLA's, or the constant that its condition compares with; 1 if unknown."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line.text)
         if known:
             return int(known[1])
@@ -196,7 +195,7 @@ def _read(text: str) -> _Line | None:
 
 
 def _end_of_type(text: str, start: int) -> int:
-    """Where a type ends: at the first space outside of parentheses and braces."""
+    """Returns the end of a type: the first space outside of brackets."""
     depth = 0
     for place in range(start, len(text)):
         depth += (text[place] in "({[") - (text[place] in ")}]")
@@ -215,7 +214,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def size_of(type: str) -> int:
-    """Bytes of a type, of a tuple's all parts: 'bf16[8,128]{1,0:T(8,128)}' is 2048."""
+    """Returns the bytes of a type, summed over a tuple: 2048 for 'bf16[8,128]{1,0:T(8,128)}'."""
     size = 0.0
     for element, dimensions in re.findall(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]", type):
         size += _BYTES.get(element, 0) * math.prod(int(n) for n in dimensions.split(",") if n)
@@ -240,7 +239,7 @@ def _named(line: _Line, key: str) -> str:
 
 
 def _groups(line: _Line) -> tuple[tuple[int, ...], ...]:
-    """Written out, or as an array of numbers reshaped and transposed: [4,2]<=[2,4]T(1,0)."""
+    """Parses device groups, either listed or as a reshaped and transposed iota: [4,2]<=[2,4]T(1,0)."""
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line.text)
     if listed:
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1]))

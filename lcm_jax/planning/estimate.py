@@ -1,4 +1,4 @@
-"""From a compiled step to figures: memory, FLOPs, exchange, time, and where the time goes."""
+"""Estimates from a compiled step: memory, FLOPs, communication, time, and a profile by module."""
 
 import collections
 import dataclasses
@@ -21,7 +21,7 @@ Report = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A step that was compiled for a topology (None: this machine's own devices), and in how many seconds."""
+    """A step compiled for a topology (None: this machine's devices), and the compile time in seconds."""
 
     step: Step
     lowered: jax.stages.Lowered
@@ -31,9 +31,9 @@ class Compiled:
 
 
 def memory(compiled: Compiled) -> Report:
-    """Returns bytes a chip, by what they hold; `temporaries` are activations, gathered weights and gradients."""
+    """Returns bytes per chip by category; `temporaries` are activations, gathered weights and gradients."""
     stats = compiled.executable.memory_analysis()
-    assert stats is not None  # for all but GPU executables that were loaded from a file
+    assert stats is not None  # None only for GPU executables that were loaded from a file
     parts = state_memory(compiled.step)
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts["padding"] = max(0, stats.argument_size_in_bytes - sum(parts.values()))
@@ -43,7 +43,7 @@ def memory(compiled: Compiled) -> Report:
 
 
 def state_memory(step: Step) -> Report:
-    """Returns bytes a chip of what a step is given, by what they hold: known before it is compiled."""
+    """Returns bytes per chip of a step's inputs by category; needs no compilation."""
     return {
         "parameters": _bytes(step.state["params"]),
         "ema": _bytes(step.state["ema"]),
@@ -66,7 +66,7 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def exchange(program: Program) -> Report:
-    """Returns {kind: count and bytes} of the exchanges of a step, on one device, as often as they run."""
+    """Returns {kind: count and bytes} of the collectives per step on one device, including loop repetitions."""
     found: Report = {kind: {"count": 0, "bytes": 0} for kind in COLLECTIVES}
     for collective in program.collectives():
         found[collective.kind]["count"] += collective.times
@@ -75,11 +75,11 @@ def exchange(program: Program) -> Report:
 
 
 def times(compiled: Compiled, program: Program, model_flops: int) -> Report:
-    """Returns seconds of a step, by several ways of reckoning, and what they imply.
+    """Returns estimates of the seconds per step; {} for this machine's devices.
 
-    `compute`: the compiler's cycles. `exchange`: all collectives by our own model; `exposed`: what of it is not hidden
-    behind computation that the schedule has put between start and end (`waiting`). `step` = compute + exposed.
-    `roofline`: the larger of FLOPs over the peak and bytes over the bandwidth. `xla`: XLA's own, where it has one.
+    `compute` is from the compiler's cycles, `exchange` the time of all collectives (`exchange_time.py`), `exposed` the
+    part of it that is not hidden behind computation (`waiting`); `step` = compute + exposed. `roofline` is max(FLOPs /
+    peak, bytes / bandwidth) by XLA's counts, `xla` its own estimate or None, `floor` model_flops (per chip) / peak.
     """
     topology = compiled.topology
     if topology is None:
@@ -108,15 +108,15 @@ def times(compiled: Compiled, program: Program, model_flops: int) -> Report:
 
 
 def waiting(collectives: Sequence[Collective], seconds: Sequence[float], clock: float) -> float:
-    """Returns how long a chip waits for these exchanges, one after the other on the network, in the order they start.
+    """Returns the seconds that a chip waits for collectives, which use the network one at a time, in order of start.
 
     Args:
-      seconds: of each, all its runs together.
-      clock: cycles a second, in which their starts and ends are given.
+      seconds: duration of each, summed over its runs.
+      clock: cycles/s, to convert their starts and ends.
     """
     events = [(each.start, False, i) for i, each in enumerate(collectives)]
     events += [(each.end, True, i) for i, each in enumerate(collectives)]
-    waited = free = 0.0  # so far; when the network is free
+    waited = free = 0.0  # seconds waited so far; time at which the network is free
     finished = {}
     for cycles, is_end, i in sorted(events):
         now = cycles / clock + waited
@@ -128,13 +128,13 @@ def waiting(collectives: Sequence[Collective], seconds: Sequence[float], clock: 
 
 
 def cost(compiled: Compiled) -> dict[str, float]:
-    """Returns XLA's own figures of the program; a loop's body counts once in them."""
+    """Returns XLA's cost analysis of the program, which counts the body of a loop once."""
     analysis = compiled.executable.cost_analysis()
     return {"flops": 0.0, "bytes accessed": 0.0, **(analysis or {})}
 
 
 def profile(program: Program, topology: Topology) -> list[Report]:
-    """Returns where the cycles go, by module and operation of the model, the dearest first."""
+    """Returns the computation time in seconds by module and operation of the model, longest first."""
     seconds: dict[tuple[str, str], float] = collections.defaultdict(float)
     for operation, cycles, times in _priced(program, topology):
         seconds[place(operation.source)] += cycles * times / topology.chip.clock
@@ -144,7 +144,7 @@ def profile(program: Program, topology: Topology) -> list[Report]:
 
 
 def _priced(program: Program, topology: Topology) -> list[tuple[Operation, float, int]]:
-    """(operation, cycles, times) of all that computes."""
+    """Returns (operation, cycles, times) of all operations but collectives."""
     return [
         (operation, operation.cycles or declared(topology.chip, operation.kind, operation.text), operation.times)
         for operation in program.operations()
@@ -153,7 +153,7 @@ def _priced(program: Program, topology: Topology) -> list[tuple[Operation, float
 
 
 def declared(chip: Chip, kind: str, text: str) -> float:
-    """Returns the cycles of a Pallas kernel, by the cost that it declares; 0 for all else."""
+    """Returns the cycles of a Pallas kernel from its declared cost estimate; 0 for other operations."""
     cost = kind == "custom-call" and re.search(r'"cost_estimate":\{([^}]*)\}', text)
     if not cost:
         return 0.0
@@ -162,7 +162,7 @@ def declared(chip: Chip, kind: str, text: str) -> float:
     return max(flops / chip.peak_flops, moved / chip.bandwidth) * chip.clock
 
 
-# what JAX's transformations put into a path: around some of it, as in transpose(jvp(student)), or as a part of its own
+# JAX's transformations in a path: around a part, as in transpose(jvp(student)), or as separate parts (_INNER)
 _TRANSFORMED = re.compile(r"\b(?:jvp|transpose|vmap|remat\d*|checkpoint)\(([^()]*)\)")
 _FUNCTION = re.compile(r"\bjit\([^()]*\)")
 _INNER = re.compile(
@@ -174,14 +174,14 @@ _INNER = re.compile(
 def place(source: str) -> tuple[str, str]:
     """Returns (module, operation) of a path like 'jit(step)/transpose(jvp(student))/conv_in/dot_general'.
 
-    The module ends in "(forward)", "(backward)", or "(again)" for what `jax.checkpoint` computes anew.
+    The module ends in "(forward)", "(backward)", or "(again)" for what `jax.checkpoint` recomputes.
     """
     plain, count = _TRANSFORMED.subn(r"\1", _FUNCTION.sub("", source))
     while count:
         plain, count = _TRANSFORMED.subn(r"\1", plain)
     parts = [part for part in plain.split("/") if not _INNER.fullmatch(part)]
     *modules, operation = parts or ["other"]
-    for size in range(len(modules) // 2, 0, -1):  # a block that is computed again is entered twice
+    for size in range(len(modules) // 2, 0, -1):  # the path of a recomputed block repeats its modules
         if modules[:size] == modules[size : 2 * size]:
             modules = modules[size:]
     if "rematted_computation" in source:
@@ -192,12 +192,12 @@ def place(source: str) -> tuple[str, str]:
 
 
 def images_a_second(batch_size: int, report_times: Report) -> float | None:
-    """Returns images a second of all chips together, by the modelled step."""
+    """Returns the estimated images/s of all chips together; None without time estimates."""
     return batch_size / report_times["step"] if report_times else None
 
 
 def unusual(program: Program) -> list[str]:
-    """Returns a line for each exchange that is neither a gather, a scatter nor a sum: these want an explanation."""
+    """Returns a line for each collective other than gathers, scatters and sums: these are not expected."""
     return [
         f"{c.kind} of {c.bytes} bytes, {c.times} times: {c.source or 'no source'}"
         for c in program.collectives()
@@ -206,7 +206,7 @@ def unusual(program: Program) -> list[str]:
 
 
 def too_much(report: Report) -> str:
-    """Returns what is too large in a report of a step that does not fit."""
+    """Describes the memory of a step that does not fit: total, limit and largest category."""
     memory = report["memory_bytes"]
     most = max((name for name in memory if name != "total"), key=lambda name: memory[name])
     return (

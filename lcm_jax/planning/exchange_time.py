@@ -1,6 +1,6 @@
-"""How long an exchange takes on a torus: bytes over the links that it can use, and a little for each hop.
+"""Models the time of a collective on a torus: bytes over the bandwidth of the usable links, plus latency per hop.
 
-XLA's own estimate takes a ring of a thousand chips for one of eight; here the time grows with the group.
+Unlike in XLA's own estimate, where a ring of a thousand chips costs as much as one of eight, time grows with the group.
 """
 
 import dataclasses
@@ -15,22 +15,22 @@ from lcm_jax.planning.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a device is: the number of its slice, and its place in it."""
+    """A device's position: the number of its slice, and its coordinates in the slice."""
 
     slice: int
     coords: tuple[int, ...]
 
 
 def seconds(collective: Collective, positions: Sequence[Position], topology: Topology) -> float:
-    """Returns the time of one run of an exchange, undisturbed by others.
+    """Returns the seconds of one run of a collective, if no other uses the network.
 
     Args:
-      positions: of the devices, by their number in the compiled program.
+      positions: positions of the devices, in the order of their numbers in the compiled program.
 
-    An all-gather of n parts brings (n - 1) / n of its result over the links of each chip; a reduce-scatter as much the
-    other way; an all-reduce is one after the other. A group that fills a box of the torus uses all links of the
-    dimensions along which it extends; of a grid of every k-th chip, a k-th of each link, since the k - 1 groups between
-    use them too. Between slices each chip sends its own part over the data center network.
+    An all-gather of n parts moves (n - 1) / n of its result over the links of each chip, a reduce-scatter the same
+    amount of its input; an all-reduce takes both. A group that fills a box of the torus uses all links of the
+    dimensions along which it extends. A grid of every k-th chip uses 1 / k of each link, shared with the k - 1 groups
+    in between. Between slices each chip sends its own part over the data center network.
     """
     members = [positions[i] for i in (collective.groups[0] if collective.groups else range(len(positions)))]
     slices = len({member.slice for member in members})
@@ -38,7 +38,7 @@ def seconds(collective: Collective, positions: Sequence[Position], topology: Top
     if collective.kind == "collective-permute":
         return _permute(collective, positions, topology)
     n, result = len(members), float(collective.bytes)
-    whole = result * n if collective.kind == "reduce-scatter" else result  # of the array that all of them share
+    whole = result * n if collective.kind == "reduce-scatter" else result  # bytes of the complete array
     rounds = 2 if collective.kind == "all-reduce" else 1
     links, hops = _links(inside, topology)
     time = 0.0
@@ -77,12 +77,12 @@ def _longest(coords: Sequence[tuple[int, ...]]) -> int:
 
 
 def _links(coords: Sequence[tuple[int, ...]], topology: Topology) -> tuple[float, int]:
-    """How many links a chip of the group can use one way at a time, and the hops of the longest way."""
+    """Returns the number of links that a chip can use at once in one direction, and the hops of the longest path."""
     rings = [_ring(topology, dimension) for dimension in range(len(coords[0]))]
     places = [_from_first(set(values), *ring) for values, ring in zip(zip(*coords, strict=True), rings, strict=True)]
     steps = [{b - a for a, b in itertools.pairwise(values)} or {1} for values in places]
     if math.prod(map(len, places)) != len(coords) or any(len(step) > 1 for step in steps):
-        # no grid: a ring that is laid through others, all of which share the links of the box around them
+        # not a grid: a ring through other groups, which all share the links of the bounding box
         return len(coords) / math.prod(values[-1] + 1 for values in places), sum(values[-1] for values in places)
     links, hops = 0.0, 0
     for values, (step,), (size, closed) in zip(places, steps, rings, strict=True):
@@ -95,13 +95,13 @@ def _links(coords: Sequence[tuple[int, ...]], topology: Topology) -> tuple[float
 
 
 def _ring(topology: Topology, dimension: int) -> tuple[int, bool]:
-    """How many chips lie along a dimension, and whether they close to a ring; one in those that only devices have."""
+    """Returns the chips along a dimension and whether they form a ring; (1, False) beyond the slice's dimensions."""
     inside = dimension < len(topology.shape)
     return (topology.shape[dimension], topology.is_ring(dimension)) if inside else (1, False)
 
 
 def _from_first(places: set[int], size: int, closed: bool) -> list[int]:
-    """Places along a dimension, counted from the first; of a ring from behind its largest gap."""
+    """Returns the sorted places relative to the first; on a ring the first is the one after the largest gap."""
     values = sorted(places)
     if closed:
         gaps = [(b - a) % size for a, b in zip(values, values[1:] + values[:1], strict=True)]

@@ -1,4 +1,4 @@
-"""FLOPs counted from the model: its matrix products and convolutions, as they stand in the traced function."""
+"""Counts the FLOPs of the matrix products and convolutions in a traced function."""
 
 import math
 from typing import Any
@@ -7,11 +7,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
 
 def count(jaxpr: Jaxpr | ClosedJaxpr) -> int:
-    """Returns the FLOPs of one call, a multiplication and an addition being two.
+    """Returns the FLOPs of one call; a multiply-add is two.
 
-    Of a Pallas kernel they are those that it declares, inside of `shard_map` those of one device. Loops count as often
-    as they run; of branches, the dearest. What a gradient computes again, in functions named "recomputed_…", does not
-    count.
+    Pallas kernels count with their declared cost estimate, `shard_map` with the FLOPs of one device. A `scan` counts
+    all its iterations, a `while_loop` one; a `cond` counts its most expensive branch. Functions named "recomputed_…",
+    which a gradient recomputes, do not count.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return sum(_of(equation) for equation in jaxpr.eqns)
@@ -26,7 +26,7 @@ def _of(equation: JaxprEqn) -> int:
     if name == "conv_general_dilated":
         kernel = _shape(equation.invars[1])
         out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
-        # a dilated input, as in the gradient of a strided convolution, is mostly zeros that need no product
+        # a dilated input, as in the gradient of a strided convolution, is mostly zeros; their products do not count
         zeros = math.prod(params["lhs_dilation"])
         return 2 * _size(equation.outvars[0]) * math.prod(kernel) // out_features // zeros
     if name == "pallas_call" and params.get("cost_estimate"):

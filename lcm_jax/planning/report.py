@@ -1,15 +1,15 @@
-"""The figures of a plan as a table to read."""
+"""Formats the figures of a plan as text tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Figures = dict[str, Any]
 
-ABREAST = 8  # images that a TPU convolves at once (benchmarks/batch_a_chip.py)
+ABREAST = 8  # images that a TPU convolves at once, measured by benchmarks/batch_a_chip.py
 
 
 def table(figures: Figures) -> str:
-    """Returns what `lcm_jax.plan` prints of one compiled step."""
+    """Formats the report of a compiled step."""
     lines = [
         *_head(figures),
         *_few(figures),
@@ -29,7 +29,7 @@ def table(figures: Figures) -> str:
 
 
 def no_fit_table(figures: Figures) -> str:
-    """Returns what is printed of a step that the compiler could not fit into a chip: what its state takes there."""
+    """Formats the report of a step that does not fit: the memory of its inputs, and options that may help."""
     limit = figures["chip_memory_bytes"]
     helps = {
         "a smaller batch": figures["batch_a_chip"] > 1,
@@ -129,7 +129,7 @@ def _profile(figures: Figures, lines: int = 12) -> list[str]:
 
 
 def search_table(found: Sequence[Figures]) -> str:
-    """Returns what `--search` prints: all that was tried, the fastest first, and what to type."""
+    """Formats the results of `--search` in the given order, and the options of the first one."""
     lines = ["batch a chip  fsdp  remat                 images/s  GiB a chip  "]
     for each in found:
         rate, memory = each.get("images_per_second"), each.get("memory_bytes")

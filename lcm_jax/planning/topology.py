@@ -1,4 +1,4 @@
-"""Names of TPU slices, as products and as shapes, and their devices as the compiler describes them."""
+"""Parses names of TPU slices (products and shapes) and creates their devices for ahead-of-time compilation."""
 
 import contextlib
 import dataclasses
@@ -12,23 +12,23 @@ from typing import Any
 from lcm_jax.errors import UserError
 from lcm_jax.planning.chips import CHIPS, Chip
 
-# Slices of the product names: chips -> shape. Numbers in the names of v4 and v5p count cores, two a chip.
+# Shapes of the slices with product names, by number of chips. v4 and v5p names count cores, two per chip.
 _CUBES = {
     4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8),
     512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16), 6144: (16, 16, 24),
 }  # fmt: skip
 _SQUARES = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
-CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}  # of a chip
+CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}  # per chip
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of equal shape.
+    """One or more TPU slices of equal shape.
 
     Attributes:
-      chip: of which it consists.
+      chip: the kind of chip.
       shape: chips along each dimension of a slice.
-      slices: their number.
+      slices: number of slices.
     """
 
     chip: Chip
@@ -37,28 +37,28 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """Chips of all slices."""
+        """The number of chips in all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def name(self) -> str:
-        """The shape, as JAX names it."""
+        """JAX's name for the shape of a slice, such as "v5p:4x4x8"."""
         return f"{self.chip.kind}:{'x'.join(map(str, self.shape))}"
 
     @property
     def product(self) -> str:
-        """The name under which the slice is rented; empty for a shape that has none."""
+        """The product name of the slice, such as "v5p-256"; empty if the shape has none."""
         size = math.prod(self.shape)
         table = _CUBES if self.chip.dimensions == 3 else _SQUARES
         return f"{self.chip.kind}-{size * CORES[self.chip.kind]}" if table.get(size) == self.shape else ""
 
     def is_ring(self, dimension: int) -> bool:
-        """Whether the links along this dimension of a slice close to a ring."""
+        """Returns whether the links along this dimension of a slice form a ring."""
         return self.shape[dimension] % self.chip.ring == 0
 
 
 def parse(name: str, slices: int = 1) -> Topology:
-    """Returns the topology of a name like v5p-256, v5p:4x4x8, v5litepod-64; raises UserError for an unknown one."""
+    """Parses a topology name like v5p-256, v5p:4x4x8 or v5litepod-64; raises UserError if it is unknown."""
     if slices < 1:
         raise UserError(f"--slices={slices}; it must be at least 1")
     match = re.fullmatch(r"(v\d+\w*?)(?:litepod)?(?:-(\d+)|:(\d+(?:x\d+)*))", name.replace("v5litepod", "v5e"))
@@ -92,17 +92,17 @@ def _known() -> str:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Returns the devices, one a chip, as libtpu describes them.
+    """Returns libtpu's device descriptions, one per chip.
 
-    Raises: UserError where libtpu is missing, or does not know the shape.
+    Raises: UserError if libtpu is missing or does not know the shape.
     """
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.chip.kind == "v4":
-        options["chip_config_name"] = "megacore"  # else each chip is two devices
+        options["chip_config_name"] = "megacore"  # otherwise each chip is two devices
     if math.prod(topology.shape) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)  # else a host has four, and the slice can't be divided
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one that two processes would fight for
+        options["chips_per_host_bounds"] = (1, 1, 1)  # the default host has four chips, more than this slice
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to query
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one that processes could compete for
     try:
         from jax.experimental import topologies
 
@@ -118,7 +118,7 @@ def devices(topology: Topology) -> list[Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what libtpu writes to the terminal by itself off the screen."""
+    """Redirects stderr to /dev/null, at the level of file descriptors, to hide libtpu's output."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -1,10 +1,10 @@
-"""A run's whole state on disk: Orbax, a checksum for each array, and a way past a damaged checkpoint.
+"""Saves and restores a run's complete state with Orbax, with a checksum per array.
 
     <workdir>/checkpoints/<step>/params ema opt_state counters     Orbax items
-                                /meta                              JSON: each leaf's shape, dtype and checksum, and the
-                                                                   data position, under a checksum of their own
+                                /meta                              JSON with a CRC: each leaf's shape, dtype and
+                                                                   checksum, and the data position
 
-Orbax itself does not notice a flipped bit. A damaged checkpoint that has been passed over is kept as `<step>.damaged`.
+Orbax does not detect flipped bits. A damaged checkpoint is skipped, and kept as `<step>.damaged`.
 """
 
 import gc
@@ -31,23 +31,23 @@ Leaves = dict[str, tuple[tuple[int, ...], str]]
 
 
 class Damaged(Exception):
-    """Why a checkpoint can't be used."""
+    """Raised when a checkpoint cannot be read or fails its checksum."""
 
 
 def checksums(tree: Any) -> list[int]:
-    """Returns a number below 2^32 for each leaf: the sum of its words, each hashed together with its place.
+    """Returns a uint32 checksum per leaf: the sum of its words, each hashed with its index.
 
-    Integer sums don't depend on order, so the value is the same however an array is sharded, and it is computed where
-    the array lies. For any one place the hash is a bijection: a change of a single word always changes the sum.
+    Integer sums do not depend on order, so the sum is the same for every sharding and is computed on the devices. At
+    a fixed index the hash is a bijection, so a change of a single word always changes the sum.
     """
-    # Leaf by leaf: a program for each shape compiles faster than one for all leaves, of which many share a shape. One
-    # after the other: virtual devices of a CPU that add up several arrays at a time wait for each other without end.
+    # One program per shape compiles faster than one for all leaves, since many share a shape. The leaves are summed
+    # one at a time because virtual CPU devices deadlock when they reduce several arrays at once.
     return [int(jax.device_get(_checksum(leaf))) for leaf in jax.tree.leaves(tree)]
 
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    bits = min(jnp.dtype(x.dtype).itemsize * 8, 32)  # a 64-bit number is two words along a new last axis
+    bits = min(jnp.dtype(x.dtype).itemsize * 8, 32)  # a 64-bit value becomes two words on a new last axis
     words = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
     place = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
@@ -59,7 +59,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _items(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as Orbax items: what can be read alone; empty ones are left out."""
+    """Returns the state as Orbax items, which can be restored separately, without the empty ones."""
     items = {name: state[name] for name in ("params", "ema", "opt_state") if jax.tree.leaves(state[name])}
     return {**items, "counters": {name: state[name] for name in COUNTERS}}
 
@@ -77,14 +77,14 @@ class Checkpoints:
     """Saves and restores a run's state in `<workdir>/checkpoints`."""
 
     def __init__(self, workdir: epath.PathLike, *, keep_last: int = 3, keep_every: int = 0) -> None:
-        """Args: the run's folder; how many of the newest are kept; also each multiple of keep_every (0: none)."""
+        """Args: the run's folder; how many of the newest are kept; which multiples are kept too (0: none)."""
         self.folder = files.absolute(workdir) / FOLDER
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every or None, create=True, cleanup_tmp_directories=True
         )
         self._open: ocp.CheckpointManager | None = None
-        self._started: int | None = None  # the step that is being written
-        self._written: int | None = None  # the newest that this run wrote, or began with
+        self._started: int | None = None  # step being written
+        self._written: int | None = None  # newest step that this run wrote or restored
         orbax_noise.silence()
 
     @property
@@ -95,13 +95,13 @@ class Checkpoints:
         return self._open
 
     def newest_step(self) -> int | None:
-        """Returns the newest step on disk."""
+        """Returns the newest step on disk, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: dict[str, Any], data_state: dict[str, Any]) -> None:
-        """Copies the state to the host and writes it in the background; does nothing if the step is there already.
+        """Copies the state to the host and writes it in the background; does nothing if the step is already saved.
 
-        Raises: UserError if this save could not be started, the one before it failed, or is there no longer.
+        Raises: UserError if this save cannot start, or the previous one failed or was deleted.
         """
         if step in self._manager.all_steps():
             return
@@ -111,7 +111,7 @@ class Checkpoints:
         items = _items(state)
         sums = zip(_leaves(items).items(), checksums(items), strict=True)
         content = {"leaves": {name: [*leaf, value] for (name, leaf), value in sums}, "data": data_state}
-        content = json.loads(json.dumps(content))  # as it will be read, so that its checksum will be the same
+        content = json.loads(json.dumps(content))  # a JSON round trip, so that the CRC matches on reading
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         meta = ocp.args.JsonSave({"content": content, "crc": _crc(content)})
         try:
@@ -121,7 +121,7 @@ class Checkpoints:
         self._started = step
 
     def check_there(self, step: int) -> None:
-        """Raises UserError unless the checkpoint of this step, which was written before, is on disk and complete."""
+        """Raises UserError, in the first process, unless the checkpoint of this step is on disk and finalized."""
         if is_first() and step not in good_steps(self.folder):
             raise UserError(
                 f"the checkpoint of step {step} was deleted from {self.folder} in mid-run; put it back, or give the "
@@ -129,7 +129,7 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Waits until everything is on disk. Raises UserError if writing failed; older checkpoints stay good."""
+        """Waits until the pending checkpoint is on disk. Raises UserError if writing failed."""
         if self._open is None:
             return
         started, self._started = self._started, None
@@ -140,7 +140,7 @@ class Checkpoints:
         self._written = started or self._written
 
     def close(self) -> None:
-        """Waits, and ends the writing threads."""
+        """Waits for the pending checkpoint and stops the writer threads."""
         self.wait()
         if self._open is not None:
             self._open.close()
@@ -152,7 +152,7 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes. After an error that one is reported: where a folder is gone, writing fails as well."""
+        """Closes; an error from the body takes precedence over an error from closing, which it may have caused."""
         failed = None
         try:
             self.close()
@@ -161,24 +161,26 @@ class Checkpoints:
         if error or failed:
             self._open = None
             with orbax_noise.while_reading():
-                gc.collect()  # as in `_restore`
+                gc.collect()  # see `_restore`
         if failed and error is None:
             raise failed
 
     def _failed(self, error: Exception) -> UserError:
         good = good_steps(self.folder)
         rest = f"the checkpoint of step {good[0]} is good" if good else "there is no older one"
-        kind = Unavailable if files.in_bucket(self.folder) else UserError  # of a bucket, another start may go on
+        kind = Unavailable if files.in_bucket(self.folder) else UserError  # a restart may succeed with a bucket
         return kind(f"a checkpoint could not be written to {self.folder}: {_line(error)}; {rest}")
 
     def restore_newest(self, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int] | None:
-        """Returns (state, data_state, step) of the newest checkpoint that is whole; None if there is none at all.
+        """Returns (state, data_state, step) of the newest undamaged checkpoint, or None if there are no checkpoints.
+
+        Damaged newer ones are renamed to `<step>.damaged`, with a warning.
 
         Args:
-          like: the state as jax.ShapeDtypeStruct, with the shardings that it shall have.
+          like: the state as jax.ShapeDtypeStruct, with the target shardings.
 
         Raises:
-          UserError: a checkpoint of another model; checkpoints, but none that is whole.
+          UserError: the checkpoint is of another model, or all checkpoints are damaged.
         """
         damaged: dict[int, str] = {}
         for step in good_steps(self.folder):
@@ -213,13 +215,13 @@ class Checkpoints:
 
 
 def good_steps(folder: epath.PathLike) -> list[int]:
-    """Returns the steps of the finished checkpoints, newest first.
+    """Returns the steps of the finalized checkpoints, newest first.
 
-    A kill in mid-save leaves another name, or, in a bucket, a folder without the object that Orbax writes last.
+    An interrupted save leaves a temporary name or, in a bucket, a folder without the object that Orbax writes last.
     """
     folder = epath.Path(folder)
     files.forget_listings(folder)
-    with files.one_line(folder, "read"):  # a bucket that does not answer is not an empty one
+    with files.one_line(folder, "read"):  # an unreachable bucket must not look empty
         try:
             steps = [path for path in folder.iterdir() if path.name.isdigit()]
         except (FileNotFoundError, NotADirectoryError):
@@ -232,14 +234,14 @@ def good_steps(folder: epath.PathLike) -> list[int]:
 def restore_params(
     workdir: epath.PathLike, which: str, step: int | None = None
 ) -> tuple[dict[str, dict[str, np.ndarray]], int]:
-    """Reads the weights of a run alone, as host arrays.
+    """Reads only the weights of a run, as host arrays.
 
     Args:
-      which: "student" (the weights that are trained) or "ema" (their average).
-      step: of the checkpoint; the newest by default, which must be whole.
+      which: "student" (trained weights) or "ema" (their moving average).
+      step: step of the checkpoint; by default the newest, which must not be damaged.
 
     Returns: {component: {path: float32 array}}, and the step.
-    Raises: UserError if there is no such checkpoint, it is damaged, or it holds no average.
+    Raises: UserError if there is no such checkpoint, it is damaged, or it has no EMA.
     """
     orbax_noise.silence()
     folder = files.absolute(workdir) / FOLDER
@@ -274,7 +276,7 @@ def _read(path: epath.Path, like: dict[str, Any]) -> tuple[dict[str, Any], dict[
     wanted = _items(like)
     _check_same_model(path, {name: (tuple(s), d) for name, (s, d, _) in content["leaves"].items()}, _leaves(wanted))
     items = _read_items(path, wanted, content)
-    state = {name: items.get(name, like[name]) for name in ("params", "ema", "opt_state")}  # absent: without leaves
+    state = {name: items.get(name, like[name]) for name in ("params", "ema", "opt_state")}  # absent: has no leaves
     return {**state, **items["counters"]}, content["data"]
 
 
@@ -294,9 +296,9 @@ def _read_items(path: epath.Path, like: dict[str, Any], content: dict[str, Any])
 
 
 def _restore(path: epath.Path, arguments: dict[str, ocp.args.CheckpointArgs]) -> dict[str, Any]:
-    """Reads these items of a checkpoint.
+    """Restores these items of a checkpoint.
 
-    Raises Damaged, in all processes if in any, for all that Orbax says, but for a device without memory.
+    Raises Damaged, in all processes, if Orbax fails in any. A JaxRuntimeError (device out of memory) passes through.
     """
     restored, reason = {}, ""
     with orbax_noise.while_reading():
@@ -305,10 +307,10 @@ def _restore(path: epath.Path, arguments: dict[str, ocp.args.CheckpointArgs]) ->
                 restored = dict(checkpointer.restore(path, ocp.args.Composite(**arguments)).items())
         except jax.errors.JaxRuntimeError:
             raise
-        except Exception as error:  # Orbax raises many kinds, bare Exception among them
+        except Exception as error:  # Orbax raises many types, including bare Exception
             reason = _line(error)
         if reason:
-            gc.collect()  # the tasks that Orbax has dropped complain when they are collected: here, unheard
+            gc.collect()  # collects Orbax's abandoned tasks where their warnings are suppressed
     if not all_agree(not reason):
         raise Damaged(reason or "another process can't read it")
     return restored
@@ -329,6 +331,6 @@ def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:
 
 
 def _line(error: Exception) -> str:
-    """One line, without the array's description that TensorStore adds; of a long message the end says most."""
+    """Formats an error as one line, without TensorStore's array spec; cuts the middle of a long message."""
     text = plain(f"{type(error).__name__}: {error}", 10_000).partition(" [tensorstore_spec")[0]
     return text if len(text) <= 240 else f"{text[:50]} ... {text[-180:]}"

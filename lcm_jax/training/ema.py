@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights."""
+"""Exponential moving average (EMA) of the weights."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jaxtyping import Array, Int, PyTree
 
 
 def decay_at(step: Int[Array, ""], decay: float, *, warmup: bool) -> jax.Array:
-    """Returns the decay of this step: `decay`, or with warm-up at most (1 + step) / (10 + step)."""
+    """Returns the decay at a step: `decay`, with warm-up limited to (1 + step) / (10 + step)."""
     if not warmup:
         return jnp.float32(decay)
     return jnp.minimum(jnp.float32(decay), (1.0 + step) / (10.0 + step))

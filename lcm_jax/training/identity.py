@@ -1,7 +1,7 @@
-"""What a run reads, by content: hashes of its model folder and its data set, recorded in `<workdir>/inputs.json`.
+"""Hashes a run's inputs, its model folder and data set, and records them in `<workdir>/inputs.json`.
 
-A hash depends on content alone: not on paths, on how weights are divided into files, or on who reads them. A run that
-is resumed or exported compares what it finds with what it began with; processes of a run compare with each other.
+A hash depends only on content, not on paths, on how weights are split into files, or on the process. Resuming and
+exporting compare the inputs with the recorded ones; the processes of a run compare theirs with each other.
 """
 
 import concurrent.futures
@@ -29,21 +29,21 @@ from lcm_jax.interop.tokenizer import read_tokenizer
 from lcm_jax.models import MODEL_CLASSES
 
 RECORD = "inputs.json"
-FORMAT = 2  # of the record; one of another format is replaced, not compared
-SAMPLE = 1024  # records of a data set that are always compared
-WHOLE = 64 * 2**20  # bytes of a data set of which all records are
-PARTS = 16  # of a data set's records: each has a hash, so that a difference is found in one
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow", "tokenizers")  # that compute a step's numbers
+FORMAT = 2  # of the record; a record in another format is replaced, not compared
+SAMPLE = 1024  # number of records that are hashed of a large data set
+WHOLE = 64 * 2**20  # bytes; all records of a data set up to this size are hashed
+PARTS = 16  # most hashes per data set, to locate a difference
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow", "tokenizers")  # affect a step's numbers
 
-Facts = dict[str, str]  # name of a part → what it is, as text
+Facts = dict[str, str]  # name of a part → its hash or value, as text
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What is at a place.
+    """The content hashes of an input.
 
     Attributes:
-      where: the place, for messages.
+      where: its location, for messages.
       facts: name of each part → hash of its content.
     """
 
@@ -54,8 +54,8 @@ class Identity:
 def of_folder(folder: Folder) -> Identity:
     """Returns the identity of a model folder: weights, configurations, scheduler and tokenizer.
 
-    JSON files count as they are read, with defaults for keys that are absent: another version of diffusers or
-    transformers writes other keys of the same meaning.
+    JSON files are hashed as parsed, with defaults for absent keys, since versions of diffusers and transformers write
+    different keys with the same meaning.
     """
     facts = {"model_index.json": _of_values(folder.pipeline_class)}
     facts["scheduler/scheduler_config.json"] = _of_values(_scheduler(folder))
@@ -68,7 +68,7 @@ def of_folder(folder: Folder) -> Identity:
 
 
 def _scheduler(folder: Folder) -> dict[str, Any]:
-    """Returns the schedule, and the trained grid and scaling of a consistency model's scheduler."""
+    """Returns the noise schedule, original_inference_steps and timestep_scaling."""
     values = scheduler.read_values({**folder.scheduler, "_class_name": folder.scheduler_class})
     grid = {"original_inference_steps": values["original_inference_steps"]}
     scaling = {"timestep_scaling": values.get("timestep_scaling", 10.0)}  # LCMScheduler's default
@@ -76,7 +76,7 @@ def _scheduler(folder: Folder) -> dict[str, Any]:
 
 
 def _tokenizer(directory: pathlib.Path) -> Facts:
-    """Returns a hash of each part of the tokenizer, as it is loaded: several forms of files mean the same."""
+    """Returns a hash per part of the loaded tokenizer, since different files can define the same tokenizer."""
     tokenizer = read_tokenizer(directory)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     settings = [tokenizer.model_max_length, tokenizer.pad_token_id]
@@ -91,10 +91,10 @@ def _tokenizer(directory: pathlib.Path) -> Facts:
 
 
 def of_data(source: Source) -> Identity:
-    """Returns the identity of a data set: its records by their content, and what it says of itself.
+    """Returns the identity of a data set: its number of records, their content, and its metadata.
 
-    Files are not compared, since their bytes differ where the same data set is prepared twice. Of a set of more than
-    some `WHOLE` bytes, only `SAMPLE` records that are spread over all of it are read, which takes seconds in a bucket.
+    Files are not hashed, since preparing the same data set twice gives different bytes. If the estimated size is above
+    `WHOLE` bytes, only `SAMPLE` evenly spaced records are read, which takes seconds in a bucket.
     """
     count = len(source)
     sample = np.linspace(0, count - 1, min(count, SAMPLE)).round().astype(int)
@@ -106,7 +106,7 @@ def of_data(source: Source) -> Identity:
 
 
 def _records(source: Source, numbers: np.ndarray) -> tuple[Facts, int]:
-    """Returns a hash for each part of the data set, of those of its records that are given, and their bytes."""
+    """Returns a hash of these records for each of up to `PARTS` ranges, and their total size in bytes."""
     facts, size = {}, 0
     bounds = np.linspace(0, len(source), min(PARTS, len(numbers)) + 1).astype(int)
     for first, end in itertools.pairwise(bounds.tolist()):
@@ -118,7 +118,7 @@ def _records(source: Source, numbers: np.ndarray) -> tuple[Facts, int]:
 
 @functools.cache
 def of_code() -> Facts:
-    """Returns a hash of this package's sources, and the versions of `PACKAGES`."""
+    """Returns a hash of this package's source files, and the versions of `PACKAGES`."""
     root = pathlib.Path(lcm_jax.__file__).parent
     sources = [(path.relative_to(root).as_posix(), path.read_bytes()) for path in sorted(root.rglob("*.py"))]
     return {"code of lcm_jax": _hash(part for name, content in sources for part in (name.encode(), content))} | {
@@ -127,7 +127,7 @@ def of_code() -> Facts:
 
 
 def _of_values(value: Any) -> str:
-    """Returns a hash of a value of JSON's types, where 1 is 1.0, a tuple is a list, and keys have no order."""
+    """Hashes a JSON-like value; 1 equals 1.0, a tuple equals a list, and the order of keys is ignored."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -140,7 +140,7 @@ def _of_values(value: Any) -> str:
 
 
 def of_config(workdir: epath.PathLike) -> str:
-    """Returns a hash of `<workdir>/config.json`; "nothing" where there is none: another disk than process 0's."""
+    """Returns a hash of `<workdir>/config.json`; "nothing" if absent, as on another disk than process 0's."""
     path = epath.Path(workdir) / "config.json"
     with files.one_line(path, "read"):
         try:
@@ -150,15 +150,15 @@ def of_config(workdir: epath.PathLike) -> str:
 
 
 def recorded(workdir: epath.PathLike) -> bool:
-    """Returns whether the run in `workdir` has recorded its inputs; one of an older version has not."""
+    """Returns whether `workdir` has a record of the inputs in the present format."""
     return _read(workdir) is not None
 
 
 def changed(workdir: epath.PathLike, now: Mapping[str, Identity]) -> str:
-    """Compares inputs with those that the run in `workdir` began with.
+    """Compares inputs with those recorded when the run in `workdir` began.
 
-    Args: now: "model", "data" → identity; of an input that is left out nothing is compared.
-    Returns: one line that names what differs; "" if nothing does, or nothing is recorded.
+    Args: now: "model", "data" → identity; absent inputs are not compared.
+    Returns: one line that names the differences; "" if there are none, or nothing is recorded.
     """
     then = _read(workdir)
     if then is None:
@@ -177,7 +177,7 @@ def changed(workdir: epath.PathLike, now: Mapping[str, Identity]) -> str:
 
 
 def record(workdir: epath.PathLike, now: Mapping[str, Identity]) -> None:
-    """Writes `<workdir>/inputs.json`, unless it says so already; raises UserError where that can't be done."""
+    """Writes `<workdir>/inputs.json` if its content differs. Raises UserError if that fails."""
     content = {name: identity.facts for name, identity in now.items()}
     if _read(workdir) != content:
         files.write_json(epath.Path(workdir) / RECORD, {"format": FORMAT, **content})
@@ -194,12 +194,12 @@ def _read(workdir: epath.PathLike) -> dict[str, Facts] | None:
 
 
 def _weights(components: Mapping[str, Mapping[str, np.ndarray]]) -> Facts:
-    """Hashes each array by itself, in threads: hashlib lets others run meanwhile."""
+    """Returns a hash per component. Arrays are hashed in parallel threads, since hashlib releases the GIL."""
     arrays = [(name, path, array) for name, flat in components.items() for path, array in flat.items()]
 
     def of_array(item: tuple[str, str, np.ndarray]) -> bytes:
         _, path, array = item
-        stored = np.ascontiguousarray(names.to_file(path, array))  # no copy: files hold it in this order
+        stored = np.ascontiguousarray(names.to_file(path, array))  # no copy if it is a view of a file
         head = f"{path} {array.dtype} {array.shape}"
         return hashlib.sha256(head.encode() + b"\n").digest() + hashlib.sha256(_bytes(stored)).digest()
 
@@ -212,7 +212,7 @@ def _weights(components: Mapping[str, Mapping[str, np.ndarray]]) -> Facts:
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data  # bfloat16 has no buffer of its own
+    return array.reshape(-1).view(np.uint8).data  # bfloat16 arrays do not export a buffer
 
 
 def _threads(most: int) -> concurrent.futures.ThreadPoolExecutor:

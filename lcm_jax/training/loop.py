@@ -32,10 +32,10 @@ from lcm_jax.parallel.partition import place
 from lcm_jax.parallel.processes import is_first, meet
 from lcm_jax.training import identity
 from lcm_jax.training.checkpoint import FOLDER, Checkpoints, good_steps
+from lcm_jax.training.networks import frozen_params, initial_params, make_parts
 from lcm_jax.training.previews import make_preview
 from lcm_jax.training.program import make_program
 from lcm_jax.training.saved_step import Ahead
-from lcm_jax.training.state import frozen_params, initial_params, make_parts
 from lcm_jax.training.workdir import Held, hold
 
 
@@ -104,7 +104,7 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
         if is_first():
             warnings.warn(f"config.profile.steps={profiled.steps} are over: step {start} is done", stacklevel=2)
         profiled = ProfileConfig()
-    frozen = place(frozen_params(config, folder), program.frozen)
+    frozen = place(frozen_params(config, parts, folder), program.frozen)
 
     data = batches(
         config.data,
@@ -129,6 +129,8 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
         Raises: UserError if the loss stays non-finite.
         """
         scalars = {name: float(value) for name, value in jax.device_get(values).items()}
+        # an update that is not due in this step
+        scalars = {name: value for name, value in scalars.items() if not ("/" in name and math.isnan(value))}
         received = int(scalars.pop("stop"))
         rate = progress.update(done, scalars["loss"])
         if metrics and (done % config.log.every == 0 or done == config.steps):

@@ -1,149 +1,117 @@
-"""Each objective over the networks of a run: what it draws for the global batch, and its loss on a part of it."""
+"""The losses of an objective as functions of weights: networks are bound, and the inputs of a loss are made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lcm_jax.adapters import lora, side_branch
-from lcm_jax.config import Config
 from lcm_jax.host.images import to_signed
-from lcm_jax.models import Network
 from lcm_jax.models.vae import scaled_draw
-from lcm_jax.objectives import autoencoder, denoising, lcd
-from lcm_jax.training.state import Parts
+from lcm_jax.objectives.base import Aux, Inputs, Networks, Update
+from lcm_jax.training.networks import Parts
 
 # 'input_ids' int32 (B, L), and 'image' uint8 (B, H, W, 3) or 'moments' (B, h, w, 2C): mean and log-variance of q(z|x)
 Batch = dict[str, jax.Array]
-Aux = dict[str, jax.Array]
 
 
 class Loss(NamedTuple):
-    """One objective.
+    """One update of an objective.
 
     Attributes:
-      draw: (key, shape (B, h, w, C) of the latents) -> all that is random, each array with B as its first axis.
-      loss: (params, target, frozen, batch, draws) -> (loss, aux), all of them means over the samples that it is given.
-      summary: aux averaged over the global batch -> what is logged.
+      trains: keys of the weights that it changes.
+      draw: (key, shape (B, h, w, C) of the latents) → all that is random, each array with B as its first axis.
+      loss: (params, target, frozen, batch, draws) → (loss, aux), all of them means over the samples that it is given.
+      summary: aux averaged over the global batch → what is logged.
+      every, learning_rate: as in `Update`.
     """
 
+    trains: tuple[str, ...]
     draw: Callable[[jax.Array, tuple[int, ...]], Any]
     loss: Callable[..., tuple[jax.Array, Aux]]
     summary: Callable[[Aux], Aux]
+    every: int
+    learning_rate: float | None
 
 
-def make_loss(config: Config, parts: Parts) -> Loss:
-    """Returns the loss of `config.objective`."""
-    return _LOSSES[config.objective](config, parts)
+def make_losses(parts: Parts) -> dict[str, Loss]:
+    """Returns name → loss of the run's objective, in the order of its updates."""
+    updates = parts.objective.updates(parts.options, parts.process)
+    return {name: _loss(update, parts) for name, update in updates.items()}
 
 
-def _bound(name: str, network: Network, params: Any, **options: Any) -> Callable[..., Any]:
-    """The network with these weights, as a function; profiles show what it does under `name`."""
+def _loss(update: Update, parts: Parts) -> Loss:
+    latents = "latents" in parts.objective.needs
 
-    def function(*args: Any) -> Any:
-        with jax.named_scope(name):
-            return network.apply(params, *args, **options)
+    def draw(key: jax.Array, shape: tuple[int, ...]) -> Any:
+        if not latents:
+            return None, update.draw(key, shape)
+        key_vae, key_draws = jax.random.split(key)
+        return jax.random.normal(key_vae, shape), update.draw(key_draws, shape)
+
+    def loss(params: dict, target: dict, frozen: dict, batch: Batch, draws: Any) -> tuple[jax.Array, Aux]:
+        noise, draws = draws
+        roles = parts.roles
+        networks = Networks(
+            by_role={role: _of_role(parts, role, role, params, frozen) for role in (*roles.trained, *roles.frozen)},
+            average={role: _of_role(parts, "target", role, target, frozen) for role in roles.trained},
+        )
+        return update.loss(networks, _inputs(parts, params, frozen, batch, noise), draws)
+
+    roles = update.trains or tuple(parts.roles.trained)
+    trains = tuple(key for key in map(parts.roles.key, roles) if not parts.adapted or key in parts.adapted)
+    return Loss(trains, draw, loss, update.summary, update.every, update.learning_rate)
+
+
+def _bound(parts: Parts, scope: str, key: str, component: str, weights: dict, frozen: dict) -> Callable[..., Any]:
+    """The network `key` with its weights: trained, frozen, or adapters beside the frozen weights of its component.
+
+    Profiles show what it does under `scope`.
+    """
+    network = parts.networks[key]
+    alphas = lora.alphas(parts.adapted[key]) if key in parts.adapted else None
+
+    def function(*args: Any, **options: Any) -> Any:
+        with jax.named_scope(scope):
+            if alphas is not None:
+                return side_branch.apply(network, frozen[component], weights[key], alphas, *args, **options)
+            flat = weights[key] if key in weights else frozen[key if key in frozen else component]
+            return network.apply(flat, *args, **options)
 
     return function
 
 
-def _trained(name: str, component: str, parts: Parts, weights: dict, frozen: dict) -> Callable[..., Any]:
-    """The network `component` with `weights`: its own, or adapters beside the frozen ones; `name` as in `_bound`."""
-    network = parts.networks[component]
-    if component not in parts.adapted:
-        return _bound(name, network, (weights if component in weights else frozen)[component])
-    alphas = lora.alphas(parts.adapted[component])
+def _of_role(parts: Parts, scope: str, role: str, weights: dict, frozen: dict) -> Callable[..., Any]:
+    component = {**parts.roles.trained, **parts.roles.frozen}[role]
+    bound = _bound(parts, scope, parts.roles.key(role), component, weights, frozen)
+    if component != parts.family.denoiser:
+        return bound
 
-    def function(*args: Any) -> Any:
-        with jax.named_scope(name):
-            return side_branch.apply(network, frozen[component], weights[component], alphas, *args)
+    def denoiser(z: jax.Array, t: jax.Array, condition: Any, w_embedding: jax.Array | None = None) -> jax.Array:
+        return parts.family.call(bound, z, t, condition, w_embedding)
 
-    return function
+    return denoiser
 
 
-def _latents(parts: Parts, vae: dict, batch: Batch, noise: jax.Array) -> jax.Array:
+def _inputs(parts: Parts, params: dict, frozen: dict, batch: Mapping[str, jax.Array], noise: Any) -> Inputs:
+    needs, family = parts.objective.needs, parts.family
+    images = to_signed(batch["image"]) if "images" in needs else None
+    z_0 = _latents(parts, frozen["vae"], batch, noise) if "latents" in needs else None
+    condition = null_condition = None
+    if "condition" in needs:
+        encoders = {name: _bound(parts, name, name, name, params, frozen) for name in family.text_encoders}
+        condition = family.condition(encoders, batch["input_ids"])
+        null_condition = family.condition(encoders, parts.null_ids)
+    return Inputs(images, z_0, condition, null_condition)
+
+
+def _latents(parts: Parts, vae: dict, batch: Mapping[str, jax.Array], noise: jax.Array) -> jax.Array:
     """A draw from the VAE's posterior at these images, scaled: z_0."""
     network = parts.networks["vae"]
     if "moments" in batch:
         mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
     else:
-        mean, logvar = _bound("vae", network, vae, method="encode")(to_signed(batch["image"]))
+        with jax.named_scope("vae"):
+            mean, logvar = network.apply(vae, to_signed(batch["image"]), method="encode")
     return scaled_draw(network.config, mean, logvar, noise)
-
-
-def _contexts(parts: Parts, weights: dict, frozen: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The features of these captions, and of the empty prompt."""
-    encode = _trained("text_encoder", "text_encoder", parts, weights, frozen)
-    return encode(batch["input_ids"]), encode(parts.null_ids)
-
-
-def _lcd(config: Config, parts: Parts) -> Loss:
-    def draw(key, shape):
-        key_vae, key_draws = jax.random.split(key)
-        draws = lcd.draw(key_draws, shape, config.lcd, parts.schedule.num_train_timesteps)
-        return jax.random.normal(key_vae, shape), draws
-
-    def loss(params, target, frozen, batch, draws):
-        noise, draws = draws
-        z_0 = _latents(parts, frozen["vae"], batch, noise)
-        context, null_context = _contexts(parts, params, frozen, batch)
-        teacher = frozen["unet" if parts.adapted else "teacher"]
-        return lcd.lcd_loss(
-            student=_trained("student", "unet", parts, params, frozen),
-            target=_trained("target", "unet", parts, target, frozen),
-            teacher=_bound("teacher", parts.networks["teacher"], teacher),
-            schedule=parts.schedule,
-            z_0=z_0,
-            context=context,
-            null_context=null_context,
-            draws=draws,
-            config=config.lcd,
-        )
-
-    return Loss(draw, loss, lcd.summary)
-
-
-def _denoising(config: Config, parts: Parts) -> Loss:
-    def draw(key, shape):
-        key_vae, key_draws = jax.random.split(key)
-        draws = denoising.draw(key_draws, shape, config.denoising, parts.schedule.num_train_timesteps)
-        return jax.random.normal(key_vae, shape), draws
-
-    def loss(params, _, frozen, batch, draws):
-        noise, draws = draws
-        z_0 = _latents(parts, frozen["vae"], batch, noise)
-        context, null_context = _contexts(parts, params, frozen, batch)
-        return denoising.denoising_loss(
-            _trained("unet", "unet", parts, params, frozen),
-            schedule=parts.schedule,
-            z_0=z_0,
-            context=context,
-            null_context=null_context,
-            draws=draws,
-            config=config.denoising,
-        )
-
-    return Loss(draw, loss, dict)
-
-
-def _autoencoder(config: Config, parts: Parts) -> Loss:
-    vae = parts.networks["vae"]
-
-    def loss(params, _, frozen, batch, noise):
-        return autoencoder.autoencoder_loss(
-            encode=_bound("encoder", vae, params["vae"], method="encode"),
-            decode=_bound("decoder", vae, params["vae"], method="decode"),
-            images=to_signed(batch["image"]),
-            noise=noise,
-            config=config.autoencoder,
-        )
-
-    return Loss(jax.random.normal, loss, autoencoder.summary)
-
-
-_LOSSES: dict[str, Callable[[Config, Parts], Loss]] = {
-    "lcd": _lcd,
-    "denoising": _denoising,
-    "autoencoder": _autoencoder,
-}

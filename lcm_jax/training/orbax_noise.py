@@ -1,7 +1,7 @@
-"""What Orbax and TensorStore print besides raising it: kept off the screen, so that an error is one line.
+"""Suppresses what Orbax and TensorStore print in addition to raising, so that an error is one line.
 
-After its first error Orbax neither waits for its other reads and writes nor asks what became of them. Each tells of its
-own end later, when a thread of TensorStore's calls back into an event loop that is closed, or when Python collects it.
+After its first error Orbax neither awaits its other reads and writes nor retrieves their exceptions. These are printed
+later, when a TensorStore thread calls back into a closed event loop, or when Python collects the task.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 
 @functools.cache
 def silence() -> None:
-    """For good: dropped work may end at any later time. What others lose is told as ever."""
+    """Installs the filters permanently, since abandoned tasks can end at any time. Other libraries' messages pass."""
     logging.getLogger("absl").addFilter(_is_not_orbaxs_log)
     logging.getLogger("asyncio").addFilter(_is_not_dropped)
     unraisable, unhandled = sys.unraisablehook, sys.excepthook
@@ -36,7 +36,7 @@ def silence() -> None:
 
 @contextlib.contextmanager
 def while_reading() -> Iterator[None]:
-    """Nothing of asyncio's meanwhile: a damaged checkpoint gives a warning for each array."""
+    """Suppresses asyncio's messages in the context: a damaged checkpoint causes a warning per array."""
     silence()
     logger = logging.getLogger("asyncio")
     logger.disabled, before = True, logger.disabled
@@ -69,4 +69,4 @@ def _is_not_dropped(record: logging.LogRecord) -> bool:
         if _of_orbax(trace.tb_frame.f_code.co_filename):
             return False
         trace = trace.tb_next
-    return "tensorstore" not in message and "OCDBT database" not in message  # the file format that TensorStore writes
+    return "tensorstore" not in message and "OCDBT database" not in message  # OCDBT: TensorStore's file format

@@ -1,4 +1,4 @@
-"""The pictures of a running training: the same prompts and noise at every look, by keys that training never uses."""
+"""Samples of a run while it trains: always the same prompts and noise, from keys that training never uses."""
 
 from collections.abc import Callable
 
@@ -13,19 +13,20 @@ from lcm_jax.diffusion.guidance import is_guided
 from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
 from lcm_jax.host.images import to_signed, to_uint8, to_unit
 from lcm_jax.inference.generate import Sampler, generate
-from lcm_jax.training.state import Parts
+from lcm_jax.training.networks import Parts
 
 Preview = Callable[[dict, dict], np.ndarray]
 SEED = 0
 
 
 def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], np.ndarray]) -> Preview:
-    """Returns `preview(weights, frozen) -> uint8 (N, H, W, 3)`, of the EMA or of the trained weights themselves.
+    """Returns `preview(weights, frozen) -> uint8 (N, H, W, 3)`; `weights` are the EMA or the trained weights.
 
-    A consistency model draws `config.log.prompts` in `sample_steps` steps, a diffusion model likewise with DDIM; an
-    autoencoder shows training pictures, each followed by its reconstruction.
+    A denoiser samples `config.log.prompts` in `sample_steps` steps, as its objective says. An autoencoder shows
+    training images, each followed by its reconstruction.
     """
-    if config.objective == "autoencoder":
+    how = parts.objective.sampling(parts.options, parts.process)
+    if how is None:
         pictures = next(batches(config.data, tokenize=tokenizer, batch_size=8, seed=SEED))["image"]
         vae = parts.networks["vae"]
 
@@ -39,18 +40,19 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
             return np.stack([pictures, decoded], axis=1).reshape(-1, *pictures.shape[1:])
 
         return preview
+    family = parts.family
     sampler = Sampler(
-        networks=parts.networks,
-        schedule=parts.schedule,
-        kind="lcm" if config.objective == "lcd" else "ddim",
-        guided=is_guided(config.log.guidance_scale, parts.networks["unet"].config.time_cond_proj_dim),
-        timestep_scaling=config.lcd.timestep_scaling,
+        family=family,
+        networks={name: parts.networks[name] for name in (family.denoiser, "vae", *family.text_encoders)},
+        process=parts.process,
+        kind=how.kind,
+        guided=is_guided(config.log.guidance_scale, family.w_embedding_dim(parts.networks[family.denoiser].config)),
+        timestep_scaling=how.timestep_scaling,
     )
-    total = parts.schedule.num_train_timesteps
-    if config.objective == "lcd":
-        timesteps = lcm_timesteps(config.log.sample_steps, config.lcd.solver_steps(total), total)
+    if how.grid_steps:
+        timesteps = lcm_timesteps(config.log.sample_steps, parts.process, how.grid_steps)
     else:
-        timesteps = trailing_timesteps(config.log.sample_steps, total)
+        timesteps = trailing_timesteps(config.log.sample_steps, parts.process.num_train_timesteps)
     grid = jnp.asarray(timesteps)
     prompts = list(config.log.prompts) or [""]
     ids, null_ids = jnp.asarray(tokenizer(prompts)), jnp.repeat(parts.null_ids, len(prompts), 0)

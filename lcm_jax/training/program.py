@@ -1,4 +1,4 @@
-"""The jitted step of a run with the shapes and shardings of its arguments: what is trained, and what is planned."""
+"""The jitted train step with the shapes and shardings of its arguments, for training and planning."""
 
 import dataclasses
 import functools
@@ -13,21 +13,22 @@ from jax.sharding import PartitionSpec as P
 from lcm_jax.config import Config
 from lcm_jax.parallel import partition
 from lcm_jax.parallel.mesh import BATCH, check_batch
-from lcm_jax.training.losses import Batch
-from lcm_jax.training.state import Parts, State, frozen_shapes, initial_state, trained_shapes
+from lcm_jax.training.losses import Batch, make_losses
+from lcm_jax.training.networks import Parts, frozen_shapes, trained_shapes
+from lcm_jax.training.state import State, initial_state
 from lcm_jax.training.step import make_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step over a mesh.
+    """A train step over a mesh.
 
     Attributes:
       mesh: the devices.
-      state, frozen, batch: its arguments as jax.ShapeDtypeStruct, with shardings.
-      stop: the shape of the fourth argument of the step, a number for each device.
-      step: the jitted `step(state, frozen, batch, stop) -> (state, metrics)`. The state is donated; metrics are on each
-        device, among them `stop`, the largest of those numbers: all processes learn at once what one of them was told.
+      state, frozen, batch: arguments of the step as jax.ShapeDtypeStruct, with shardings.
+      stop: the fourth argument of the step likewise, int32 with one number per device.
+      step: the jitted `step(state, frozen, batch, stop) -> (state, metrics)`. The state is donated. The metrics are
+        replicated; their `stop` is the maximum over devices, so that a signal to one process reaches all.
       start: the jitted `initial_state(params)`.
     """
 
@@ -40,22 +41,22 @@ class Program:
     start: jax.stages.Wrapped
 
     def trace(self) -> jax.stages.Traced:
-        """Traces the step from shapes alone."""
+        """Traces the step from the shapes of its arguments."""
         return self.step.trace(self.state, self.frozen, self.batch, self.stop)
 
     def lower(self) -> jax.stages.Lowered:
-        """Lowers it; `.compile()` then needs no device, if the mesh is of described ones."""
+        """Lowers the step. On a mesh of described devices, `.compile()` needs no attached ones."""
         return self.trace().lower()
 
     @property
     def rows(self) -> np.ndarray:
-        """The numbers of the batch's rows that lie on this process's devices, in ascending order."""
+        """The indices of the global batch's rows on this process's devices, ascending."""
         count = self.batch["input_ids"].shape[0]
         parts = self.batch["input_ids"].sharding.addressable_devices_indices_map((count,)).values()
         return np.unique(np.concatenate([np.arange(count)[part] for part in parts]))
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Puts this process's rows of a global batch on its devices, as its part of the whole."""
+        """Returns the global batch as sharded arrays, from this process's rows of it."""
         rows = self.rows
 
         def place(local: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -68,12 +69,12 @@ class Program:
         return {name: place(batch[name], like) for name, like in self.batch.items()}
 
     def put_stop(self, number: int) -> jax.Array:
-        """Returns the step's fourth argument: this process's number, for each of its devices."""
+        """Returns the `stop` argument of the step, with `number` for each device of this process."""
         numbers = np.full(self.stop.shape, number, np.int32)
         return jax.make_array_from_callback(numbers.shape, self.stop.sharding, lambda index: numbers[index])
 
     def whole(self, tree: Any) -> Any:
-        """Returns the same arrays with all of each on each device."""
+        """Returns the arrays replicated on all devices."""
         return jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, P()))(tree)
 
 
@@ -81,11 +82,12 @@ def make_program(config: Config, parts: Parts, mesh: Mesh) -> Program:
     """Returns the program of a run; nothing is compiled yet.
 
     Raises:
-      UserError: a batch that does not divide by the devices and micro-batches; a picture size that does not fit.
+      UserError: a batch size that devices and micro-batches do not divide, or an image size that does not fit.
     """
     check_batch(config.batch_size, config.accumulate, mesh)
+    losses = make_losses(parts)
     whole = NamedSharding(mesh, P())
-    state = _sharded(jax.eval_shape(lambda: initial_state(config, _masters(trained_shapes(config, parts)))), mesh)
+    state = _sharded(jax.eval_shape(lambda: initial_state(config, losses, _masters(trained_shapes(parts)))), mesh)
     frozen = frozen_shapes(config, parts)
     if config.mesh.frozen == "sharded":
         frozen = _sharded(frozen, mesh)
@@ -111,17 +113,17 @@ def make_program(config: Config, parts: Parts, mesh: Mesh) -> Program:
         out_shardings=(places[0], whole),
         compiler_options=_cpu_options() if mesh.devices.flat[0].platform == "cpu" else None,
     )
-    start = jax.jit(functools.partial(initial_state, config), out_shardings=places[0])
+    start = jax.jit(functools.partial(initial_state, config, losses), out_shardings=places[0])
     return Program(mesh, state, frozen, batch, stop, jitted, start)
 
 
 @functools.cache
 def _cpu_options() -> dict[str, bool] | None:
-    """Without this one, a CPU's compiler copies much of the state in each step before it is changed in place."""
+    """Returns an XLA option without which a CPU copies much of the state in each step; None if it is unknown."""
     options = {"xla_cpu_copy_insertion_use_region_analysis": True}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # a jaxlib that does not know it: slower, nothing else
+    except jax.errors.JaxRuntimeError:  # this jaxlib lacks the option; it is only slower
         return None
     return options
 

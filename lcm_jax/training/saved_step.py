@@ -1,13 +1,14 @@
-"""The compiled step in a file: carried to the machines that run it, or read while Python traces the same step again.
+"""Saves the compiled train step to a file, and loads it on another machine or in a later run.
 
-`plan --save` writes one for `train --compiled`. And a run on one process keeps its own beside the compile cache: in a
-second start XLA takes as long to load the step of a small UNet for a CPU as Python to get there; they go side by side.
+`plan --save` writes a file for `train --compiled`. A run with one process on CPU devices also caches its step in the
+folder of the compile cache. On a restart, it is loaded while Python traces the step: for a small UNet on a CPU, both
+take equally long.
 
-The file is a line with a checksum of all that follows, a line of JSON, and what `jax.experimental.serialize_executable`
-makes of the step, which is a pickle: to load it is to run it as a program. So it is loaded only for the very step that
-it was compiled from: the JSON has a hash of the lowered program, and all else that the executable depends on. A step
-that a run kept for itself must be this user's own file, which nobody else may write; of such a file XLA's executable
-alone, which is no pickle, is loaded ahead.
+File format: a line with a checksum of the rest, a line of JSON, and the output of
+`jax.experimental.serialize_executable`. That output is a pickle, so loading it can run any code. It is unpickled only
+for the step it was compiled from: the JSON has a hash of the lowered program, and everything else that the executable
+depends on. A cached step must be owned by this user and writable by nobody else. Only its XLA executable, which is not
+a pickle, is loaded while the program is traced.
 """
 
 import concurrent.futures
@@ -38,7 +39,7 @@ from lcm_jax.host import cache_entries, compile_cache, files, json_file, private
 CPU_INFO = pathlib.Path("/proc/cpuinfo")
 
 
-_BEGIN = b"lcm_jax compiled step 2 "  # and the sha256 of all after this line, in hexadecimal
+_BEGIN = b"lcm_jax compiled step 2 "  # followed by the hex SHA-256 of all after this line
 _KINDS = {
     "made_for": json_file.OBJECT,
     "program": json_file.TEXT,
@@ -48,15 +49,15 @@ _KINDS = {
 
 
 class _Damaged(UserError):
-    """A file that does not hold what was written, or that another user may have written."""
+    """Raised for a file that is damaged, cannot be loaded, or could have been written by another user."""
 
 
 def save(path: str | os.PathLike[str], mesh: Mesh, lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> None:
-    """Writes a step that was lowered and compiled for these devices.
+    """Writes a step that was lowered and compiled for the mesh's devices.
 
-    It must come from the compiler itself: one that a CPU read from a cache is written without its functions.
+    It must come from the compiler: a CPU executable read from a cache is serialized without its functions.
 
-    Raises: UserError where it can't be written.
+    Raises: UserError if the file cannot be written.
     """
     files.write(path, _content(mesh, lowered, compiled))
 
@@ -74,7 +75,7 @@ def _content(mesh: Mesh, lowered: jax.stages.Lowered, compiled: jax.stages.Compi
 
 
 def _executable_in(step: bytes) -> tuple[int, int]:
-    """Returns where in a step's pickle XLA's executable is: the largest bytes there, found without unpickling."""
+    """Returns (start, end) of XLA's executable in a step's pickle: the largest bytes, found without unpickling."""
     _, start, end = max(
         (len(value), start := step.index(value, place), start + len(value))
         for _, value, place in pickletools.genops(step)
@@ -84,20 +85,21 @@ def _executable_in(step: bytes) -> tuple[int, int]:
 
 
 def given(text: str) -> None:
-    """Raises UserError where the file of --compiled is not there."""
+    """Raises UserError if the file of --compiled does not exist."""
     if not (epath.Path(text).is_file() if files.in_bucket(text) else os.path.isfile(text)):
         raise UserError(f"--compiled={text}: there is no such file; plan --save={text} writes it")
 
 
 class Ahead:
-    """A run's step, which is read from its file, if there is one, from now on and in a thread of its own."""
+    """Loads the saved step of a run, if there is one, in a background thread."""
 
     def __init__(self, config: Config, mesh: Mesh, given: str | os.PathLike[str] | None = None) -> None:
-        """Begins to read.
+        """Starts reading.
 
         Args:
           config, mesh: of the run.
-          given: a file of `save`; else a run on one process and CPUs keeps its own in the folder of the compile cache.
+          given: a file written by `save`. By default, a run with one process on CPU devices caches its step in the
+            folder of the compile cache; others use no file.
         """
         self._mesh, self._given, self._own = mesh, given, ""
         folder = compile_cache.folder()
@@ -110,9 +112,9 @@ class Ahead:
         thread.shutdown(wait=False)
 
     def step(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        """Returns the step that was lowered: from the file if that holds this very step, else compiled (and kept).
+        """Returns the compiled step: from the file if it holds the same program, else compiled, and cached if enabled.
 
-        A file that is given, or damaged, and not used is reported in one line.
+        If a file was passed or is damaged, and is not used, process 0 prints one line.
         """
         if self._read:
             try:
@@ -125,8 +127,8 @@ class Ahead:
                     which = f"--compiled={self._given}" if self._given else f"the kept step {self._own}"
                     say(f"{which} is not used: {error}", sys.stderr)
                 if not self._given and isinstance(error, _Damaged):
-                    with contextlib.suppress(OSError):  # of another user
-                        os.unlink(self._own)  # else it would be reported at every start
+                    with contextlib.suppress(OSError):  # another user's file
+                        os.unlink(self._own)  # otherwise every start would report it
             else:
                 compile_cache.note_hit()
                 return compiled
@@ -135,12 +137,12 @@ class Ahead:
         if self._own and compile_cache.from_cache() == before:
             try:
                 private.write(self._own, _content(self._mesh, lowered, compiled))
-            except UserError as error:  # a cache that can't be written costs time, nothing else
+            except UserError as error:  # an unwritable cache only costs time
                 cache_entries.warn(error)
         return compiled
 
 
-_BESIDE_THE_STEP = ("checkpoint", "log", "max_skipped", "profile")  # options that compile nothing else
+_BESIDE_THE_STEP = ("checkpoint", "log", "max_skipped", "profile")  # options that do not change the compiled step
 
 
 def _is_kept(mesh: Mesh) -> bool:
@@ -149,12 +151,12 @@ def _is_kept(mesh: Mesh) -> bool:
 
 @dataclasses.dataclass
 class _Saved:
-    """A file that is as it was written, for these devices; nothing of it is unpickled yet."""
+    """The content of a file with a valid checksum, for these devices; nothing is unpickled yet."""
 
     header: dict[str, Any]
     step: bytes
     trees: bytes
-    executable: Any = None  # XLA's, once it is loaded
+    executable: Any = None  # XLA's executable, once loaded
 
     def load_executable(self, devices: Sequence[Any]) -> None:
         with _damage():
@@ -164,7 +166,7 @@ class _Saved:
             )
 
     def load(self, devices: Sequence[Any]) -> jax.stages.Compiled:
-        """Unpickles the step."""
+        """Unpickles the step, and loads its executable unless it is loaded already."""
         if self.executable is None:
             self.load_executable(devices)
         with _damage():
@@ -174,7 +176,7 @@ class _Saved:
 
 
 class _Unpickler(serialize_executable._JaxPjrtUnpickler):
-    """JAX's own, for a step whose executable is loaded already."""
+    """JAX's unpickler, for a step whose executable is already loaded."""
 
     def __init__(self, step: bytes, devices: Sequence[Any], executable: Any) -> None:
         super().__init__(io.BytesIO(step), devices[0].client, devices)
@@ -222,13 +224,13 @@ def _checked(data: bytes, here: dict[str, Any]) -> _Saved:
 def _damage() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # pickle and the runtimes have many
+    except Exception as error:  # pickle and the runtimes raise many types
         reason = str(error).strip() or type(error).__name__
         raise _Damaged(f"this runtime can't load it: {reason.splitlines()[0][:200]}") from None
 
 
 def _environment(mesh: Mesh) -> dict[str, Any]:
-    """What an executable depends on besides its program."""
+    """Returns what an executable depends on besides its program."""
     devices = list(mesh.devices.flat)
     flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     cpu = ""

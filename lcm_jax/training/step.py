@@ -1,5 +1,7 @@
 """One training step: a pure function from (state, frozen weights, batch) to (state, metrics), jitted as a whole."""
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,54 +14,102 @@ from lcm_jax.config import Config
 from lcm_jax.parallel.gradient import make_gradient
 from lcm_jax.parallel.mesh import MeshConfig, make_mesh
 from lcm_jax.training import ema
-from lcm_jax.training.losses import Batch, make_loss
-from lcm_jax.training.state import Parts, State, frozen_shapes, make_optimizer, trained_shapes
+from lcm_jax.training.losses import Batch, Loss, make_losses
+from lcm_jax.training.networks import Parts, frozen_shapes, trained_shapes
+from lcm_jax.training.optimizer import make_optimizer
+from lcm_jax.training.state import State, divided, joined, part
 
-Step = Callable[[State, dict, Batch], tuple[State, dict[str, jax.Array]]]
+Metrics = dict[str, jax.Array]
+Step = Callable[[State, dict, Batch], tuple[State, Metrics]]
 
 
 def make_step(config: Config, parts: Parts, mesh: Mesh | None = None) -> Step:
     """Returns `step(state, frozen, batch) -> (state, metrics)` over the devices of `mesh`; by default over one.
 
-    The step's key is fold_in(key(seed), step), so a run that goes on draws what an uninterrupted one would; what is
-    drawn is drawn for the global batch, so that it does not depend on the mesh. If the loss or the gradient is not
-    finite, weights, EMA and optimizer stay as they were and `skipped` counts up.
+    The key of a step is fold_in(key(seed), step), so a resumed run draws what an uninterrupted one would; draws are
+    made for the global batch, so they do not depend on the mesh. If a loss or its gradient is not finite, the weights
+    that it trains, their EMA and their optimizer stay as they were, and `skipped` counts up.
+
+    The objective's updates are done in their order, each with the weights that the ones before it left. The metrics of
+    the second and later ones have the update's name before them ("critic/loss"), and are NaN in steps without it.
     """
     mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
-    draw, loss_function, summary = make_loss(config, parts)
+    losses = make_losses(parts)
+    updates = {
+        name: _make_update(config, parts, mesh, loss, number) for number, (name, loss) in enumerate(losses.items())
+    }
+
+    def step(state: State, frozen: dict, batch: Batch) -> tuple[State, Metrics]:
+        params, average = state["params"], state["ema"]
+        states, metrics, finite = dict(divided(state["opt_state"], losses)), {}, []
+        for number, (name, update) in enumerate(updates.items()):
+            carry, found, good = _due(
+                losses[name].every,
+                state["step"],
+                lambda carry, update=update: update(state["step"], *carry, frozen, batch),
+                (params, average, states[name]),
+            )
+            params, average, states[name] = carry
+            prefix = f"{name}/" if number else ""
+            metrics |= {f"{prefix}{key}": value for key, value in found.items()}
+            finite.append(good)
+        skipped = jnp.where(functools.reduce(operator.and_, finite), 0, state["skipped"] + 1)
+        new = {"params": params, "ema": average, "opt_state": joined(states)}
+        return {"step": state["step"] + 1, **new, "skipped": skipped}, {**metrics, "skipped": skipped}
+
+    return step
+
+
+Carry = tuple[dict, dict, Any]  # weights, their EMA, the optimizer's state
+Outcome = tuple[Carry, Metrics, jax.Array]  # the third: whether loss and gradient are finite
+
+
+def _due(every: int, step: jax.Array, update: Callable[[Carry], Outcome], carry: Carry) -> Outcome:
+    """Does the update in each `every`-th step only; otherwise its metrics are NaN, and nothing of it is computed."""
+    if every == 1:
+        return update(carry)
+    shapes = jax.eval_shape(update, carry)
+
+    def skip(carry: Carry) -> Outcome:
+        return carry, jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), shapes[1]), jnp.bool_(True)
+
+    return jax.lax.cond(step % every == 0, update, skip, carry)
+
+
+def _make_update(config: Config, parts: Parts, mesh: Mesh, loss: Loss, number: int) -> Callable[..., Outcome]:
+    """Returns one update: (step, weights, EMA, optimizer's state, frozen weights, batch) → what is new."""
     gradient = make_gradient(
-        loss_function,
-        trained_shapes(config, parts),
+        loss.loss,
+        trained_shapes(parts),
         frozen_shapes(config, parts),
+        trains=loss.trains,
         mesh=mesh,
         config=config.mesh,
         accumulate=config.accumulate,
     )
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, loss.learning_rate)
     latent_shape = parts.latent_shape(config.data.image_size)
 
-    def step(state: State, frozen: dict, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-        params = state["params"]
-        draws = draw(key, (len(batch["input_ids"]), *latent_shape))
-        (loss, aux), grads = gradient(params, state["ema"] or params, frozen, batch, draws)
+    def update(step: jax.Array, params: dict, average: dict, opt_state: Any, frozen: dict, batch: Batch) -> Outcome:
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        key = jax.random.fold_in(key, number) if number else key
+        draws = loss.draw(key, (len(batch["input_ids"]), *latent_shape))
+        (value, aux), grads = gradient(params, average or params, frozen, batch, draws)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
 
         def kept(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        old = part(params, loss)
+        changes, new_state = optimizer.update(grads, opt_state, old)
         # the barrier: else both weights and EMA would read the update, which would be written to memory for that
-        new_params = jax.lax.optimization_barrier(kept(optax.apply_updates(params, updates), params))
-        new_ema = state["ema"]
-        if new_ema:
-            decay = ema.decay_at(state["step"], config.ema.decay, warmup=config.ema.warmup)
-            new_ema = kept(ema.update(new_ema, new_params, decay), new_ema)
-        skipped = jnp.where(finite, 0, state["skipped"] + 1)
-        metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": skipped, **summary(aux)}
-        opt_state = kept(opt_state, state["opt_state"])
-        new = {"params": new_params, "ema": new_ema, "opt_state": opt_state}
-        return {"step": state["step"] + 1, **new, "skipped": skipped}, metrics
+        new = jax.lax.optimization_barrier(kept(optax.apply_updates(old, changes), old))
+        if average:
+            decay = ema.decay_at(step, config.ema.decay, warmup=config.ema.warmup)
+            before = part(average, loss)
+            average = {**average, **kept(ema.update(before, new, decay), before)}
+        metrics = {"loss": value, "grad_norm": grad_norm, **loss.summary(aux)}
+        return ({**params, **new}, average, kept(new_state, opt_state)), metrics, finite
 
-    return step
+    return update

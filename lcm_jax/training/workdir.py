@@ -1,14 +1,13 @@
-"""A run's hold on its workdir: one run at a time, which notices when the folder is no longer its own.
+"""Locks a workdir for one run at a time, and detects when the run loses it.
 
-`<workdir>/lock.json` names the process that holds the workdir. It is created only where there is none: with O_EXCL in
-a folder, NFS among them; with the precondition that there is no such object in a bucket. The run removes it at its
-end; only a killed run leaves it behind. Every BEAT seconds the owner renews it, in a thread of its own. Another run
-takes a lock over once its owner is dead:
+`<workdir>/lock.json` names the process that holds the workdir. It is created exclusively: with O_EXCL on a file system
+(including NFS), with a does-not-exist precondition in a bucket. The run removes it when it ends; only a killed run
+leaves it behind. A thread renews it every BEAT seconds. Another run takes the lock over once its owner is dead:
 
-* The owner was a process of this machine: at once, when no process has its number and its start time.
-* It was on another machine, or in another container: when PATIENCE seconds passed without a renewal, by the clock of
-  the run that waits. Clocks of different machines are never compared.
-* The lock was copied, with all of the folder: at once, though its owner lives. A folder that was moved is no copy.
+* Owner on this machine: at once, if no process has its pid and start time.
+* Owner on another machine or in another container: after PATIENCE seconds without a renewal, by the clock of the
+  waiting run. Clocks of different machines are never compared.
+* Owner alive on this machine, but the lock was copied with its folder: at once. A moved folder is not a copy.
 """
 
 import contextlib
@@ -31,9 +30,9 @@ from lcm_jax.parallel import agreement
 from lcm_jax.parallel.processes import is_first
 
 LOCK = "lock.json"
-BEAT = 10.0  # seconds between two renewals
-PATIENCE = 60.0  # seconds without a renewal after which an owner elsewhere is dead
-_LOOK = 0.5  # seconds between two looks at a lock
+BEAT = 10.0  # seconds between renewals
+PATIENCE = 60.0  # seconds without a renewal after which a remote owner is considered dead
+_LOOK = 0.5  # seconds between reads of a lock while waiting
 _KINDS = {
     "host": json_file.TEXT,
     "process": json_file.WHOLE,
@@ -41,14 +40,14 @@ _KINDS = {
     "machine": json_file.TEXT,
     "since": json_file.TEXT,
 }
-_PLACE = {"place": json_file.TEXT, "folder": json_file.TEXT}  # not in a lock of an older version
+_PLACE = {"place": json_file.TEXT, "folder": json_file.TEXT}  # absent from locks of older versions
 
 
 class Held:
-    """A workdir that this run holds; of several processes the first holds it for all."""
+    """A workdir locked by this run; the first process holds the lock for all processes."""
 
     def __init__(self, workdir: epath.Path, lock: "_FileLock | _BucketLock | None", content: bytes) -> None:
-        """Args: the run's folder; its lock, None in all processes but the first; what this run wrote into it."""
+        """Args: the run's folder; its lock, None except in the first process; the content that this run wrote to it."""
         self._workdir, self._lock, self._content = workdir, lock, content
         self._seen = time.monotonic()
         self._end = threading.Event()
@@ -57,9 +56,9 @@ class Held:
             self._thread.start()
 
     def check(self) -> None:
-        """Raises UserError if the workdir was deleted, moved or taken by another run; to be called before each write.
+        """Raises UserError if the workdir was deleted, moved or taken by another run. Call it before each write.
 
-        A bucket is asked at most every BEAT seconds, since an answer takes as long as a step may.
+        A bucket is read at most every BEAT seconds, since a request can take as long as a train step.
         """
         if not self._lock or (files.in_bucket(self._workdir) and time.monotonic() - self._seen < BEAT):
             return
@@ -70,7 +69,7 @@ class Held:
         what = f"{self._workdir} is no longer this run's folder: "
         if found:
             raise UserError(f"{what}{_owner(found[0])} has taken it; what this run wrote there before stays")
-        # whether there is a folder says nothing: a write that was on its way may have made it anew
+        # the folder may exist even so: a pending write may have recreated it
         raise UserError(
             f"{what}{LOCK} is not there; it was removed, or the folder deleted, moved away or replaced in mid-run. Put "
             "the folder back, or choose another --workdir, and give the same command again: it resumes from the last "
@@ -78,30 +77,30 @@ class Held:
         )
 
     def release(self) -> None:
-        """Ends the hold: removes the lock, if it is still this run's."""
+        """Removes the lock if this run still owns it."""
         self._end.set()
         if self._lock and self._thread:
             self._thread.join()
-            with contextlib.suppress(UserError):  # then it goes stale, as after a kill
+            with contextlib.suppress(UserError):  # the lock then goes stale, as after a kill
                 if (found := self._lock.read()) and found[0] == self._content:
                     self._lock.remove(*found)
 
     def _renew(self) -> None:
         while not self._end.wait(BEAT):
-            with contextlib.suppress(UserError, OSError):  # what is lost is seen, and reported, by `check`
+            with contextlib.suppress(UserError, OSError):  # `check` reports a lost lock
                 if self._lock and (found := self._lock.read()) and found[0] == self._content:
                     self._lock.renew(self._content)
 
 
 @contextlib.contextmanager
 def hold(workdir: epath.PathLike) -> Iterator[Held]:
-    """Holds a workdir, which is made if it is not there, until the context ends.
+    """Locks a workdir until the context ends; creates it if it does not exist.
 
-    All processes of a run must ask: those that do not write wait until the first one has the lock.
+    All processes of a run must call it; the others wait until the first one has the lock.
 
     Raises, in all processes:
-      UserError: another process of this machine holds it, or the folder can't be written.
-      Unavailable: a process elsewhere holds it, which gives signs of life.
+      UserError: another process on this machine holds it, or the folder cannot be written.
+      Unavailable: a process on another machine holds it and renews the lock.
     """
     workdir = epath.Path(workdir)
     held, problem = Held(workdir, None, b""), ""
@@ -127,14 +126,14 @@ def _held(workdir: epath.Path) -> Held:
 
 
 def _take(lock: "_FileLock | _BucketLock", content: bytes, place: Mapping[str, str]) -> None:
-    """Returns when the lock is there with this content, which names its place."""
-    last, since = None, 0.0  # the lock as it was read before, and since when it has been so
+    """Creates the lock once no other owner is alive; raises UserError or Unavailable if one is."""
+    last, since = None, 0.0  # the lock when its content was first seen, and when that was
     while not lock.create(content):
         found = lock.read()
         if found is None:
-            continue  # released meanwhile
+            continue  # just released
         if found[0] == content:
-            return  # a bucket's first answer was lost
+            return  # created by an earlier request whose response was lost
         alive = _alive(found[0])
         if alive and not _copied(found[0], place):
             raise UserError(f"{_owner(found[0])} trains there; wait for its end or stop it, or choose another folder")
@@ -150,7 +149,7 @@ def _take(lock: "_FileLock | _BucketLock", content: bytes, place: Mapping[str, s
 
 
 def _alive(content: bytes) -> bool | None:
-    """Whether a lock's owner lives; None if that can't be seen from here."""
+    """Returns whether a lock's owner is alive; None if it is on another machine or unknown."""
     owner, here = _parsed(content), _here()
     if not owner or any(owner.get(name) != here[name] for name in ("host", "machine")):
         return None
@@ -158,10 +157,10 @@ def _alive(content: bytes) -> bool | None:
 
 
 def _copied(content: bytes, place: Mapping[str, str]) -> bool:
-    """Whether a lock of a living process of this machine was made elsewhere and came to this place as a copy.
+    """Returns whether a lock of a live process on this machine was copied here with its folder.
 
-    Both its path and its folder's number must differ: a moved folder keeps the number, and some network drives give new
-    numbers to what stays where it is.
+    Both the path and the folder's inode must differ: a moved folder keeps its inode, and some network file systems
+    assign new inodes to unmoved files.
     """
     owner = _parsed(content)
     return all(owner.get(name, place[name]) != place[name] for name in _PLACE)
@@ -177,15 +176,15 @@ def _owner(content: bytes) -> str:
 def _parsed(content: bytes) -> Mapping[str, Any]:
     try:
         owner = json_file.parse(content, LOCK, {**_KINDS, **_PLACE})
-    except UserError:  # one that is being written, or cut
+    except UserError:  # partly written or truncated
         return {}
     return owner if owner.keys() >= _KINDS.keys() else {}
 
 
 def _here() -> dict[str, Any]:
-    """Names this process: no other of this machine, in this container, has its number and start time."""
+    """Identifies this process by host, boot and PID namespace, pid and start time."""
     machine = ""
-    with contextlib.suppress(OSError):  # without /proc the host's name must do
+    with contextlib.suppress(OSError):  # without /proc only the host name identifies the machine
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
     process = os.getpid()
@@ -193,34 +192,34 @@ def _here() -> dict[str, Any]:
 
 
 def _started(process: int) -> str | None:
-    """Returns a process's start time, "" where it can't be known; None if there is no such process."""
+    """Returns a process's start time, "" if it is unknown, or None if there is no such process."""
     try:
         os.kill(process, 0)
     except PermissionError:
-        pass  # another user's
+        pass  # a process of another user
     except (OSError, OverflowError):
         return None
     try:
         state, *fields = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return "" if not pathlib.Path("/proc/self/stat").exists() else None
-    return None if state in "ZX" else fields[18]  # a zombie is dead; proc(5): starttime, in ticks since the boot
+    return None if state in "ZX" else fields[18]  # zombies are dead; proc(5): starttime, in ticks since boot
 
 
 class _FileLock:
-    """The lock in a folder; its sign of life is the file's time."""
+    """A lock on a file system; its heartbeat is the file's modification time."""
 
     def __init__(self, path: epath.Path) -> None:
         self._path = path
 
     def place(self) -> dict[str, str]:
-        """Returns the folder's path and number, which tell a copy of the lock; makes the folder."""
+        """Returns the folder's path and inode, which reveal a copied lock; creates the folder."""
         with files.one_line(self._path.parent):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             return {"place": os.path.realpath(self._path.parent), "folder": str(os.stat(self._path.parent).st_ino)}
 
     def create(self, content: bytes) -> bool:
-        """Writes the lock; returns False if there is one."""
+        """Creates the lock; returns False if it exists."""
         with files.one_line(self._path.parent):
             self._path.parent.mkdir(parents=True, exist_ok=True)
         with files.one_line(self._path):
@@ -232,31 +231,31 @@ class _FileLock:
                 with os.fdopen(number, "wb") as file:
                     file.write(content)
                     file.flush()
-                    os.fsync(file.fileno())  # after a power cut an empty lock would be one of an unknown owner
+                    os.fsync(file.fileno())  # an empty lock, left by a power failure, would have no known owner
             except OSError:
                 self._path.unlink()
                 raise
         return True
 
     def read(self) -> tuple[bytes, Any] | None:
-        """Returns the lock's content and what changes with each sign of life; None if there is no lock."""
+        """Returns the lock's content and a mark that changes with each heartbeat; None if there is no lock."""
         with files.one_line(self._path, "read"):
             try:
-                with open(self._path, "rb") as file:  # opening asks an NFS server for what is there now
+                with open(self._path, "rb") as file:  # opening makes an NFS client revalidate its cache
                     return file.read(), os.fstat(file.fileno()).st_mtime_ns
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def renew(self, content: bytes) -> None:
-        """Gives a sign of life."""
+        """Updates the heartbeat."""
         del content
         os.utime(self._path)
 
     def remove(self, content: bytes, mark: Any) -> None:
-        """Removes the lock that was read; one that another run has put there meanwhile is put back."""
+        """Removes the lock that was read; puts it back if another run has replaced it since."""
         del mark
         aside = self._path.with_name(f".{LOCK}.{uuid.uuid4().hex}")
-        with files.one_line(self._path), contextlib.suppress(FileNotFoundError):  # another run was faster
+        with files.one_line(self._path), contextlib.suppress(FileNotFoundError):  # another run removed it first
             self._path.rename(aside)
             if aside.read_bytes() != content and not self._path.exists():
                 aside.rename(self._path)
@@ -265,21 +264,21 @@ class _FileLock:
 
 
 class _BucketLock:
-    """The lock in a bucket; its sign of life is a new generation of the object."""
+    """A lock in a bucket; its heartbeat is the object's generation."""
 
     def __init__(self, path: epath.Path) -> None:
-        import fsspec  # comes with gcsfs, which only buckets need
+        import fsspec  # installed with gcsfs, which only buckets need
 
         self._path = os.fspath(path)
         self._object = self._path.removeprefix("gs://").split("/", 1)
-        self._fs: Any = fsspec.filesystem("gs", finalize_on_close=True)  # the one that epath uses
+        self._fs: Any = fsspec.filesystem("gs", finalize_on_close=True)  # the instance that epath uses
 
     def place(self) -> dict[str, str]:
-        """Returns what tells a copy of the lock."""
+        """Returns the path, which reveals a copied lock."""
         return {"place": self._path, "folder": self._path}
 
     def create(self, content: bytes) -> bool:
-        """As in a folder."""
+        """See `_FileLock.create`."""
         with files.one_line(self._path):
             try:
                 self._fs.pipe_file(self._path, content, mode="create")
@@ -288,7 +287,7 @@ class _BucketLock:
         return True
 
     def read(self) -> tuple[bytes, Any] | None:
-        """As in a folder."""
+        """See `_FileLock.read`."""
         with files.one_line(self._path, "read"):
             try:
                 about = self._fs.call("GET", "b/{}/o/{}", *self._object, json_out=True)
@@ -297,12 +296,12 @@ class _BucketLock:
                 return None
 
     def renew(self, content: bytes) -> None:
-        """As in a folder."""
+        """Writes the lock again, which gives it a new generation."""
         with files.one_line(self._path):
             self._fs.pipe_file(self._path, content)
 
     def remove(self, content: bytes, mark: Any) -> None:
-        """Removes this very generation of the lock, and no other."""
+        """Removes the lock if its generation is still `mark`."""
         del content
         with files.one_line(self._path), contextlib.suppress(FileNotFoundError, FileExistsError):
             self._fs.call("DELETE", "b/{}/o/{}", *self._object, ifGenerationMatch=mark)

@@ -18,8 +18,8 @@ from lcm_jax.digits.presets import write_blank
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
-from lcm_jax.training.losses import make_loss
-from lcm_jax.training.state import frozen_params, initial_params, make_parts
+from lcm_jax.training.losses import make_losses
+from lcm_jax.training.networks import frozen_params, initial_params, make_parts
 
 SPLIT = "validation[:20]"  # no multiple of a batch
 
@@ -75,7 +75,7 @@ def test_the_loss_is_that_of_the_pictures(encoded, teacher, digits_data_dir):
     ):
         run = dataclasses.replace(config, data=data)
         parts = make_parts(run, folder, tokenize)
-        draw, loss, _ = make_loss(run, parts)
+        ((_, draw, loss, *_),) = make_losses(parts).values()
         draws = draw(jax.random.key(0), (8, *parts.latent_shape(32)))
         params = initial_params(run, parts, folder)
         read = batches(data, tokenize=tokenize, batch_size=8, seed=0, vae=folder.components["vae"].params)
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_pictures(encoded, teacher, digits_data_dir):
         assert {name: (array.shape[1:], array.dtype) for name, array in batch.items()} == {
             name: (leaf.shape, leaf.dtype) for name, leaf in parts.sample_shapes(data).items()
         }
-        losses.append(jax.jit(loss)(params, params, frozen_params(run, folder), batch, draws)[0])
+        losses.append(jax.jit(loss)(params, params, frozen_params(run, parts, folder), batch, draws)[0])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
     assert losses[0] != losses[1]
 
@@ -96,7 +96,7 @@ def test_the_loss_is_that_of_the_pictures(encoded, teacher, digits_data_dir):
         ("--config.data.flip=True", "config.data.flip has no effect: latents is true"),
         ("--config.data.image_key=photo", "config.data.image_key has no effect"),
         ("--config.data.max_pixels=9", "config.data.max_pixels has no effect"),
-        ("--config.objective=autoencoder", "an autoencoder is trained on pictures"),
+        ("--config.objective=autoencoder", "is trained on images"),
         ("--config.data.split=validation", "has no split 'validation'"),
     ],
 )

@@ -56,7 +56,7 @@ def assert_close(ours, theirs, tolerance=1e-4):
 
 
 def test_the_trained_grid():
-    grid = sampling.lcm_grid(50)
+    grid = Schedule().grid(50)
     assert grid.dtype == np.int32
     assert (grid[0], grid[1], grid[-1], len(grid)) == (19, 39, 999, 50)
 
@@ -71,13 +71,13 @@ def test_lcm_timesteps_are_the_peers(original, strength, total):
         if steps > most:
             continue
         peer.set_timesteps(steps, original_inference_steps=original, strength=strength)
-        ours = sampling.lcm_timesteps(steps, original, total, strength)
+        ours = sampling.lcm_timesteps(steps, Schedule(num_train_timesteps=total), original, strength)
         assert ours.dtype == np.int32
         np.testing.assert_array_equal(ours, peer.timesteps)
 
 
 def test_four_steps():
-    np.testing.assert_array_equal(sampling.lcm_timesteps(4, 50), [999, 759, 499, 259])
+    np.testing.assert_array_equal(sampling.lcm_timesteps(4, Schedule(), 50), [999, 759, 499, 259])
     np.testing.assert_array_equal(sampling.trailing_timesteps(4), [999, 749, 499, 249])
 
 
@@ -94,16 +94,16 @@ def test_trailing_timesteps_are_the_peers(total):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sampling.lcm_timesteps(0, 50), "steps is 0; it must be in 1 … 50"),
-        (lambda: sampling.lcm_timesteps(51, 50), "steps is 51; it must be in 1 … 50"),
+        (lambda: sampling.lcm_timesteps(0, Schedule(), 50), "steps is 0; it must be in 1 … 50"),
+        (lambda: sampling.lcm_timesteps(51, Schedule(), 50), "steps is 51; it must be in 1 … 50"),
         (
-            lambda: sampling.lcm_timesteps(16, 50, strength=0.3),
+            lambda: sampling.lcm_timesteps(16, Schedule(), 50, strength=0.3),
             r"steps is 16; it must be in 1 … 15 \(strength 0.3 of 50",
         ),
-        (lambda: sampling.lcm_timesteps(1, 50, strength=0.01), "steps is 1; it must be in 1 … 0"),
-        (lambda: sampling.lcm_timesteps(1, 50, strength=0.0), "strength is 0.0"),
-        (lambda: sampling.lcm_timesteps(1, 50, strength=1.1), "strength is 1.1"),
-        (lambda: sampling.lcm_timesteps(1, 1001), "original_steps is 1001; it must be in 1 … 1000"),
+        (lambda: sampling.lcm_timesteps(1, Schedule(), 50, strength=0.01), "steps is 1; it must be in 1 … 0"),
+        (lambda: sampling.lcm_timesteps(1, Schedule(), 50, strength=0.0), "strength is 0.0"),
+        (lambda: sampling.lcm_timesteps(1, Schedule(), 50, strength=1.1), "strength is 1.1"),
+        (lambda: sampling.lcm_timesteps(1, Schedule(), 1001), "original_steps is 1001; it must be in 1 … 1000"),
         (lambda: sampling.trailing_timesteps(0), "steps is 0; it must be in 1 … 1000"),
         (lambda: sampling.trailing_timesteps(1001), "steps is 1001"),
         (lambda: sampling.check_timesteps([]), "timesteps is empty"),
@@ -159,7 +159,7 @@ def test_consistency_sampling_is_the_peers(prediction_type, steps, monkeypatch):
     peer = diffusers.LCMScheduler(**BETAS, prediction_type=prediction_type)
     peer.set_timesteps(steps)
     schedule = read_schedule({**peer.config, "_class_name": "LCMScheduler"})
-    check_trajectory(schedule, peer, sampling.lcm_timesteps(steps, 50), monkeypatch)
+    check_trajectory(schedule, peer, sampling.lcm_timesteps(steps, Schedule(), 50), monkeypatch)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -173,7 +173,7 @@ def test_consistency_sampling_along_own_timesteps(prediction_type, monkeypatch):
 def test_consistency_sampling_with_strength(monkeypatch):
     peer = diffusers.LCMScheduler(**BETAS, original_inference_steps=25)
     peer.set_timesteps(3, strength=0.5)
-    check_trajectory(Schedule(), peer, sampling.lcm_timesteps(3, 25, strength=0.5), monkeypatch)
+    check_trajectory(Schedule(), peer, sampling.lcm_timesteps(3, Schedule(), 25, strength=0.5), monkeypatch)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
@@ -181,7 +181,7 @@ def test_consistency_sampling_from_zero_snr(prediction_type, monkeypatch):
     peer = diffusers.LCMScheduler(**BETAS, prediction_type=prediction_type, rescale_betas_zero_snr=True)
     peer.set_timesteps(4)
     schedule = Schedule(prediction_type=prediction_type, rescale_betas_zero_snr=True)
-    check_trajectory(schedule, peer, sampling.lcm_timesteps(4, 50), monkeypatch)
+    check_trajectory(schedule, peer, sampling.lcm_timesteps(4, Schedule(), 50), monkeypatch)
 
 
 def test_noise_from_a_key():

@@ -1,4 +1,4 @@
-"""Micro models that draw 32 x 32 pixels, and the classifier that comes with the package."""
+"""Tiny models for 32 x 32 images, and the packaged classifier."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,10 @@ import tensorflow_datasets as tfds
 
 from lcm_jax.digits.classifier import load_classifier
 from lcm_jax.digits.presets import write_blank
+from lcm_jax.families import SD
 from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.recipe import Recipe
-from lcm_jax.training.state import W_PROJECTION
 
 W_DIM = 16
 RECIPE = Recipe(
@@ -42,16 +42,16 @@ def classifier():
 
 @pytest.fixture(scope="session")
 def micro_teacher(tmp_path_factory):
-    """A diffusion model's folder."""
+    """The folder of a diffusion model."""
     return write_blank("micro", tmp_path_factory.mktemp("micro") / "teacher")
 
 
 @pytest.fixture(scope="session")
 def micro_student(micro_teacher, tmp_path_factory):
-    """A consistency model's folder, around the same VAE."""
+    """The folder of a consistency model with the VAE of `micro_teacher`."""
     teacher = read_folder(micro_teacher)
     params = teacher.components["unet"].params
     width = params["time_embedding.linear_1.kernel"].shape[0]
     random = np.random.default_rng(0)
-    params = {**params, W_PROJECTION: random.standard_normal((W_DIM, width), np.float32)}
+    params = {**params, SD.w_projection: random.standard_normal((W_DIM, width), np.float32)}
     return write_lcm_folder(teacher, params, tmp_path_factory.mktemp("micro_lcm") / "lcm", recipe=RECIPE)

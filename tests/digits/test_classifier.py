@@ -1,4 +1,4 @@
-"""The classifier: the weights that come with the package, and their training."""
+"""Tests of the classifier: packaged weights, training, command."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def test_weights_of_something_else(micro_teacher):
 
 
 def test_a_short_training_learns(monkeypatch):
-    """Colours almost wholly, and to tell two digits apart better than by chance."""
+    """It learns the colours almost completely, and separates two digits better than chance."""
     grids, labels = load_grids()
     two = np.isin(labels, (4, 7))
     monkeypatch.setattr(module, "load_grids", lambda: (grids[two], labels[two]))
@@ -98,13 +98,13 @@ def test_a_short_training_learns(monkeypatch):
 
 def test_the_style_is_trained_where_it_is_asked_for():
     trained = train_classifier(2, batch_size=4, styles=True)
-    assert np.any(trained.params["style.bias"])  # which starts at zero
+    assert np.any(trained.params["style.bias"])  # initialized to zero
     assert trained.styles(real_pictures(measures.test_prompts()[:3], "test", "italic")).shape == (3,)
     assert "style.kernel" not in train_classifier(1, batch_size=2).params
 
 
 def test_training_digits_lie_anywhere_and_are_warped_a_little():
-    """By no more than 10 degrees and 10 %, and each in its own way."""
+    """Each is warped differently, by at most 10 degrees and 10 %."""
     square = jnp.zeros((24, 24)).at[4:20, 4:20].set(1.0)
     warped = np.asarray(jax.vmap(module._warped, (0, None))(jax.random.split(jax.random.key(0), 400), square))
     assert warped.shape == (400, 32, 32)

@@ -1,4 +1,4 @@
-"""Ink and paper are read from pixels as they were drawn."""
+"""Tests that the colours read from the pixels are those of the image."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from lcm_jax.digits.dataset import ALL_PAIRS, COLOURS, coverage, draw, load_grid
 
 @pytest.fixture(scope="module")
 def grids():
-    """Of the real test pictures."""
+    """Grids of the real test images."""
     grids, digits = load_grids()
     return grids[split_pictures(digits)["test"]]
 
@@ -22,14 +22,14 @@ def read(*pictures):
 def test_every_pair_of_colours_is_read_from_real_digits(grids):
     for number, pair in enumerate(ALL_PAIRS):
         some = grids[number % 4 :: 4]
-        corner = (number % 9, number // 9)  # also at the edges
+        corner = (number % 9, number // 9)  # including the edges
         assert read(*(draw(grid, *pair, corner) for grid in some)) == [pair] * len(some)
 
 
 def test_a_picture_of_one_colour_has_no_ink():
     flat = [np.full((32, 32, 3), colour, np.uint8) for colour in COLOURS.values()]
     assert read(*flat) == [("", name) for name in COLOURS]
-    grey = np.uint8([[[90, 160, 200]]])  # nearest to cyan
+    grey = np.uint8([[[90, 160, 200]]])  # closest to cyan
     assert read(np.tile(grey, (32, 32, 1))) == [("", "cyan")]
 
 
@@ -53,7 +53,7 @@ def test_the_commonest_colour_beside_the_paper_is_the_ink(grids):
 
 
 def test_the_paper_is_what_frames_the_picture():
-    """Also where most of the picture is ink, and where ink reaches the edge."""
+    """Even if most of the image is ink, or ink reaches the edge."""
     picture = np.full((32, 32, 3), COLOURS["cyan"], np.uint8)
     picture[2:30, 2:30] = COLOURS["black"]
     touched = picture.copy()

@@ -32,7 +32,7 @@ def test_draw_puts_the_digit_at_its_place():
     assert (picture[:, :8] == (0, 0, 255)).all()
     np.testing.assert_array_equal(draw(np.full((8, 8), 16.0), "red", "blue")[4:28, 4:28], picture[:24, 8:])
     assert (draw(np.zeros((8, 8)), "red", "blue") == (0, 0, 255)).all()
-    # each cell of the grid is three pixels wide, the upper left one at the upper left
+    # each grid cell covers three pixels, and the orientation is kept
     corner = np.zeros((8, 8))
     corner[0, :4] = 16
     picture = draw(corner, "white", "black", (0, 0))[..., 0]
@@ -56,7 +56,7 @@ def test_coverage_is_smoothstep_of_bicubic(grids):
 
 
 def test_italic_digits_are_slanted():
-    """By 0.6 pixels a pixel of height to the right, around the middle; what is inked stays as much."""
+    """By 0.6 pixels to the right per pixel of height, about the middle; the amount of ink is kept."""
     bar = np.zeros((8, 8))
     bar[:, 3:5] = 16
     upright, italic = (dataset.coverage(bar, style=style) for style in dataset.STYLES)
@@ -85,7 +85,7 @@ def test_italic_digits_differ_in_style_only(tmp_path):
 
 
 def test_a_drawn_digit_can_be_read(grids):
-    """Classified by the nearest other drawn picture, almost every digit is itself: nothing was mirrored or mixed up."""
+    """The nearest neighbour of almost every digit has the same label, so nothing is mirrored or mixed up."""
     drawn = dataset.coverage(grids[0][:600]).reshape(600, -1)
     distance = ((drawn[:, None, ::7] - drawn[None, :, ::7]) ** 2).sum(-1)
     np.fill_diagonal(distance, np.inf)
@@ -110,8 +110,8 @@ def test_held_out_pairs_are_even():
     assert len(HELD_OUT_PAIRS) == 8
     assert {ink for ink, _ in HELD_OUT_PAIRS} == set(COLOURS) == {paper for _, paper in HELD_OUT_PAIRS}
     assert set(SEEN_PAIRS) == set(ALL_PAIRS) - set(HELD_OUT_PAIRS)
-    assert ("red", "blue") in SEEN_PAIRS  # the demo's prompt
-    # the seed's draw, for ever: a model is judged by pairs that it has not seen
+    assert ("red", "blue") in SEEN_PAIRS  # the prompt of the demonstration
+    # must never change: models are evaluated on pairs that were held out of their training
     assert HELD_OUT_PAIRS[:3] == (("black", "green"), ("white", "cyan"), ("red", "yellow"))
 
 
@@ -165,7 +165,7 @@ def test_examples_are_the_same_every_time(grids):
 
 
 def test_no_tensorflow_and_nothing_on_the_screen(tmp_path):
-    """Prepares and reads in a fresh process: one line on stderr, nothing else, and no TensorFlow."""
+    """Preparing and reading in a new process prints one line to stderr and does not import TensorFlow."""
     code = f"""
 import sys, warnings
 warnings.simplefilter("error")

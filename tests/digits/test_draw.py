@@ -1,4 +1,4 @@
-"""Each prompt is drawn from its own noise, in whatever batches."""
+"""Tests that each prompt is sampled from its own noise, whatever the batch size."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ SHAPE = (2, 3, 4)
 
 
 def record(calls):
-    """A drawer whose picture of a prompt is made of all that it is given for it."""
+    """Returns a batch function whose output encodes all of its inputs; it appends batch sizes to `calls`."""
 
     def batch(texts, first, between):
         calls.append(len(texts))
@@ -51,7 +51,7 @@ def test_the_first_batch_is_not_timed_unless_it_is_the_only_one(monkeypatch, siz
 
 
 class Model:
-    """Draws what it was called with."""
+    """A fake pipeline that returns its noise and stores its other arguments."""
 
     def __init__(self, is_lcm):
         self.is_lcm = is_lcm

@@ -1,4 +1,4 @@
-"""The evaluate command, from the command line to what it leaves behind."""
+"""Tests of the evaluate command, from the command line to the files that it writes."""
 
 import functools
 import json
@@ -21,14 +21,14 @@ from lcm_jax.errors import UserError
 from lcm_jax.host.images import GAP
 from lcm_jax.inference.verify import lcm_drawer
 
-PROMPTS = [*measures.test_prompts()[::400], sheet_prompts()[8]]  # three, and one of a held-out pair
+PROMPTS = [*measures.test_prompts()[::400], sheet_prompts()[8]]  # three, and one with a held-out pair
 ON_SHEET = sheet_prompts()[3:8:4]
 
 
 @pytest.fixture
 def few(monkeypatch, micro_teacher, micro_student):
-    """Few prompts and steps in batches of one size; the micro teacher is the one that comes with the package."""
-    for module in (evaluate, teacher):
+    """Patches in few prompts and steps, one batch size, and the micro teacher as the packaged one."""
+    for module in (evaluate, teacher_rows):
         monkeypatch.setattr(module, "test_prompts", lambda: PROMPTS)
     monkeypatch.setattr(guidance, "validation_prompts", lambda: PROMPTS[::-1])
     monkeypatch.setattr(evaluate, "sheet_prompts", lambda: ON_SHEET)
@@ -36,7 +36,7 @@ def few(monkeypatch, micro_teacher, micro_student):
         monkeypatch.setattr(module, "BATCH", 2)
     monkeypatch.setattr(teacher_rows, "SAMPLERS", {"ddim": "teacher, DDIM"})
     monkeypatch.setattr(teacher_rows, "STEPS", (4,))
-    for module in (guidance, teacher):
+    for module in (guidance, teacher_rows):
         monkeypatch.setattr(module, "GUIDANCE", (2.0, 3.0))
     monkeypatch.setattr(teacher_rows, "TEACHER", micro_teacher)
     return f"--model={micro_student}"
@@ -48,7 +48,7 @@ def ship(rows_file, micro_teacher, monkeypatch):
 
 @pytest.fixture
 def shipped(few, micro_teacher, tmp_path_factory, monkeypatch):
-    """Rows as they come with the package."""
+    """Patches in a file of packaged rows for the micro teacher."""
     row = Row("teacher, DDIM", score_of(PROMPTS), 4, 2.0, 10.0)
     rows_file = tmp_path_factory.mktemp("assets") / "rows.json"
     values = teacher_rows.to_json([row, Row("teacher, DDIM", score_of(PROMPTS), 50, 3.0, 1.0)], micro_teacher)
@@ -65,14 +65,14 @@ def score_of(prompts):
 
 
 def cell(sheet, row, column):
-    """An enlarged picture of the sheet, in its own size again."""
+    """Returns an image of the sheet at its original size."""
     top, left = HEAD + row * (64 + GAP), LEFT + column * (64 + GAP)
     return sheet[top : top + 64 : 2, left : left + 64 : 2]
 
 
 @pytest.fixture
 def one_thread_of_torch():
-    """More cost more than they give on layers this small."""
+    """Limits torch to one thread, which is fastest for layers this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -101,10 +101,10 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
     assert table(rows) in printed
     assert (out / "table.md").read_text() == table(rows) + "\n"
     assert json.loads((out / "teacher.json").read_text())["rows"] == values["rows"][2:3]
-    assert "images/s" not in printed.replace(table(rows), "")  # all on one machine
+    assert "images/s" not in printed.replace(table(rows), "")  # all rows are from one machine
     assert all(row.score.prompt.count == 4 and row.score.held_out.count == 1 for row in rows)
 
-    # rows are those of the pictures that the model draws from the fixed noise
+    # rows score the images that the model samples from the fixed noise
     student, real = load_pipeline(micro_student), real_pictures(PROMPTS, "test")
     features, _ = classifier(real)
     chosen = rows[3].guidance_scale
@@ -131,7 +131,7 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
 
 @pytest.mark.usefixtures("one_thread_of_torch")
 def test_pictures_in_diffusers_are_ours(micro_student, capfd):
-    """To within a grey level, from the same noise."""
+    """Within one grey level, from the same noise."""
     pipe = load_pipeline(micro_student)
     texts, first = [prompt.text for prompt in PROMPTS[:2]], first_noise(2, (8, 8, 4), 0)
     between = later_noise(2, 2, (8, 8, 4), 1)
@@ -143,7 +143,7 @@ def test_pictures_in_diffusers_are_ours(micro_student, capfd):
 
 
 def test_rows_that_come_with_the_package(shipped, micro_student, tmp_path, capsys, monkeypatch):
-    """The results are beside the model, and the teacher's rows are taken as they are."""
+    """Results are written next to the model, and the teacher's rows are used unchanged."""
     asked = []
 
     def draw_all(pipe, prompts, steps, guidance_scale, sampler=None, *, fill=False):
@@ -169,7 +169,7 @@ def test_rows_that_come_with_the_package(shipped, micro_student, tmp_path, capsy
 
 
 class Model:
-    """Has a VAE that gives back what it is given, but darker."""
+    """A fake pipeline whose VAE returns its input, darkened."""
 
     @staticmethod
     def vae(x, noise=None, *, method):
@@ -195,8 +195,8 @@ def test_ceilings(classifier):
 
 @pytest.fixture
 def nothing_is_drawn(monkeypatch):
-    """A mistake must be found before anything that takes long."""
-    for module in (evaluate, teacher):
+    """Makes sampling fail: mistakes must be reported before any long computation."""
+    for module in (evaluate, teacher_rows):
         monkeypatch.setattr(module, "draw_all", None)
     monkeypatch.setattr(evaluate, "in_batches", None)
 

@@ -1,4 +1,4 @@
-"""The shapes and dtypes that the evaluation declares are those that it sees."""
+"""Checks the declared shapes and dtypes of the evaluation at run time."""
 
 import jaxtyping
 import numpy as np
@@ -29,5 +29,5 @@ def test_shapes_and_dtypes_are_as_declared(classifier):
     for wrong in (images[..., :2], images.astype(np.float32)):
         with pytest.raises(jaxtyping.TypeCheckError):
             checked(colours.read_colours)(wrong)
-    with pytest.raises(jaxtyping.TypeCheckError):  # of equally many pictures
+    with pytest.raises(jaxtyping.TypeCheckError):  # needs equally many images
         checked(measures.score)(images, PROMPTS, classifier, features[:2])

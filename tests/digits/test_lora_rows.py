@@ -1,4 +1,4 @@
-"""The evaluate command with LoRAs."""
+"""Tests of the evaluate command with LoRAs."""
 
 import json
 
@@ -22,7 +22,7 @@ ON_SHEET = sheet_prompts()[3:8:4]
 
 @pytest.fixture
 def few(monkeypatch):
-    for module in (evaluate, loras):
+    for module in (evaluate, lora_rows):
         monkeypatch.setattr(module, "test_prompts", lambda: PROMPTS)
     monkeypatch.setattr(guidance, "validation_prompts", lambda: PROMPTS[::-1])
     monkeypatch.setattr(evaluate, "sheet_prompts", lambda: ON_SHEET)
@@ -35,7 +35,7 @@ def few(monkeypatch):
 
 @pytest.fixture(scope="module")
 def files(micro_teacher, tmp_path_factory):
-    """An LCM-LoRA and a style, both of them random."""
+    """A random LCM-LoRA and a random style LoRA."""
     root = tmp_path_factory.mktemp("loras")
     folder = read_folder(micro_teacher)
     for seed, name in enumerate(("lcm", "style")):

@@ -1,4 +1,4 @@
-"""What models are asked for, from which noise, and how their pictures are scored."""
+"""Tests of the prompts, noise, real images and scores of the evaluation."""
 
 import collections
 import functools
@@ -31,7 +31,7 @@ def test_each_class_is_asked_for_twice():
     prompts = measures.test_prompts()
     assert len(prompts) == 1120
     assert classes(prompts) == {(digit, *pair): 2 for digit in range(10) for pair in ALL_PAIRS}
-    assert len({p.text for p in prompts}) == 1120  # in two phrasings
+    assert len({p.text for p in prompts}) == 1120  # the two of a class differ in phrasing
     assert collections.Counter(p.phrase for p in prompts) == dict.fromkeys(range(len(PHRASES)), 224)
     assert sum(p.held_out for p in prompts) == 160
 
@@ -52,7 +52,7 @@ def test_the_sheet_has_four_pictures_of_each_of_its_classes():
 
 
 def test_prompts_are_for_ever():
-    """Rows that were measured once stand beside rows of today."""
+    """Must never change: stored rows are compared with new ones."""
     prompts = measures.test_prompts()
     assert prompts[0].text == "a black zero on a white background"
     assert prompts[777].text == "a green seven on a black background"
@@ -84,7 +84,7 @@ def test_first_noise_of_a_picture_is_the_same_however_many_there_are():
     np.testing.assert_array_equal(first_noise(7, (3, 3, 2), 0)[:4], first_noise(4, (3, 3, 2), 0))
 
 
-# ---- real pictures
+# ---- real images
 
 PLACED = [(row, column) for row in range(PLACES) for column in range(PLACES)]
 
@@ -131,7 +131,7 @@ def test_wilsons_interval(right, count, low, high):
 
 
 def test_an_interval_stays_within_zero_and_one():
-    """Also after rounding: a table would show -0.0."""
+    """Rounding errors would appear as -0.0 in a table."""
     for n in range(1, 300):
         assert Share(0, n).interval[0] >= 0
         assert Share(n, n).interval[1] <= 1
@@ -144,7 +144,7 @@ FEATURES = np.random.default_rng(0).standard_normal((2, 3, 64)).astype(np.float3
 
 
 def scored(*, drawn=ASKED, reads=(7, 3, 5)):
-    """The score of real pictures of what was `drawn`, with a classifier that reads these digits."""
+    """Scores real images of the prompts `drawn` against ASKED, with a classifier that predicts `reads`."""
 
     def classifier(images):
         return FEATURES[0], np.array(reads)
@@ -195,7 +195,7 @@ def test_variety_is_the_variance_within_a_prompt_that_is_drawn_right():
     assert variety((7, 3, 7, 3)) == pytest.approx((2 + 8) / (8 + 0))
     assert variety((7, 3, 7, 4)) == pytest.approx(2 / 8)
     assert variety((7, 3, 1, 4)) is None
-    assert scored().variety is None  # no prompt is there twice
+    assert scored().variety is None  # no prompt occurs twice
 
 
 def test_without_held_out_prompts():

@@ -1,4 +1,4 @@
-"""Rows as JSON, as a table and as curves."""
+"""Tests of rows as JSON, as a table and as curves."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_curves_show_the_rows():
         differs = (curves([*ROWS[:2], Row("student", changed, 1, 2.5, 1.0), ROWS[3]]) != picture).any((0, 2))
         assert differs[:middle].any() == ("prompt" in change)
         assert differs[middle:].any() == ("frechet" in change)
-    assert (curves(ROWS[1:]) != picture).any()  # real pictures are a line of their own
+    assert (curves(ROWS[1:]) != picture).any()  # real images have their own line
 
 
 def test_curves_without_matplotlib(monkeypatch):

@@ -1,4 +1,4 @@
-"""The sheet holds every picture in its place, beside its row's name and under its prompt."""
+"""Tests the placement of images, row names and prompts on the sheet."""
 
 import numpy as np
 

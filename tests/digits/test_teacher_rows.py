@@ -1,4 +1,4 @@
-"""The teacher's rows: how its guidance is chosen, and the files that they are tied to."""
+"""Tests of the teacher's rows: choice of guidance, and the files that they are tied to."""
 
 import json
 import os
@@ -24,9 +24,9 @@ def score_of(accuracy, frechet):
 
 
 def measured(monkeypatch, table, *, guidance):
-    """Rows of a model whose (prompt accuracy, distance) is table[guidance] with validation prompts, and what was asked.
+    """Returns the rows of a fake model, the calls that were made, and the printed lines.
 
-    With test prompts the accuracy is 0 and the distance is the guidance.
+    Its (prompt accuracy, distance) is table[guidance] for validation prompts, and (0, guidance) for test prompts.
     """
     asked = []
     monkeypatch.setattr(teacher_rows, "GUIDANCE", guidance)
@@ -35,7 +35,7 @@ def measured(monkeypatch, table, *, guidance):
 
     def draw_all(pipe, prompts, steps, guidance_scale, sampler, *, seed=None):
         assert pipe == "a model"
-        assert (seed == choice.VALIDATION_SEED) == (prompts == "validation prompts")  # the rows have other noise
+        assert (seed == choice.VALIDATION_SEED) == (prompts == "validation prompts")  # the test rows use other noise
         asked.append((prompts, sampler, steps, guidance_scale))
         return (prompts, guidance_scale), 10.0 * steps
 
@@ -46,7 +46,7 @@ def measured(monkeypatch, table, *, guidance):
         assert features == f"features of {split} pictures of {kind}"
         return score_of(*table[scale]) if split == "validation" else score_of(0, scale)
 
-    for module in (teacher, choice):
+    for module in (teacher_rows, choice):
         monkeypatch.setattr(module, "draw_all", draw_all)
         monkeypatch.setattr(module, "score", score)
         monkeypatch.setattr(module, "real_pictures", lambda prompts, split, *_: f"{split} pictures of {prompts}")
@@ -71,8 +71,8 @@ def test_every_sampler_and_number_of_steps(monkeypatch):
     ("table", "best"),
     [
         ({1.0: (0.90, 1.0), 2.0: (0.95, 9.0), 3.0: (0.80, 0.5)}, 2.0),  # accuracy first
-        ({1.0: (0.941, 3.0), 2.0: (0.950, 4.0), 3.0: (0.945, 5.0)}, 1.0),  # within a point of it, the distance
-        ({1.0: (0.938, 3.0), 2.0: (0.950, 4.0), 3.0: (0.945, 5.0)}, 2.0),  # but not beyond
+        ({1.0: (0.941, 3.0), 2.0: (0.950, 4.0), 3.0: (0.945, 5.0)}, 1.0),  # within a point of the best, by distance
+        ({1.0: (0.938, 3.0), 2.0: (0.950, 4.0), 3.0: (0.945, 5.0)}, 2.0),  # but not beyond a point
     ],
 )
 def test_the_guidance_that_is_chosen(monkeypatch, table, best):
@@ -90,12 +90,12 @@ def test_a_student_is_asked_for_what_it_was_trained_for():
     def candidates(low, high, w_embedding=True):
         recipe = SimpleNamespace(guidance_min=low, guidance_max=high) if low else None
         folder = SimpleNamespace(path="a folder")
-        pipe = SimpleNamespace(has_w_embedding=w_embedding, recipe=recipe, default_guidance=7.0, folder=folder)
+        pipe = SimpleNamespace(w_embedding_dim=w_embedding, recipe=recipe, default_guidance=7.0, folder=folder)
         return choice.trained_range(pipe)
 
     assert candidates(1.0, 4.0) == [1.0, 1.5, 2.0, 3.0, 4.0]
     assert candidates(2.0, 3.5) == [2.0, 3.0]
-    assert candidates(7.0, 9.0) == [7.0]  # none of them: its own default
+    assert candidates(7.0, 9.0) == [7.0]  # no candidate in range: the default
     assert candidates(1.0, 4.0, w_embedding=False) == [7.0]
     with pytest.warns(UserWarning, match=r"a folder has no lcm_jax.json, .*: 7 is taken, as diffusers does"):
         assert candidates(None, None) == [7.0]

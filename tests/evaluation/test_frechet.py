@@ -1,4 +1,4 @@
-"""The Fréchet distance against closed forms and scipy's matrix square root."""
+"""Tests the Fréchet distance against closed forms and scipy's matrix square root."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def samples(mean, covariance, n=500):
-    """Numbers whose mean and covariance are exactly these."""
+    """Returns random samples with exactly this mean and covariance."""
     x = RANDOM.standard_normal((n, len(mean)))
     x -= x.mean(0)
     white = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
@@ -35,14 +35,14 @@ def test_of_commuting_covariances():
 
 
 def test_of_two_dimensions():
-    """There tr (A B)^½ is (tr A B + 2 (det A det B)^½)^½."""
+    """In two dimensions tr (A B)^½ = (tr A B + 2 (det A det B)^½)^½."""
     A, B = np.array([[2.0, 1], [1, 3]]), np.array([[5.0, -2], [-2, 1]])
     root = np.sqrt(np.trace(A @ B) + 2 * np.sqrt(np.linalg.det(A) * np.linalg.det(B)))
     expected = np.trace(A) + np.trace(B) - 2 * root
     assert frechet_distance(samples([7, 7], A), samples([7, 7], B)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("n", [100, 40])  # 40 pictures: of 64 dimensions, 25 have no spread
+@pytest.mark.parametrize("n", [100, 40])  # 40 images: rank-deficient covariances, 25 of 64 dimensions without spread
 def test_scipys_square_root(n):
     a, b = ((RANDOM.standard_normal((n, 64)) @ covariance(64) + shift).astype(np.float32) for shift in (0.0, 0.5))
     A, B = np.cov(a.T.astype(np.float64)), np.cov(b.T.astype(np.float64))
@@ -60,6 +60,6 @@ def test_zero_for_itself_symmetric_and_positive():
 
 
 def test_a_shift_of_both_changes_nothing():
-    """Sums are float64: a mean of a thousand costs no digits."""
+    """Sums are float64, so a mean of 1000 loses no precision."""
     a, b = (np.round(RANDOM.standard_normal((200, 8)) * 64).astype(np.float32) / 64 for _ in range(2))
     assert frechet_distance(a + 1000, b + 1000) == pytest.approx(frechet_distance(a, b), rel=1e-6)

@@ -17,7 +17,7 @@ WORDS = [
 
 
 def test_prompts(fuzz, pipe):
-    known = pipe.text_encoder.network.config.vocab_size
+    known = pipe.networks["text_encoder"].network.config.vocab_size
 
     def case(rng, place):
         text = " ".join(pick(rng, [*WORDS, *TEXTS]) for _ in range(int(rng.integers(6))))

@@ -1,4 +1,4 @@
-"""Whole pipelines against diffusers, from prompts to pixels; and what a user may get wrong."""
+"""Parity of complete pipelines with diffusers, from prompts to pixels, and errors for invalid arguments."""
 
 import itertools
 import shutil
@@ -57,7 +57,7 @@ def assert_close(ours, theirs, tolerance=1e-4):
 )
 def test_diffusion_model_against_diffusers(teacher, teacher_pipeline, sampler, scheduler, negative):
     z_T = latents(1, *SHAPE)
-    # diffusers' pipeline turns clip_sample off, which is on in DDIMScheduler, and so is it read here
+    # diffusers' pipeline turns off DDIMScheduler's clip_sample; read_schedule ignores it
     options = {"clip_sample": True} if sampler == "ddim" else {}
     clipping = scheduler.from_config(teacher_pipeline.scheduler.config, timestep_spacing="trailing", **options)
     config = {**clipping.config, "set_alpha_to_one": False, "_class_name": scheduler.__name__}
@@ -74,7 +74,7 @@ def test_diffusion_model_against_diffusers(teacher, teacher_pipeline, sampler, s
     theirs = teacher_pipeline(**arguments, latents=nchw(z_T), output_type="np").images
     ours = {"steps": 5, "guidance_scale": 3.0, "negative_prompt": negative, "latents": z_T, "sampler": sampler}
     assert_close(teacher(PROMPTS, **ours, output="float"), theirs)
-    assert ((theirs > 0) & (theirs < 1)).mean() > 0.3  # what is clipped shows no difference
+    assert ((theirs > 0) & (theirs < 1)).mean() > 0.3  # clipped pixels would hide differences
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -120,7 +120,7 @@ def test_consistency_model_with_own_timesteps_and_size(lcm, lcm_pipeline):
 
 
 def test_consistency_model_without_w_embedding_takes_real_guidance(teacher_folder, teacher_pipeline, tmp_path):
-    """What an LCM-LoRA leaves: a StableDiffusionPipeline with LCMScheduler."""
+    """A StableDiffusionPipeline with LCMScheduler, as after merging an LCM-LoRA."""
     peer = diffusers.StableDiffusionPipeline(
         **{
             **teacher_pipeline.components,
@@ -132,7 +132,7 @@ def test_consistency_model_without_w_embedding_takes_real_guidance(teacher_folde
     peer.save_pretrained(tmp_path / "model")
     pipe = lcm_jax.load_pipeline(tmp_path / "model")
     z_T, noise = latents(1, *SHAPE), latents(2, 1, *SHAPE)
-    for scale in (-1.0, 0.0, 0.5, 1.0, 1.5):  # up to 1 without guidance, above with it
+    for scale in (-1.0, 0.0, 0.5, 1.0, 1.5):  # guidance is used above 1 only
         with injected_noise(list(nchw(noise))):
             theirs = peer(
                 PROMPTS, num_inference_steps=2, guidance_scale=scale, latents=nchw(z_T), output_type="latent"
@@ -233,7 +233,7 @@ def test_bfloat16_is_near_and_smaller(lcm, lcm_folder):
 
 
 def test_half_precision_file_stays_small_in_memory(lcm, lcm_folder, tmp_path):
-    """float32 is then only what it computes in: a file of two bytes a number takes two bytes a number."""
+    """Weights keep the float16 of the file; float32 is only the compute dtype."""
     copy = shutil.copytree(lcm_folder, tmp_path / "half")
     weights = copy / "unet/diffusion_pytorch_model.safetensors"
     save_file({key: array.astype(np.float16) for key, array in load_file(weights).items()}, weights, {"format": "pt"})
@@ -249,7 +249,7 @@ def test_saved_pipeline_draws_the_same(lcm, tmp_path):
     np.testing.assert_array_equal(again(PROMPTS, 1, 5.0), lcm(PROMPTS, 1, 5.0))
 
 
-# ---- what a user may get wrong
+# ---- invalid arguments
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pipelines with LoRAs: attached, detached, sampled, saved; in Python and from the command line."""
+"""Tests of pipelines with LoRAs: attaching, detaching, sampling, saving, in Python and from the command line."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def files(teacher_folder, tmp_path_factory):
-    """Two LoRA files, one in each dialect."""
+    """Two LoRA files, in the default dialect and in kohya's."""
     root, folder = tmp_path_factory.mktemp("loras"), read_folder(teacher_folder)
     first = write_lora(root / "lcm.safetensors", random_lora(folder, 1))
     second = write_lora(root / "style.safetensors", random_lora(folder, 2), dialect="kohya")
@@ -61,7 +61,7 @@ def test_attach_detach_attach(pipe, files):
 
 
 def test_weights_are_per_adapter(pipe, teacher_folder, files):
-    """The weight difference of two is the sum of theirs, each times its own weight."""
+    """The weight difference with two LoRAs is the weighted sum of their differences."""
     path = "unet.mid_block.resnets.0.conv1.kernel"
     own, found = weights(pipe)[path], []
     for loras in ({files[0]: 1.0}, {files[1]: 1.0}, {files[0]: -0.5, files[1]: 0.8}):
@@ -92,7 +92,7 @@ def test_failed_attachment_changes_nothing(pipe, files, tmp_path):
 
 
 def test_base_of_half_precision(teacher_folder, files, tmp_path):
-    """What is attached is not rounded to the base's dtype; what is saved is, once."""
+    """Attached weights are not rounded to the base's dtype; saved ones are, once."""
     from safetensors.numpy import save_file
 
     copy = shutil.copytree(teacher_folder, tmp_path / "half")
@@ -103,12 +103,12 @@ def test_base_of_half_precision(teacher_folder, files, tmp_path):
     shutil.move(tmp_path / "wide.safetensors", wide / UNET_FILE)
     loras = {files[0]: 1.0, files[1]: 0.5}
     pipe, exact = load_pipeline(copy, loras=loras), load_pipeline(wide, loras=loras)
-    for path, array in exact.unet.params.items():
-        np.testing.assert_array_equal(pipe.unet.params[path], array)
+    for path, array in exact.networks["unet"].params.items():
+        np.testing.assert_array_equal(pipe.networks["unet"].params[path], array)
     pipe.save(tmp_path / "out")
-    saved = load_pipeline(tmp_path / "out").unet.params
+    saved = load_pipeline(tmp_path / "out").networks["unet"].params
     assert {array.dtype.name for array in saved.values()} == {"float16"}
-    for path, array in exact.unet.params.items():
+    for path, array in exact.networks["unet"].params.items():
         np.testing.assert_array_equal(saved[path], array.astype(np.float16))
 
 
@@ -125,7 +125,7 @@ def test_too_much_for_half_precision_is_not_saved(teacher_folder, files, tmp_pat
 
 
 def test_consistency_sampling_of_a_diffusion_model(pipe, files):
-    """One call a step at guidance 1, which is the default, and no w-embedding; four steps by default."""
+    """Without w-embedding, guidance defaults to 1 (one network call per step), and steps to 4."""
     pipe.set_loras({files[0]: 1.0})
     default, one = (pipe("a red seven", guidance_scale=g, sampler="lcm", output="latents") for g in (None, 1.0))
     four, two = (pipe("a red seven", n, sampler="lcm", output="latents") for n in (4, 2))

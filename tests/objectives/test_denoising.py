@@ -21,7 +21,7 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-BATCH = {"z_0": normal(0, *SHAPE), "context": normal(1, B, 2, 7), "null_context": normal(2, 1, 2, 7)}
+BATCH = {"z_0": normal(0, *SHAPE), "condition": normal(1, B, 2, 7), "null_condition": normal(2, 1, 2, 7)}
 DRAWS = Draws(normal(3, *SHAPE), np.array([0, 19, 250, 700, 999]), np.array([False, True, False, False, True]))
 
 
@@ -29,8 +29,8 @@ def network(z, t, context):
     return jnp.tanh(z + jnp.sin(t / 100.0)[:, None, None, None]) + context.mean((1, 2))[:, None, None, None]
 
 
-def loss_of(schedule=Schedule(), draws=DRAWS, config=CONFIG, network=network, **batch):
-    return denoising_loss(network, schedule, **{**BATCH, **batch}, draws=draws, config=config)
+def loss_of(process=Schedule(), draws=DRAWS, config=CONFIG, network=network, **batch):
+    return denoising_loss(network, process, **{**BATCH, **batch}, draws=draws, config=config)
 
 
 def transcription(prediction_type, gamma):
@@ -40,7 +40,7 @@ def transcription(prediction_type, gamma):
     z_t = peer.add_noise(*tensors).numpy()
     velocity = peer.get_velocity(*tensors).numpy()
     target = {"epsilon": DRAWS.eps, "v_prediction": velocity, "sample": BATCH["z_0"]}[prediction_type]
-    context = np.where(DRAWS.drop[:, None, None], BATCH["null_context"], BATCH["context"])
+    context = np.where(DRAWS.drop[:, None, None], BATCH["null_condition"], BATCH["condition"])
     square = (np.asarray(network(z_t, DRAWS.t, context), np.float64) - target) ** 2
     abar = peer.alphas_cumprod.double().numpy()[DRAWS.t]
     snr = abar / (1 - abar)
@@ -94,7 +94,7 @@ def test_what_the_network_is_called_with():
     def recorded(z, t, context):
         np.testing.assert_array_equal(z, Schedule().add_noise(BATCH["z_0"], DRAWS.eps, DRAWS.t))
         np.testing.assert_array_equal(t, DRAWS.t)
-        null, given = BATCH["null_context"][0], BATCH["context"]
+        null, given = BATCH["null_condition"][0], BATCH["condition"]
         np.testing.assert_array_equal(context, np.stack([given[0], null, given[2], given[3], null]))
         return z
 

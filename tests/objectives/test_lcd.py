@@ -27,7 +27,7 @@ def normal(seed, *shape):
 def make_params(seed, *, w=True):
     """A two-layer network on each pixel, told of t, context and w."""
     rng = np.random.default_rng(seed)
-    shapes = {"z": (C, HIDDEN), "t": (2, HIDDEN), "context": (D, HIDDEN), "out": (HIDDEN, C)}
+    shapes = {"z": (C, HIDDEN), "t": (2, HIDDEN), "condition": (D, HIDDEN), "out": (HIDDEN, C)}
     params = {name: rng.standard_normal(shape).astype(np.float32) * 0.5 for name, shape in shapes.items()}
     return {**params, "w": 0.3 * normal(seed + 100, W_DIM, HIDDEN)} if w else params
 
@@ -35,7 +35,7 @@ def make_params(seed, *, w=True):
 def network(library, params, z, t, context, w_emb=None):
     """The same in numpy's dialect of jax and of torch; no w: a teacher."""
     t = t / 300.0
-    hidden = library.stack([library.sin(t), library.cos(t)], 1) @ params["t"] + context.mean(1) @ params["context"]
+    hidden = library.stack([library.sin(t), library.cos(t)], 1) @ params["t"] + context.mean(1) @ params["condition"]
     if w_emb is not None:
         hidden = hidden + w_emb @ params["w"]
     return library.tanh(z @ params["z"] + hidden[:, None, None]) @ params["out"]
@@ -45,7 +45,7 @@ def jax_network(params):
     return lambda z, t, context, w_emb=None: network(jnp, params, z, t, context, w_emb)
 
 
-BATCH = {"z_0": normal(0, B, H, W, C), "context": normal(1, B, L, D), "null_context": normal(2, 1, L, D)}
+BATCH = {"z_0": normal(0, B, H, W, C), "condition": normal(1, B, L, D), "null_condition": normal(2, 1, L, D)}
 DRAWS = Draws(
     eps=normal(3, B, H, W, C),
     i=np.array([0, 1, 24, 48, 49]),
@@ -55,12 +55,12 @@ DRAWS = Draws(
 STUDENT, TARGET, TEACHER = make_params(0), make_params(1), make_params(2, w=False)
 
 
-def loss_of(params=STUDENT, target=TARGET, teacher=TEACHER, schedule=Schedule(), draws=DRAWS, config=CONFIG, **batch):
+def loss_of(params=STUDENT, target=TARGET, teacher=TEACHER, process=Schedule(), draws=DRAWS, config=CONFIG, **batch):
     return lcd_loss(
         jax_network(params),
         jax_network(target),
         jax_network(teacher),
-        schedule,
+        process,
         draws=draws,
         config=config,
         **{**BATCH, **batch},
@@ -74,7 +74,7 @@ def torch_loss(params, target, teacher, prediction_type, config):
     """Algorithm 1 with z_{t_{n+k}}, psi and the loss written out, for N = 50, k = 20; float32."""
     abar = diffusers.LCMScheduler().alphas_cumprod
     log_alpha_table = 0.5 * torch.log(abar).double().numpy()
-    z_0, context, null = (torch.from_numpy(BATCH[name]) for name in ("z_0", "context", "null_context"))
+    z_0, context, null = (torch.from_numpy(BATCH[name]) for name in ("z_0", "condition", "null_condition"))
     eps, w = torch.from_numpy(DRAWS.eps), torch.from_numpy(DRAWS.w)[:, None, None, None]
     # the two libraries' sin(1000 w) differ by more than this test allows: both get one embedding
     w_emb = torch.from_numpy(np.array(w_embedding(DRAWS.w, W_DIM)))
@@ -138,7 +138,7 @@ def test_golden_loss_and_gradient(prediction_type, solver, distance):
     schedule = Schedule(prediction_type=prediction_type)
 
     def ours(params):
-        return loss_of(params, schedule=schedule, config=config)
+        return loss_of(params, process=schedule, config=config)
 
     (loss, _), grads = jax.value_and_grad(ours, has_aux=True)(STUDENT)
     tensors = {name: torch.from_numpy(value.copy()).requires_grad_() for name, value in STUDENT.items()}
@@ -223,9 +223,9 @@ def test_what_the_networks_are_called_with():
     np.testing.assert_array_equal(calls["teacher"][0][::2], calls["student"][0])
     for name in ("student", "target"):
         np.testing.assert_array_equal(calls[name][3], w_embedding(DRAWS.w, W_DIM))
-        np.testing.assert_array_equal(calls[name][2][2], BATCH["null_context"][0])  # dropped
-        np.testing.assert_array_equal(calls[name][2][1], BATCH["context"][1])
-    np.testing.assert_array_equal(calls["teacher"][2][1::2], np.repeat(BATCH["null_context"], B, 0))
+        np.testing.assert_array_equal(calls[name][2][2], BATCH["null_condition"][0])  # dropped
+        np.testing.assert_array_equal(calls[name][2][1], BATCH["condition"][1])
+    np.testing.assert_array_equal(calls["teacher"][2][1::2], np.repeat(BATCH["null_condition"], B, 0))
     lcd_loss(
         record("student", STUDENT), record("target", TARGET), record("teacher", TEACHER), Schedule(), **BATCH,
         draws=DRAWS, config=dataclasses.replace(CONFIG, w_embedding_dim=0),

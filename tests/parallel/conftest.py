@@ -11,7 +11,7 @@ from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.objectives.lcd import LCDConfig
-from lcm_jax.training.state import make_parts
+from lcm_jax.training.networks import make_parts
 
 
 @pytest.fixture(scope="session")

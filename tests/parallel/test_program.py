@@ -14,8 +14,8 @@ from lcm_jax.errors import UserError
 from lcm_jax.objectives.lcd import LCDConfig
 from lcm_jax.parallel.mesh import MeshConfig, make_mesh
 from lcm_jax.parallel.partition import place
+from lcm_jax.training.networks import frozen_params, initial_params
 from lcm_jax.training.program import make_program
-from lcm_jax.training.state import frozen_params, initial_params
 
 STEPS = 3
 REMAT = {"remat": "block"}
@@ -53,7 +53,7 @@ def train(little, configure, devices, **changes):
     config, parts = configure(**changes)
     program = make_program(config, parts, make_mesh(config.mesh, devices))
     state = program.start(place(start(config, parts, little), program.state["params"]))
-    frozen = place(frozen_params(config, little), program.frozen)
+    frozen = place(frozen_params(config, parts, little), program.frozen)
     step = program.lower().compile(compiler_options=QUICK)
     for i in range(STEPS):
         state, metrics = step(state, frozen, program.put(batch(i)), program.put_stop(0))

@@ -18,11 +18,14 @@ from fixtures_folders import UNET, build_pipeline, randomize
 from lcm_jax.config import Config, EMAConfig, ModelConfig, OptimizerConfig
 from lcm_jax.data.pipeline import DataConfig
 from lcm_jax.diffusion.guidance import w_embedding
+from lcm_jax.families import SD
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.names import file_key, from_file, to_file
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.objectives import lcd
-from lcm_jax.training.state import W_PROJECTION, frozen_params, initial_params, initial_state, make_parts
+from lcm_jax.training.losses import make_losses
+from lcm_jax.training.networks import frozen_params, initial_params, make_parts
+from lcm_jax.training.state import initial_state
 from lcm_jax.training.step import make_step
 
 BATCH, SIZE, W_DIM = 3, 8, 32
@@ -197,11 +200,11 @@ def test_two_steps_are_torchs(folder, solver):
     config = configure(folder, solver)
     parts = make_parts(config, folder, load_tokenizer(folder))
     params = initial_params(config, parts, folder)
-    assert np.abs(params["unet"][W_PROJECTION]).max() > 0
-    state, random = initial_state(config, params), np.random.default_rng(0)
+    assert np.abs(params["unet"][SD.w_projection]).max() > 0
+    state, random = initial_state(config, make_losses(parts), params), np.random.default_rng(0)
     state["ema"] = {"unet": perturbed({p: np.asarray(a) for p, a in params["unet"].items()}, random)}
     peer = Peer(folder.path, params["unet"], state["ema"]["unet"])
-    frozen = frozen_params(config, folder)
+    frozen = frozen_params(config, parts, folder)
     step = jax.jit(make_step(config, parts), compiler_options=QUICK)
     for i, learning_rate in enumerate(LEARNING_RATES):
         batch = {
@@ -224,7 +227,7 @@ def test_the_student_starts_as_the_teacher(folder):
     """Bit for bit, at every w: the projection of the w-embedding starts at zero."""
     config = dataclasses.replace(configure(folder, "ddim"), lcd=lcd.LCDConfig(w_embedding_dim=W_DIM))
     parts = make_parts(config, folder, load_tokenizer(folder))
-    params, frozen = initial_params(config, parts, folder)["unet"], frozen_params(config, folder)["teacher"]
+    params, frozen = initial_params(config, parts, folder)["unet"], frozen_params(config, parts, folder)["teacher"]
     student, teacher = (jax.jit(parts.networks[name].apply) for name in ("unet", "teacher"))
     random = np.random.default_rng(0)
     z, context = (random.standard_normal(shape, np.float32) for shape in ((5, 8, 8, 4), (5, 16, 16)))
@@ -232,5 +235,5 @@ def test_the_student_starts_as_the_teacher(folder):
     theirs = teacher(frozen, z, t, context)
     for w in (np.zeros(5), np.array([0.5, 2, 7, 10, 14])):
         np.testing.assert_array_equal(student(params, z, t, context, w_embedding(w, W_DIM)), theirs)
-    other = {**params, W_PROJECTION: params[W_PROJECTION] + 0.1}
+    other = {**params, SD.w_projection: params[SD.w_projection] + 0.1}
     assert np.abs(student(other, z, t, context, w_embedding(np.full(5, 7.0), W_DIM)) - theirs).max() > 1e-3

@@ -32,9 +32,9 @@ from lcm_jax.objectives.denoising import DenoisingConfig
 from lcm_jax.objectives.lcd import LCDConfig
 from lcm_jax.training import identity
 from lcm_jax.training.checkpoint import restore_params
-from lcm_jax.training.losses import make_loss
+from lcm_jax.training.losses import make_losses
+from lcm_jax.training.networks import frozen_params, initial_params, make_parts
 from lcm_jax.training.previews import make_preview
-from lcm_jax.training.state import frozen_params, initial_params, make_parts
 
 TOLD = LCDConfig(w_embedding_dim=0, huber_c=0.1)
 BOTH = DenoisingConfig(train_text_encoder=True)
@@ -80,8 +80,8 @@ def test_loss_and_gradient_are_those_of_merged_weights(changes, folder):
     params, target = (random_adapters(config, parts, folder, seed) for seed in (0, 1))
     components = {"unet", "text_encoder"} if config.objective == "denoising" else {"unet"}
     assert params.keys() == components
-    frozen, whole_frozen = frozen_params(config, folder), frozen_params(whole_config, folder)
-    loss, whole_loss = make_loss(config, parts), make_loss(whole_config, whole_parts)
+    frozen, whole_frozen = frozen_params(config, parts, folder), frozen_params(whole_config, whole_parts, folder)
+    (loss,), (whole_loss,) = (make_losses(of).values() for of in (parts, whole_parts))
     base = initial_params(whole_config, whole_parts, folder)
     random = np.random.default_rng(2)
     batch = {
@@ -114,7 +114,7 @@ def test_loss_and_gradient_are_those_of_merged_weights(changes, folder):
 def test_the_base_is_kept_once(folder):
     """Teacher and student read the same frozen weights; the state has adapters alone, and starts as the teacher."""
     config, parts = configure(folder, lcd=TOLD)
-    assert set(frozen_params(config, folder)) == {"vae", "text_encoder", "unet"}
+    assert set(frozen_params(config, parts, folder)) == {"vae", "text_encoder", "unet"}
     params = initial_params(config, parts, folder)
     unet = parts.networks["unet"].shapes
     assert {lora.module_of(path) + ".kernel" for path in params["unet"]} < set(unet)
@@ -234,7 +234,7 @@ def test_previews_are_drawn_with_the_adapters(run, folder):
     """The grid of the last step is what the pipeline draws with the adapters of that step, not the base's."""
     config = load_resolved(run)
     parts = make_parts(config, folder, load_tokenizer(folder))
-    preview, frozen = make_preview(config, parts, load_tokenizer(folder)), frozen_params(config, folder)
+    preview, frozen = make_preview(config, parts, load_tokenizer(folder)), frozen_params(config, parts, folder)
     trained, start = (
         preview(restore_params(run, "ema")[0], frozen),
         preview(initial_params(config, parts, folder), frozen),

@@ -16,8 +16,10 @@ from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.parallel.mesh import MeshConfig
 from lcm_jax.training.loop import train
+from lcm_jax.training.losses import make_losses
+from lcm_jax.training.networks import frozen_params, initial_params, make_parts
 from lcm_jax.training.previews import make_preview
-from lcm_jax.training.state import frozen_params, initial_params, initial_state, make_parts
+from lcm_jax.training.state import initial_state
 from lcm_jax.training.step import make_step
 
 SIZE = 8  # pixels
@@ -101,8 +103,8 @@ def program(folder, changes):
     config = configure(folder, changes)
     parts = make_parts(config, folder, load_tokenizer(folder))
     params = initial_params(config, parts, folder)  # on the host
-    state = jax.eval_shape(lambda: initial_state(config, params))
-    frozen = jax.eval_shape(lambda: frozen_params(config, folder))
+    state = jax.eval_shape(lambda: initial_state(config, make_losses(parts), params))
+    frozen = jax.eval_shape(lambda: frozen_params(config, parts, folder))
     batch = {
         "image": jax.ShapeDtypeStruct((2, SIZE, SIZE, 3), jnp.uint8),
         "input_ids": jax.ShapeDtypeStruct((2, 16), jnp.int32),
@@ -182,8 +184,8 @@ def test_attention_that_a_device_has_not_is_one_line(dtype, device, said):
 def preview(folder, changes):
     config = configure(folder, changes)
     parts = make_parts(config, folder, load_tokenizer(folder))
-    state = initial_state(config, initial_params(config, parts, folder))
-    return make_preview(config, parts, load_tokenizer(folder))(state["ema"], frozen_params(config, folder))
+    state = initial_state(config, make_losses(parts), initial_params(config, parts, folder))
+    return make_preview(config, parts, load_tokenizer(folder))(state["ema"], frozen_params(config, parts, folder))
 
 
 def test_a_preview_follows_its_options(folder):

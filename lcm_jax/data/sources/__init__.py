@@ -1,1 +1,1 @@
-"""Data sets, one kind a file."""
+"""Data sources, one kind per file."""

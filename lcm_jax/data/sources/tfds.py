@@ -1,7 +1,7 @@
-"""Opens a TFDS data set for random access, without TensorFlow: a registered builder, or any ArrayRecord directory.
+"""Opens a TFDS data set for random access, without TensorFlow: a registered builder or any ArrayRecord directory.
 
-The data set's own layout (dataset_info.json, features.json, shards) is TFDS's; only `array_record` files give random
-access, so other formats are refused with the command that converts them.
+The layout (dataset_info.json, features.json, shards) is TFDS's. Only `array_record` files allow random access; for
+other formats, the error names the command that converts them.
 """
 
 import contextlib
@@ -23,39 +23,39 @@ from lcm_jax.data.images import BadImage
 from lcm_jax.data.latents import CAPTIONS, MOMENTS
 from lcm_jax.errors import UserError, nearest, plain, say
 
-# builders of this package: TFDS knows a builder once its module is imported
+# builders of this package: importing a builder's module registers it with TFDS
 PROVIDED = {"captioned_digits": "lcm_jax.digits.dataset"}
-LONGEST_CAPTION = 2**16  # characters; a text encoder sees some 300, and a megabyte takes a tokenizer 14 s
+LONGEST_CAPTION = 2**16  # characters; a text encoder reads about 300, and tokenizing one megabyte takes 14 s
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Pictures, or what they were encoded to, with captions, by index. `read` may be called from several threads."""
+    """Images, or their encoded moments, with captions, by index. `read` may be called from several threads."""
 
-    where: str  # names the data set and split in error messages
+    where: str  # data set and split, for error messages
     records: Sequence[Any]  # TFDS data source; images undecoded
     image_key: str
     caption_key: str  # a path through nested features, "captions/text"
-    metadata: dict[str, Any]  # what the data set says of itself
+    metadata: dict[str, Any]  # TFDS's metadata.json
 
     def __len__(self) -> int:
         return len(self.records)
 
     def read(self, indices: Sequence[int]) -> list[tuple[Any, list[str]]]:
-        """Reads records. Returns for each the image file (PNG, JPEG, …) or moments, and its captions (at least one).
+        """Returns the image file (PNG, JPEG, …) or moments of each record, and its captions (at least one).
 
         Raises UserError naming the record that cannot be read or has no caption.
         """
         try:
             records = self.records.__getitems__(indices)  # pyright: ignore[reportAttributeAccessIssue]
         except Exception:
-            records = [self._read_one(i) for i in indices]  # finds which one it was
+            records = [self._read_one(i) for i in indices]  # finds the record that failed
         return [(record[self.image_key], self._captions(record, i)) for record, i in zip(records, indices, strict=True)]
 
     def stored(self, indices: Sequence[int]) -> list[bytes]:
-        """Returns records as they are stored, each a tf.Example, but with its features in the order of their names.
+        """Returns the stored records as serialized tf.Examples with sorted features.
 
-        TFDS writes them in an order of each process's own, so files of the same records differ.
+        TFDS's order of features varies between processes, so files of the same records differ.
 
         Raises UserError naming the record that cannot be read.
         """
@@ -64,12 +64,12 @@ class Source:
             parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
             return [parse(record).SerializeToString(deterministic=True) for record in found]
         except Exception as error:
-            for index in indices:  # finds which one it was
+            for index in indices:  # finds the record that failed
                 self._read_one(index)
             raise UserError(f"{self.where}: its records cannot be read ({_line(error)})") from None
 
     def bad_image(self, index: int, error: BadImage) -> UserError:
-        """Returns the error that names the record whose image can't be used."""
+        """Returns the UserError for a record whose image can't be decoded."""
         return UserError(f"{self.where}: the image of record {index} cannot be decoded: {error}")
 
     def _read_one(self, index: int) -> dict:
@@ -102,14 +102,16 @@ def open_source(
 
     Args:
       dataset: name of a registered TFDS builder ("captioned_digits", "name/config:1.0.0"); prepared in `data_dir` if
-        it is not there yet.
-      directory: a prepared data set's version directory, in place of `dataset`.
-      data_dir: where prepared data sets lie; "" means TFDS's default, ~/tensorflow_datasets.
+        missing.
+      directory: version directory of a prepared data set, opened instead of `dataset`.
+      data_dir: folder of prepared data sets; "" means TFDS's default, ~/tensorflow_datasets.
       split: TFDS split expression: "train", "train[:10%]", "train+test".
-      image_key, caption_key: features to read; `caption_key` may be a path ("captions/text") and may hold several.
-      encoded: whether it is a data set of `lcm_jax.data.latents`; then the keys are those it has.
+      image_key: name of the image feature.
+      caption_key: name or path ("captions/text") of the caption feature, which may hold several captions.
+      encoded: open a data set of `lcm_jax.data.latents`; image_key and caption_key are then ignored.
 
-    Raises UserError for a data set, split or key that is not there, an empty split, and files of another format.
+    Raises: UserError for a missing data set, split, key or file, an empty split, a feature of another type, and files
+      of another format.
     """
     builder = _from_directory(directory) if directory else _from_name(dataset, data_dir)
     info, place = builder.info, builder.data_path
@@ -128,7 +130,7 @@ def open_source(
     else:
         _check_keys(info.features, image_key, caption_key, place)
     _check_split(info, split, place)
-    # Only the wanted image is decoded, later and by Pillow; the others are left as bytes as well.
+    # Images stay encoded: Pillow decodes the requested one later.
     undecoded = {k: tfds.decode.SkipDecoding() for k, f in info.features.items() if isinstance(f, tfds.features.Image)}
     try:
         records = builder.as_data_source(split, decoders=undecoded, file_format="array_record")
@@ -162,7 +164,7 @@ def _from_name(name: str, data_dir: str) -> Any:
     builder = _builder(name, data_dir)
     if not builder.data_path.exists():
         prepare(builder)
-        builder = _builder(name, data_dir)  # a builder reads what is there when it is made
+        builder = _builder(name, data_dir)  # a builder reads the prepared files only when it is created
     return builder
 
 
@@ -174,7 +176,7 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         return tfds.builder(name, data_dir=str(epath.Path(data_dir).expanduser()) if data_dir else None)
     except tfds.core.DatasetNotFoundError:
         hint = nearest(base, {*tfds.list_builders(with_community_datasets=False), *PROVIDED})
-        if not hint.startswith("; did"):  # the whole list is hundreds of names
+        if not hint.startswith("; did"):  # the full list has hundreds of names
             hint = "; give 'captioned_digits', a registered TFDS name, or data.directory"
         raise UserError(f"data set {name!r} is not registered in TFDS{hint}") from None
     except Exception as error:
@@ -182,10 +184,10 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> None:
-    """Writes the data set once, whatever starts at the same time or died before.
+    """Writes the data set unless it exists; safe against concurrent and killed processes.
 
-    TFDS writes beside the target and renames at the end; the lock keeps a second process waiting, and whoever holds it
-    may clear what a killed one left.
+    TFDS writes next to the target and renames at the end. A file lock makes other processes wait; its holder removes
+    the incomplete folders of killed processes. Raises UserError if the data set cannot be prepared.
     """
     parent = Path(builder.data_path).parent
     try:
@@ -194,7 +196,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
     except OSError as error:
         raise UserError(f"data.data_dir: {parent} is not writable ({error.strerror})") from None
     with lock:
-        with contextlib.suppress(OSError):  # a file system without locks: TFDS's rename still lets only one win
+        with contextlib.suppress(OSError):  # a file system without locks: TFDS's rename still lets only one succeed
             fcntl.flock(lock, fcntl.LOCK_EX)
         if builder.data_path.exists():
             return
@@ -214,13 +216,13 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
                 " are installed, with file_format='array_record', and give data.directory"
             ) from None
         except Exception as error:
-            if not builder.data_path.exists():  # else another machine on the same disk was first
+            if not builder.data_path.exists():  # otherwise another machine on the same disk was first
                 raise UserError(f"data set {builder.name!r} cannot be prepared ({_line(error)})") from None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS's progress bars and its banners, which it prints to standard output, off the screen."""
+    """Suppresses TFDS's progress bars and the banners that it prints to standard output."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(None):
@@ -271,10 +273,10 @@ def _check_split(info: tfds.core.DatasetInfo, split: str, place: epath.Path) -> 
 
 
 def _text(caption: bytes | str) -> str:
-    """Returns a caption as text that any tokenizer and TFDS take: it has a UTF-8 form, and an end.
+    """Returns a caption as valid Unicode text of at most LONGEST_CAPTION characters.
 
-    Bytes that are no UTF-8 (Latin-1, a character cut in half) and lone surrogates become U+FFFD. Another encoding is
-    not guessed: for a damaged UTF-8 caption, a guess would change all its other letters beyond ASCII too.
+    Bytes that are not UTF-8 (Latin-1, a truncated character) and lone surrogates become U+FFFD. No other encoding is
+    guessed: in a damaged UTF-8 caption, a wrong guess would change all other non-ASCII letters too.
     """
     if isinstance(caption, bytes):
         text = caption.decode("utf-8", "replace")
@@ -284,5 +286,5 @@ def _text(caption: bytes | str) -> str:
 
 
 def _line(error: object) -> str:
-    """Any message as one line of modest length."""
+    """Returns a message as one line of at most 200 characters."""
     return plain(str(error) or type(error).__name__, 200)

@@ -1,1 +1,1 @@
-"""LoRA files: the dialects of diffusers, peft and kohya's scripts, read and written."""
+"""Reads and writes LoRA files in the formats of diffusers, peft and kohya's scripts."""

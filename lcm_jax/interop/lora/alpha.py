@@ -1,10 +1,9 @@
-"""A LoRA's alpha where it is no tensor: peft's configuration, in a file's header or in adapter_config.json.
+"""LoRA alphas that are not stored as tensors but in peft's configuration, in a file's header or adapter_config.json.
 
     {"r": 64, "lora_alpha": 32, "alpha_pattern": {"mid_block.resnets.0.conv1": 8}, "rank_pattern": {}, …}
 
-diffusers' `save_lora_weights` writes it under the header's key `lora_adapter_metadata`, as JSON, each name with its
-component before it (`unet.lora_alpha`), if it is told to; a model's own `save_lora_adapter` leaves that out. Where
-nobody says anything, alpha is the rank.
+diffusers' `save_lora_weights` can write it as JSON under the header key `lora_adapter_metadata`, with the component as
+a prefix (`unet.lora_alpha`); a model's `save_lora_adapter` omits the prefix. Without a configuration, alpha = rank.
 """
 
 import collections
@@ -20,15 +19,15 @@ from lcm_jax.interop.lora.keys import TEXT_MODEL
 
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_FILE = "adapter_config.json"
-_LARGEST = 3.4e38  # of float32
+_LARGEST = 3.4e38  # about the float32 maximum
 _OPTIONS = ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_dora", "use_rslora")
 
 
 def configs_of_header(header: Mapping[str, str] | None, components: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Returns component → peft's configuration, from the header of a file with tensors of these components.
+    """Returns component → peft configuration from a file's header; `components` are those with tensors in the file.
 
     Raises:
-      UserError: it can't be read; it doesn't say which of several components it is for.
+      UserError: the configuration can't be read, or has no component prefix in a file for several components.
     """
     text = (header or {}).get(METADATA_KEY)
     if not text:
@@ -46,9 +45,9 @@ def configs_of_header(header: Mapping[str, str] | None, components: Collection[s
 
 
 def config_beside(file: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the adapter_config.json in the file's folder or in the one around it; None if there is none.
+    """Returns the adapter_config.json in the file's folder or its parent, None if there is none.
 
-    The one around it is where diffusers' own script for LCM-LoRA leaves it.
+    diffusers' LCM-LoRA training script writes it to the parent folder.
     """
     for folder in (file.absolute().parent, file.absolute().parent.parent):
         if (folder / CONFIG_FILE).is_file():
@@ -57,10 +56,10 @@ def config_beside(file: pathlib.Path) -> dict[str, Any] | None:
 
 
 class Alphas:
-    """The alpha of each module, for which dW = alpha / rank · B A, as peft finds it in a configuration."""
+    """Alphas of modules in a peft configuration, found as peft does; dW = alpha / rank · B A."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Args: peft's configuration; {} for none. Raises: UserError for a DoRA's, and patterns that are not read."""
+        """Takes a peft configuration, or {} for none; raises UserError for DoRA and unsupported patterns."""
         if config.get("use_dora"):
             raise UserError("it holds a DoRA (use_dora); only plain LoRA of linear layers and convolutions is read")
         self._config = config
@@ -70,24 +69,25 @@ class Alphas:
         self._patterns = patterns.Patterns(self._of_pattern, "alpha_pattern")
 
     def of(self, module: str, rank: int) -> float:
-        """Returns a module's alpha; raises UserError if it is not a finite number."""
-        pattern = self._patterns.first(module, TEXT_MODEL + module)  # the latter up to transformers 4
+        """Returns a module's alpha, `rank` by default; raises UserError if it is not a finite number."""
+        pattern = self._patterns.first(module, TEXT_MODEL + module)  # text encoder path up to transformers 4
         alpha = self._config.get("lora_alpha", rank) if pattern is None else self._of_pattern[pattern]
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not is_alpha(alpha):
             raise UserError(f"the alpha of {module} is {plain(repr(alpha), 100)}; it must be a number")
-        return alpha * math.sqrt(rank) if self._config.get("use_rslora") else float(alpha)  # it divides by sqrt(rank)
+        return alpha * math.sqrt(rank) if self._config.get("use_rslora") else float(alpha)  # rsLoRA: alpha / sqrt(rank)
 
 
 def is_alpha(value: float) -> bool:
-    """Whether a number can be an alpha: finite in float32, in which weight differences are computed."""
+    """Returns whether a number is finite in float32, the dtype in which weight differences are computed."""
     return abs(value) <= _LARGEST
 
 
 def header_of(component: str, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """Returns the entries of the header's JSON for one component: what is most frequent, and the modules that differ.
+    """Returns a component's entries for `lora_adapter_metadata`: the most frequent rank and alpha, and exceptions.
 
     Args:
-      ranks, alphas: module → value, modules without the prefix `text_model.`.
+      component: prefix of the entries.
+      ranks, alphas: module → value; modules are without the prefix `text_model.`.
     """
     rank = collections.Counter(ranks.values()).most_common(1)[0][0]
     alpha = collections.Counter(alphas.values()).most_common(1)[0][0]

@@ -1,7 +1,7 @@
-"""LoRA files: safetensors in the dialect of diffusers and peft, or in that of kohya's scripts, read and written.
+"""Reads and writes LoRA safetensors files in the dialect of diffusers and peft or of kohya's scripts.
 
-A dialect decides only names and where alpha stands (`keys`, `alpha`): the layout is always torch's, A
-(rank, in) or (rank, in, k, k), B (out, rank) or (out, rank, 1, 1).
+A dialect determines only key names and where alpha is stored (`keys`, `alpha`). The layout is always PyTorch's: A is
+(rank, in) or (rank, in, k, k), B is (out, rank) or (out, rank, 1, 1).
 """
 
 import collections
@@ -34,28 +34,29 @@ from lcm_jax.interop.lora.keys import Name, Names, kohya_key, peft_key, refuse
 from lcm_jax.interop.lora.tensors import adapter as adapter_of
 
 DIALECTS = ("diffusers", "kohya")
-FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # what diffusers and peft call it in a folder
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # names used by diffusers and peft
 
 Kernels = Mapping[str, Mapping[str, tuple[int, ...]]]  # component -> module -> shape of its kernel, as `lora.kernels`
 
 
 def read_lora(path: str | os.PathLike[str], kernels: Kernels) -> dict[str, Adapter]:
-    """Reads a LoRA for some networks.
+    """Reads a LoRA file.
 
     Args:
-      path: a safetensors file, or a folder that holds one, as `find` takes it.
-      kernels: component → module → shape, of the networks that it may be for.
+      path: a safetensors file, or a folder that contains one (see `find`).
+      kernels: component → module → kernel shape, for the networks that the LoRA may adapt.
 
     Returns:
-      Component → adapter, for those that the file holds: numpy arrays in our names and layout and the file's dtype.
+      Component → adapter, for components in the file: numpy arrays in this package's names and layout, in the file's
+      dtype.
 
     Raises:
-      UserError: no such file, cut short, a pickle; no plain LoRA (DoRA, LoHa, LoKr …); a tensor for a component or a
-        module that isn't there, of another shape than the module or its own other half needs, or without that half.
+      UserError: the file is missing, truncated or a pickle; it is not a plain LoRA (DoRA, LoHa, LoKr …); a tensor is
+        for an unknown component or module, has the wrong shape, or lacks its A or B counterpart.
     """
     file = find(path)
     shapes = weights.read_shapes(file)
-    with _in(file):  # before the tensors are read, which are many if it is no LoRA
+    with _in(file):  # before reading tensors: a file that is not a LoRA may be large
         refuse(shapes)
         names = _names(shapes, kernels)
     tensors, header = weights.read_file(file)
@@ -80,7 +81,7 @@ def read_lora(path: str | os.PathLike[str], kernels: Kernels) -> dict[str, Adapt
 
 @contextlib.contextmanager
 def _in(file: pathlib.Path) -> Iterator[None]:
-    """Puts the file's name before the message of a UserError."""
+    """Prefixes the message of a UserError with the file's name."""
     try:
         yield
     except UserError as error:
@@ -88,7 +89,7 @@ def _in(file: pathlib.Path) -> Iterator[None]:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Returns the header's texts of a LoRA, of which `read_lora` reads the tensors; raises UserError likewise."""
+    """Returns a LoRA file's header metadata; raises UserError if the file is missing or can't be read."""
     return weights.read_header(find(path))
 
 
@@ -100,20 +101,20 @@ def write_lora(
     dtype: str = "float32",
     header: Mapping[str, str] | None = None,
 ) -> pathlib.Path:
-    """Writes a LoRA as one safetensors file; one that is there already is replaced as a whole.
+    """Writes a LoRA to one safetensors file; an existing file is replaced.
 
     Args:
       path: the file, *.safetensors.
-      adapters: component → adapter, in our names and layout.
-      dialect: "diffusers": keys as `save_lora_weights` writes them, alpha in the header's `lora_adapter_metadata`,
-        which diffusers reads from 0.34 on (elsewhere alpha = rank is taken). "kohya": alpha is a tensor, one for all
-        modules of a network, since diffusers 0.42 gives every attention layer the most frequent one; where alphas
-        differ, B is scaled so that dW stays what it is.
+      adapters: component → adapter, in this package's names and layout.
+      dialect: "diffusers" uses the keys of `save_lora_weights` and writes alpha to the header's
+        `lora_adapter_metadata`, which diffusers reads from 0.34 on (other readers use alpha = rank). "kohya" writes
+        alpha as tensors, with one value per network, since diffusers 0.42 gives every attention layer the most frequent
+        alpha. Where alphas differ, B is scaled to keep dW.
       dtype: "float32", "float16" or "bfloat16".
-      header: more texts for the file's header.
+      header: additional header metadata.
 
     Raises:
-      UserError: another dialect or dtype; a name that doesn't end in .safetensors; no place to write.
+      UserError: unknown dialect or dtype; a name that doesn't end in .safetensors; the file can't be written.
     """
     one_of("dialect", dialect, DIALECTS)
     one_of("dtype", dtype, weights.DTYPES)
@@ -141,7 +142,7 @@ def write_lora(
 
 
 def _with_one_alpha(adapter: Adapter) -> Adapter:
-    """The same dW, all modules with the most frequent alpha."""
+    """Returns an adapter with the same dW in which all modules have the most frequent alpha."""
     alpha = collections.Counter(adapter.alphas.values()).most_common(1)[0][0]
     scaled = {
         module + lora.B: np.asarray(adapter.params[module + lora.B]).astype(np.float32) * np.float32(own / alpha)
@@ -158,9 +159,9 @@ def _key(name: Name, dialect: str, adapters: Mapping[str, Adapter]) -> str:
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns the file of a LoRA; raises UserError if there is none, if it is a pickle or if a folder holds several.
+    """Returns the LoRA file at a path; in a folder, the one named as in diffusers or peft, or the only .safetensors.
 
-    In a folder that is the file that diffusers or peft would write there, or else the only one that is safetensors.
+    Raises UserError if there is no such file, it is a pickle or can't be read, or a folder holds several candidates.
     """
     path = pathlib.Path(os.path.expanduser(path))
     try:
@@ -194,7 +195,7 @@ def _find_in(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _names(shapes: Mapping[str, tuple[int, ...]], kernels: Kernels) -> dict[str, Name]:
-    """Returns key → what it is, for all tensors of a file; raises UserError for one that has no place in the model."""
+    """Returns key → name; raises UserError for an empty file, duplicates, or tensors that match no module."""
     known = Names(kernels)
     names: dict[str, Name] = {}
     keys: dict[Name, str] = {}
@@ -215,7 +216,7 @@ def _names(shapes: Mapping[str, tuple[int, ...]], kernels: Kernels) -> dict[str,
 
 
 def _configs_beside(file: pathlib.Path, components: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What peft's own keys (base_model.model.…) are saved with: without it, nobody knows the alpha."""
+    """Returns component → adapter_config.json, for files with peft's keys (base_model.model.…); warns without one."""
     config = config_beside(file)
     if config is None:
         warnings.warn(

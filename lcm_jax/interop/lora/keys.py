@@ -1,12 +1,12 @@
-"""What other projects call the tensors of a LoRA: a key in a file ↔ a component, one of its modules, and a part of it.
+"""Maps LoRA tensor keys to a component, a module and a part (A, B or alpha), and back.
 
 diffusers, peft   unet.mid_block.resnets.0.conv1.lora_A.weight          .lora_B.weight   (alpha: not a tensor)
 kohya's scripts   lora_unet_mid_block_resnets_0_conv1.lora_down.weight  .lora_up.weight  .alpha
 the same, LDM     lora_unet_middle_block_0_in_layers_2.lora_down.weight
 
-The component may be left out, `base_model.model.` (peft's wrapper) may stand around it, and older diffusers said
-`.lora.down.weight`, `.lora_linear_layer.down.weight` and `….attn1.processor.to_q_lora.down.weight`. All of them are
-read, also side by side in one file, by looking the module up among the network's own, each spelled in every way.
+The component may be omitted or combined with `base_model.model.` (peft's wrapper). Older diffusers versions wrote
+`.lora.down.weight`, `.lora_linear_layer.down.weight` and `….attn1.processor.to_q_lora.down.weight`. All forms are read,
+even mixed in one file: modules are looked up in a table of all spellings of the network's modules.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from lcm_jax.interop.lora.ldm_names import ldm_names
 KOHYA_COMPONENTS = {
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",  # where there are two
+    "lora_te1_": "text_encoder",  # in models with two text encoders
     "lora_te2_": "text_encoder_2",
 }
 _PREFIXES = re.compile(r"(?:(unet|text_encoder_2|text_encoder)\.|base_model\.model\.)")
 _DOWN = {"A": "A", "B": "B", "down": "A", "up": "B"}
 _PART = re.compile(
     r"(?P<module>.+?)(?:"
-    r"\.lora_(?P<peft>A|B)(?:\.\w+)?\.weight|"  # an adapter's name may stand behind
+    r"\.lora_(?P<peft>A|B)(?:\.\w+)?\.weight|"  # optionally with the adapter's name
     r"(?:\.lora_|\.lora\.|\.lora_linear_layer\.|_lora\.)(?P<old>down|up)\.weight|"
     r"\.(?P<alpha>alpha))"
 )
@@ -44,17 +44,17 @@ _REFUSED = {
     r"^(image_proj|ip_adapter)\.": "an IP-Adapter",
     r"^(emb_params|string_to_param|clip_[lg])$": "a textual inversion",
 }
-LONGEST_KEY = 500  # characters; the longest that a published file has are about 110
-TEXT_MODEL = "text_model."  # stood around the layers of CLIP's text encoder up to transformers 4
+LONGEST_KEY = 500  # characters; keys in published files have up to about 110
+TEXT_MODEL = "text_model."  # prefix of CLIP text encoder layers up to transformers 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """What a tensor is.
+    """Identifies a LoRA tensor.
 
     Attributes:
       component: "unet", "text_encoder", …
-      module: path of the module in our network.
+      module: path of the module in this package's network.
       part: "A", "B" or "alpha".
     """
 
@@ -64,7 +64,7 @@ class Name:
 
 
 def refuse(keys: Iterable[str]) -> None:
-    """Raises UserError, which names the kind, if keys are those of a file that is no plain LoRA."""
+    """Raises UserError, naming the format, if the keys are not those of a plain LoRA."""
     for key in keys:
         if len(key) > LONGEST_KEY:
             raise UserError(f"it is no LoRA: the name of a tensor has {len(key)} characters ({plain(key, 60)})")
@@ -74,10 +74,10 @@ def refuse(keys: Iterable[str]) -> None:
 
 
 class Names:
-    """The spellings of the modules of some networks."""
+    """Lookup tables of all module spellings of some networks."""
 
     def __init__(self, modules: Mapping[str, Iterable[str]]) -> None:
-        """Args: component → paths of its linear layers and convolutions."""
+        """Takes component → paths of its linear layers and convolutions."""
         self._dotted = {component: _dotted(component, paths) for component, paths in modules.items()}
         self._flat = {
             component: {spelled.replace(".", "_"): module for spelled, module in dotted.items()}
@@ -85,7 +85,7 @@ class Names:
         }
 
     def read(self, key: str) -> Name | None:
-        """Returns what the tensor `key` is; None for an unknown part, component or module, which `fault` explains."""
+        """Returns the name for a key; None for an unknown part, component or module, see `fault`."""
         split = self._split(key)
         if split is None:
             return None
@@ -94,7 +94,7 @@ class Names:
         return None if module is None else Name(component, module, part)
 
     def fault(self, key: str) -> str:
-        """Returns why `read` doesn't know a key, and the module that may be meant."""
+        """Returns why `read` doesn't accept a key, with the most similar module."""
         split = self._split(key)
         if split is None:
             return f"{key} is no tensor of a LoRA (….lora_A.weight, ….lora_down.weight, ….alpha)"
@@ -105,7 +105,7 @@ class Names:
         return f"this model's {component} has no module {spelled}{nearest(spelled, known)}"
 
     def _split(self, key: str) -> tuple[Mapping[str, Mapping[str, str]], str, str, str] | None:
-        """Returns the tables to look into, the component, the module's spelling, and the part."""
+        """Returns lookup tables, component, module spelling and part; None if the key is not a LoRA tensor."""
         found = _PART.fullmatch(key)
         if found is None:
             return None
@@ -123,13 +123,13 @@ class Names:
 
 
 def module_text(key: str) -> str:
-    """Returns a key without the part behind the module; the key itself if it is no tensor of a LoRA."""
+    """Returns the key up to the module, without the part; the key itself if it is not a LoRA tensor."""
     found = _PART.fullmatch(key)
     return found["module"] if found else key
 
 
 def _dotted(component: str, modules: Iterable[str]) -> dict[str, str]:
-    """Every dotted spelling of a network's modules → the module."""
+    """Returns spelling → module, for every dotted spelling of a network's modules."""
     table, modules = {}, list(modules)
     ldm = ldm_names(modules) if component == "unet" else {}
     for module in modules:
@@ -144,20 +144,19 @@ def _dotted(component: str, modules: Iterable[str]) -> dict[str, str]:
 
 
 def peft_key(name: Name) -> str:
-    """Returns the key that diffusers' `save_lora_weights` gives to lora_A or lora_B."""
+    """Returns the key of lora_A or lora_B in diffusers' `save_lora_weights`."""
     return f"{name.component}.{peft_module(name)}.lora_{name.part}.weight"
 
 
 def peft_module(name: Name) -> str:
-    """Returns the module's path as the key has it. That of a text encoder begins with `text_model.`: diffusers reads
-    it with every transformers."""
+    """Returns a key's module path; text encoders get `text_model.`, which diffusers reads with any transformers."""
     if name.component.startswith("text_encoder") and not name.module.startswith((TEXT_MODEL, "text_projection")):
         return TEXT_MODEL + name.module
     return name.module
 
 
 def kohya_key(name: Name, *, two_text_encoders: bool = False) -> str:
-    """Returns the key that kohya's scripts give to a tensor."""
+    """Returns the key of a tensor in kohya's scripts."""
     prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}[name.component]
     if two_text_encoders and name.component == "text_encoder":
         prefix = "lora_te1_"

@@ -1,4 +1,4 @@
-"""Names of the original Stable Diffusion code (LDM; "sgm" for SDXL) for the modules of a diffusers UNet.
+"""Names of diffusers UNet modules in the original Stable Diffusion code (LDM; "sgm" for SDXL).
 
     input_blocks.0.0       conv_in                           time_embed.0, .2      time_embedding.linear_1, .linear_2
     input_blocks.N.0, .1   a residual block, its transformer  label_emb.0.0, .0.2  add_embedding.linear_1, .linear_2
@@ -6,8 +6,8 @@
     output_blocks.N.0, .1  a residual block, its transformer  out.2                conv_out
     output_blocks.N.1.conv an upsampler; N.2.conv in a level that has transformers
 
-N counts the blocks through all levels, so a name depends on the number of layers and of levels. They are taken from the
-modules that the UNet has.
+N counts blocks over all levels, so names depend on the number of layers and levels, which are inferred from the UNet's
+modules.
 """
 
 import itertools
@@ -42,7 +42,7 @@ _MODULE = re.compile(
 
 
 def ldm_names(modules: Iterable[str]) -> dict[str, str]:
-    """Returns module → its LDM name, for those of a UNet's linear layers and convolutions that have one."""
+    """Returns module → LDM name, for the UNet's linear layers and convolutions that have one."""
     split = {module: _MODULE.fullmatch(module) for module in modules}
     places = _places({found[1] for found in split.values() if found})
     names = {module: _OUTSIDE[module] for module in split if module in _OUTSIDE}
@@ -54,7 +54,7 @@ def ldm_names(modules: Iterable[str]) -> dict[str, str]:
 
 
 def _places(parts: Collection[str]) -> dict[str, str]:
-    """Returns the LDM place of each residual block, transformer, downsampler and upsampler."""
+    """Returns block → LDM name, for each residual block, transformer, downsampler and upsampler."""
     places = dict(_MIDDLE)
     number = 1  # 0 is conv_in
     for block, layers in _levels("down_blocks", parts):
@@ -71,7 +71,7 @@ def _places(parts: Collection[str]) -> dict[str, str]:
 
 
 def _levels(way: str, parts: Collection[str]) -> Iterable[tuple[str, int]]:
-    """Yields each level's name and its number of residual blocks."""
+    """Yields the name and the number of residual blocks of each level."""
     for level in itertools.count():
         block = f"{way}.{level}"
         layers = next(j for j in itertools.count() if f"{block}.resnets.{j}" not in parts)

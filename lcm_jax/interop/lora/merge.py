@@ -1,4 +1,4 @@
-"""LoRA files merged into the networks of a folder, each with its weight."""
+"""Merges weighted LoRA files into the networks of a folder."""
 
 import dataclasses
 import numbers
@@ -22,12 +22,12 @@ _ADAPTED = ("unet", "text_encoder", "text_encoder_2")
 
 
 def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
-    """Returns component → path → W + Σ weight · dW for the kernels that change, in float32, whatever the base's dtype.
+    """Returns component → path → W + Σ weight · dW, in float32, for the kernels that change.
 
-    A LoRA of weight 0 is read and checked, and changes nothing. The folder's own arrays stay as they are.
+    A LoRA of weight 0 is read and checked but changes nothing. The folder's arrays are not modified.
 
     Raises:
-      UserError: a weight that isn't finite, or makes weights that are not; a file that is given twice; as `read_lora`.
+      UserError: a weight or a merged kernel is not finite; a file is given twice; or as for `read_lora`.
     """
     check(loras)
     shapes = adaptable(folder)
@@ -39,7 +39,7 @@ def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
             changed, base = merged.setdefault(name, {}), folder.components[name].params
             kernels = {f"{module}.kernel" for module in adapter.alphas}
             so_far = {kernel: changed.get(kernel, base[kernel]) for kernel in kernels}
-            with np.errstate(over="ignore", invalid="ignore"):  # found below
+            with np.errstate(over="ignore", invalid="ignore"):  # checked below
                 changed.update(lora.merge(so_far, adapter.params, adapter.alphas, weight))
     for name, changed in merged.items():
         for path, kernel in changed.items():
@@ -51,7 +51,7 @@ def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
 
 
 def adaptable(folder: Folder) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Returns component → module → the shape of its kernel, for the networks that a LoRA file may be for."""
+    """Returns component → module → kernel shape, for the networks that a LoRA may adapt."""
     return {
         name: lora.kernels(component.network().shapes)
         for name, component in folder.components.items()
@@ -60,7 +60,7 @@ def adaptable(folder: Folder) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def check(loras: Loras) -> None:
-    """Raises UserError for what is no mapping, a weight that is not finite, a file that is missing or comes twice."""
+    """Raises UserError if `loras` is not a mapping, a weight is not finite, or a file is missing or given twice."""
     if not isinstance(loras, Mapping):
         raise UserError(f"loras is {loras!r}; it must be a dict of file → weight")
     seen: dict[pathlib.Path, Any] = {}
@@ -76,12 +76,12 @@ def check(loras: Loras) -> None:
 
 
 def lcm_recipe(loras: Loras, num_train_timesteps: int = MOST_STEPS) -> Recipe | None:
-    """Returns how the LCM-LoRA among these was distilled, if there is one that says so; one of weight 0 is none.
+    """Returns the recipe in the header of the first LCM-LoRA that has one, or None; LoRAs of weight 0 are ignored.
 
-    Args: file → weight; the number of timesteps of the model's noise schedule.
+    `loras` is file → weight, `num_train_timesteps` the length of the model's noise schedule.
 
     Raises:
-      UserError: two of them were distilled for other timesteps; one for more than the model has.
+      UserError: two LoRAs were distilled for different timesteps, or one for more timesteps than the model has.
     """
     attached = [path for path, weight in loras.items() if weight != 0]
     recipes = {path: recipe for path in attached if (recipe := Recipe.of_header(read_header(path), str(path)))}
@@ -100,10 +100,10 @@ def lcm_recipe(loras: Loras, num_train_timesteps: int = MOST_STEPS) -> Recipe | 
 
 
 def with_kernels(folder: Folder, kernels: Mapping[str, Flat]) -> Folder:
-    """Returns the folder with these kernels in place of its own, rounded to its dtypes: component → path → array.
+    """Returns the folder with kernels (component → path → array) replaced, cast to the dtypes of the folder's own.
 
     Raises:
-      UserError: a kernel that isn't finite in the dtype of the folder's own.
+      UserError: a kernel is not finite in that dtype.
     """
     changed = {}
     for name, of in kernels.items():

@@ -1,4 +1,4 @@
-"""Which model a LoRA file was made for, as far as its tensors' names and shapes tell."""
+"""Infers the base model of a LoRA file from the names and shapes of its tensors."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,10 @@ _FAMILIES = {
 
 
 def strangers(file: Shapes, keys: Sequence[str], kernels: Mapping[str, Shapes], fault: str) -> str:
-    """Returns the message for a file of which some tensors have no place in a model.
+    """Returns the error message for a file (key → shape) whose tensors `keys` match no module of the model.
 
-    Args: the file's shapes; the keys without a place; component → module → shape of the model; what is wrong with the
-      first of the keys, for a file that doesn't tell what it is for.
+    `kernels` is component → module → kernel shape. `fault` describes the first key; it is used if nothing shows that
+    the file was made for another base model.
     """
     lost = list(dict.fromkeys(map(module_text, keys)))
     total = len(set(map(module_text, file)))
@@ -41,9 +41,9 @@ def strangers(file: Shapes, keys: Sequence[str], kernels: Mapping[str, Shapes], 
 
 
 def other_base(file: Shapes, kernels: Mapping[str, Shapes]) -> str:
-    """Returns "it was made for A; this model is B", with text widths; "" if nothing tells that these are not the same.
+    """Returns "it was made for A; this model is B", with text widths; "" if nothing shows that A and B differ.
 
-    Args: the file's shapes; component → module → shape of the model.
+    `file` is key → shape, `kernels` component → module → kernel shape of the model.
     """
     theirs, ours = _text_width(file), _own_width(kernels)
     family = next((name for pattern, name in _FAMILIES.items() if any(re.search(pattern, key) for key in file)), "")
@@ -57,7 +57,7 @@ def other_base(file: Shapes, kernels: Mapping[str, Shapes]) -> str:
 
 
 def _text_width(file: Shapes) -> int:
-    """The width of the text features that a file's cross-attention takes; 0 if it has none."""
+    """Returns the width of the text features in the file's cross-attention; 0 if it has none."""
     return next((shape[1] for key, shape in file.items() if len(shape) > 1 and _TEXT_KEY.search(key)), 0)
 
 

@@ -1,10 +1,10 @@
-"""peft's patterns for module names (`alpha_pattern`), matched in linear time.
+"""Matches peft's patterns for module names (`alpha_pattern`) in linear time.
 
-peft takes each key as a regular expression for the end of a module's path: `to_q`, `attn2.to_k`, `^mid_block.proj_in`,
-`layers.\\d+.fc1`. A file may come from anyone, and a backtracking matcher may run for ever on `(a+)+$`. Names, which
-nearly all files have, are looked up as they are: a dot is a dot. Regular expressions are read if only single characters
-repeat in them: literals, `.`, `\\d`, `\\w`, `[a-z]`, `*`, `+`, `?`, `(a|b)`, and `^` and `$` at the ends. All positions
-that a pattern may have reached in a text are kept side by side, as the bits of one number.
+peft matches each key as a regular expression with the end of a module's path: `to_q`, `attn2.to_k`,
+`^mid_block.proj_in`, `layers.\\d+.fc1`. Files are untrusted, and a backtracking matcher may never finish on `(a+)+$`.
+Plain names, the usual case, are looked up literally, so a dot matches only a dot. Regular expressions may use literals,
+`.`, `\\d`, `\\w`, `[a-z]`, `*`, `+`, `?`, `(a|b)`, and `^` and `$` at the ends; only single characters may repeat. All
+positions that a pattern can reach in a text are tracked at once, as the bits of an integer.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from typing import Any
 
 from lcm_jax.errors import UserError, plain
 
-LONGEST = 1000  # characters of all regular expressions of a file
-DEEPEST = 10  # groups inside each other
+LONGEST = 1000  # characters, total over all regular expressions of a configuration
+DEEPEST = 10  # nested groups
 _NAME = re.compile(r"(\^?)([\w-]+(?:\\?\.[\w-]+)*)\$?")
 _CLASSES: dict[str, Callable[[str], bool]] = {
     ".": lambda c: True,
@@ -26,7 +26,7 @@ _CLASSES: dict[str, Callable[[str], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class _One:
-    """One character out of `accepted` (a key of the masks), which may be left out, or repeat."""
+    """One character of the set `accepted` (a key of the masks), which may be optional or repeated."""
 
     accepted: str
     optional: bool
@@ -39,10 +39,10 @@ class _Choice:
 
 
 class Patterns:
-    """Patterns of one configuration, in their order: the first that matches a module counts."""
+    """The patterns of a configuration, in order; the first that matches a module applies."""
 
     def __init__(self, patterns: Iterable[str], what: str) -> None:
-        """Args: the patterns; the name of the option, for messages. Raises: UserError for one that is not read."""
+        """Parses patterns; `what` names the option in errors. Raises UserError for an unsupported pattern."""
         self._names: dict[tuple[bool, str], tuple[int, str]] = {}  # (from the start, name) -> position, pattern
         self._regular: list[tuple[int, str, _Regular]] = []
         for position, pattern in enumerate(patterns):
@@ -55,7 +55,7 @@ class Patterns:
             raise UserError(f"its {what} has regular expressions of {length} characters; at most {LONGEST} are read")
 
     def first(self, *spellings: str) -> str | None:
-        """Returns the first pattern that matches a module, which may be spelled in several ways; None for none."""
+        """Returns the first pattern that matches any of a module's spellings, or None."""
         found = []
         for spelled in spellings:
             keys = [(True, spelled), *((False, spelled[start:]) for start in _starts(spelled))]
@@ -65,12 +65,12 @@ class Patterns:
 
 
 def _starts(text: str) -> list[int]:
-    """The places at which a pattern may begin: the start, and behind each dot."""
+    """Returns the positions where a pattern may start: 0 and after each dot."""
     return [0, *(i + 1 for i, c in enumerate(text) if c == ".")]
 
 
 class _Regular:
-    """A regular expression in which only single characters repeat."""
+    """A regular expression in which only single characters may repeat."""
 
     def __init__(self, pattern: str, what: str) -> None:
         self._pattern, self._what = pattern, what
@@ -98,7 +98,7 @@ class _Regular:
         )
 
     def _read_options(self, depth: int) -> list[list[Any]]:
-        """Reads alternatives up to the closing bracket or the end."""
+        """Reads alternatives up to the closing parenthesis or the end."""
         if depth > DEEPEST:
             raise self._unread(f"groups in groups, deeper than {DEEPEST}")
         options: list[list[Any]] = [[]]
@@ -127,7 +127,7 @@ class _Regular:
         accepted = self._read_character()
         sign = next((sign for sign in "*+?" if self._take(sign)), "")
         if sign:
-            self._take("?")  # whether it takes much or little makes no difference for what matches
+            self._take("?")  # greedy or lazy doesn't change what matches
         if self._text[self._at : self._at + 1] in tuple("*+?{"):
             raise self._unread("another sign for repetition")
         return _One(accepted, optional=sign in tuple("*?"), repeats=sign in tuple("*+"))
@@ -138,7 +138,7 @@ class _Regular:
         return taken
 
     def _read_character(self) -> str:
-        """Reads what stands for one character; returns its text, under which the test for it is kept."""
+        """Reads a one-character item, stores its test, and returns its text, the key of the test."""
         start, sign = self._at, self._text[self._at]
         if sign == "[":
             found = re.compile(r"\[(\^?)((?:[\w.]-[\w.]|\\[dw.-]|[\w.-])+)\]").match(self._text, self._at)
@@ -172,7 +172,7 @@ def _in(character: str, member: tuple[str, str, str, str]) -> bool:
 
 
 def _advance(item: _One | _Choice, reached: int, masks: dict[str, int], length: int) -> int:
-    """Returns the positions behind an item, from those before it: bit i is the place before character i."""
+    """Returns the positions after an item, given those before it; bit i is the position before character i."""
     if isinstance(item, _Choice):
         behind = 0
         for option in item.options:
@@ -184,7 +184,7 @@ def _advance(item: _One | _Choice, reached: int, masks: dict[str, int], length: 
     mask = masks[item.accepted]
     behind = (reached & mask) << 1
     step = 1
-    while item.repeats and step <= length:  # by 1, 2, 4, 8 … characters that are all accepted
+    while item.repeats and step <= length:  # over 1, 2, 4, 8 … accepted characters
         behind |= (behind & mask) << step
         mask &= mask >> step
         step *= 2

@@ -1,4 +1,4 @@
-"""A LoRA file's tensors, checked and paired: two halves and an alpha for each module."""
+"""Checks a LoRA file's tensors and groups them by module: A, B and alpha."""
 
 from collections.abc import Mapping
 
@@ -17,18 +17,18 @@ Parts = Mapping[str, tuple[str, np.ndarray]]  # "A", "B", "alpha" -> key in the 
 def adapter(
     component: str, modules: Mapping[str, Parts], alphas: Alphas, kernels: Mapping[str, tuple[int, ...]], base: str
 ) -> Adapter:
-    """Returns the adapter of a network, in our names and layout and the file's dtype.
+    """Returns a network's adapter, in this package's names and layout, in the file's dtype.
 
     Args:
-      component: its name, for messages.
-      modules: module → its tensors as the file has them.
-      alphas: the alphas of modules that have no such tensor.
-      kernels: module → shape of the network's kernel.
-      base: what tells that the file was made for another model (`origin.other_base`), or "".
+      component: the network's name, for error messages.
+      modules: module → its tensors in the file.
+      alphas: alphas of modules without an alpha tensor.
+      kernels: module → kernel shape of the network.
+      base: the message that the file was made for another model (`origin.other_base`), or "".
 
     Raises:
-      UserError: a half is missing; the ranks of two halves differ; values that are no finite real numbers in float32;
-        a tensor of another shape than its module needs; an alpha that is no number.
+      UserError: A or B is missing; their ranks differ; values are not finite real numbers in float32; a shape doesn't
+        fit its module; an alpha is not a number.
     """
     params, of_modules, misfits = {}, {}, {}
     for module, parts in modules.items():
@@ -70,7 +70,7 @@ def _check_values(key: str, array: np.ndarray) -> None:
         raise UserError(f"{key} is {array.dtype}; only real weights are read")
     if array.size == 0:
         raise UserError(f"{key} is empty")
-    with np.errstate(over="ignore"):  # float64 beyond float32, which is found
+    with np.errstate(over="ignore"):  # float64 values may overflow; checked below
         single = array.astype(np.float32)
     if not np.isfinite(single).all():
         raise UserError(f"{key} has values that are not finite in float32, in which LoRAs are merged")
@@ -86,5 +86,5 @@ def _alpha(part: tuple[str, np.ndarray]) -> float:
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A linear layer's weights may be stored as a 1 × 1 convolution's, and the other way round."""
+    """Returns the shape without trailing (1, 1): linear weights may be stored as 1 × 1 convolutions and vice versa."""
     return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)

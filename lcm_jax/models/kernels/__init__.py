@@ -1,1 +1,1 @@
-"""Programs for attention and convolution."""
+"""Kernels for attention and convolution."""

@@ -1,4 +1,4 @@
-"""Softmax attention by one of several programs, where each of them is the better one."""
+"""Softmax attention that dispatches to XLA, cuDNN or a Pallas TPU kernel."""
 
 from typing import Any, Literal
 
@@ -13,19 +13,19 @@ from lcm_jax.models.kernels.flash import BLOCK, flash_attention
 Implementation = Literal["xla", "cudnn", "pallas"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "cudnn", "pallas")
 
-LONG = 1024  # from this many tokens on the table of scores costs a TPU more than the kernel does
-CUDNN_HEAD = 128  # the widest head that cuDNN takes on every GPU
+LONG = 1024  # min tokens: below it, XLA's attention is faster on TPU than the kernel
+CUDNN_HEAD = 128  # max channels per head that cuDNN supports on every GPU
 
 
 def attend(
     q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"], implementation: Implementation
 ) -> Float[Array, "b n h d"]:
-    """Returns softmax(q k^T / sqrt(d)) v; scores and softmax are float32 inside.
+    """Computes softmax(q k^T / sqrt(d)) v, with float32 scores and softmax.
 
-    "xla" (`plain_attention`) writes the table of scores to memory, but for large ones on a CPU. "cudnn" (GPU, 16-bit
-    numbers) and "pallas" (TPU) do not, and take the layers that they can or should: cuDNN heads of up to 128, a
-    multiple of 8; the kernel for TPUs 1,024 tokens and more that see each other, a multiple of its block. All other
-    layers are XLA's. The output is named "attention" for policies of `jax.checkpoint`.
+    "xla" (`plain_attention`) writes the attention scores to memory, except large ones on CPU. "cudnn" (GPU, 16-bit
+    dtypes) and "pallas" (TPU) do not. "cudnn" requires a head dimension of at most 128 and a multiple of 8. "pallas"
+    requires at least 1,024 queries and keys, each a multiple of its block. Unsupported shapes fall back to "xla". The
+    output is named "attention" for `jax.checkpoint` policies.
     """
     n, m, d = q.shape[1], k.shape[1], q.shape[3]
     if implementation == "pallas" and min(n, m) >= LONG and n % BLOCK == m % BLOCK == 0:
@@ -38,9 +38,10 @@ def attend(
 def cudnn_attention(
     q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
 ) -> Float[Array, "b n h d"]:
-    """Returns softmax(q k^T / sqrt(d)) v by cuDNN's flash attention.
+    """Computes softmax(q k^T / sqrt(d)) v with cuDNN's flash attention.
 
-    JAX refuses its gradient for an odd number of tokens, as the 77 of a prompt: one more is put there, and masked.
+    JAX doesn't support its gradient for odd sequence lengths, such as a prompt's 77 tokens. These are padded by one
+    masked token.
     """
     (b, n), m = q.shape[:2], k.shape[1]
     lengths: dict[str, Any] = {}
@@ -54,11 +55,11 @@ def cudnn_attention(
 def plain_attention(
     q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
 ) -> Float[Array, "b n h d"]:
-    """Returns softmax(q k^T / sqrt(d)) v as matrix products of whole tables, one for each head.
+    """Computes softmax(q k^T / sqrt(d)) v as one matrix product per head.
 
-    The table is large where there are many tokens, all else is small. So each product, here and in the gradient, takes
-    it as it lies in memory, which left to itself a CPU's compiler transposes; and what divides its rows divides the
-    output instead. Tables that no cache holds are not kept for the gradient (`row_attention`).
+    The attention scores are the largest array here. All products, forward and backward, read them in their memory
+    layout; by default, XLA on CPU would transpose them. The softmax normalizer divides the output instead of the
+    scores. Scores larger than the cache are recomputed in the backward pass (`row_attention`).
     """
     heads = tuple(x.transpose(0, 2, 1, 3) for x in (q, k, v))
     if q.shape[1] * k.shape[1] < row_attention.TABLE:
@@ -84,8 +85,8 @@ def _attention_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array
 
 def _attention_backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
     q, k, v, weights, share, y = kept
-    dy = dy * share  # float32; with it, `weights` stand for the softmax
-    along = (dy * y).sum(-1, keepdims=True)  # the part of the gradient that the sum of a row takes away
+    dy = dy * share  # float32; absorbs the normalizer of `weights`
+    along = (dy * y).sum(-1, keepdims=True)  # gradient through the row's normalizer
     dy = dy.astype(v.dtype)
     dweights = jnp.einsum("bhnd,bhmd->bhnm", dy, v, preferred_element_type=jnp.float32)
     dscores = (q.shape[-1] ** -0.5 * weights * (dweights - along)).astype(q.dtype)

@@ -1,8 +1,8 @@
-"""The gradients of a convolution of few pixels with many channels, as matrix products: faster on a CPU.
+"""Gradients of convolutions with few pixels and many channels, as matrix products: faster on CPU.
 
-There the kernel is far larger than the map, as in the middle of a UNet at a small batch. A CPU's compiler brings the
-whole kernel into another order for the gradient of the map, and the kernel's own gradient back from one: that takes
-longer than all products. As one product for each of its taps, the kernel is read and written as it lies in memory.
+In such layers (the middle of a UNet at a small batch size) the kernel is far larger than the feature map. XLA on CPU
+transposes the kernel for the input's gradient and transposes the kernel's gradient back, which takes longer than the
+products. With one product per kernel tap, the kernel is read and written in its memory layout.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 def convolve(
     x: Float[Array, "b h w i"], kernel: Float[Array, "u v i o"], strides: Any, padding: Any, **options: Any
 ) -> Array:
-    """`jax.lax.conv_general_dilated` as `flax.nnx.Conv` calls it, without dilations and groups."""
+    """Replaces `jax.lax.conv_general_dilated` in `flax.nnx.Conv`; dilation and groups are not supported."""
     side = kernel.shape[0] // 2
     same = kernel.shape[0] == kernel.shape[1] == 2 * side + 1 and tuple(padding) == ((side, side),) * 2
     pixels = x.shape[0] * x.shape[1] * x.shape[2]
@@ -36,7 +36,7 @@ _same = jax.custom_vjp(_plain)
 
 
 def _gradients(kept: tuple[Array, Array, Any], dy: Any) -> tuple[Array, Array | None]:
-    """That of a frozen kernel is not computed."""
+    """Returns the gradients of input and kernel; None for a frozen kernel, whose gradient isn't computed."""
     x, kernel, trained = kept
     if isinstance(dy, SymbolicZero):
         return jnp.zeros_like(x), None
@@ -47,7 +47,7 @@ def _gradients(kept: tuple[Array, Array, Any], dy: Any) -> tuple[Array, Array | 
 
 
 def _of(which: int, x: Array, kernel: Array, dy: Array) -> Array:
-    """The gradient of the map (0) or of the kernel (1)."""
+    """Returns the gradient of the input (`which` = 0) or of the kernel (1)."""
     args = [x, kernel]
 
     def convolved(part: Array) -> Array:
@@ -63,7 +63,7 @@ def _forward(x: Any, kernel: Any) -> tuple[Array, tuple[Array, Array, tuple[()] 
 _same.defvjp(_forward, _gradients, symbolic_zeros=True)
 
 
-# y(p) = sum over taps of x(p + tap - side) kernel(tap), x being zero outside of the map
+# y(p) = sum over taps of x(p + tap - side) kernel(tap), with zero padding
 
 
 def _map_by_taps(x: Array, kernel: Array, dy: Array) -> Array:

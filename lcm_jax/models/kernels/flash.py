@@ -1,10 +1,10 @@
-"""Attention without its table of scores, as a Pallas kernel for TPUs (FlashAttention-2, arXiv 2307.08691, on a grid).
+"""FlashAttention-2 (arXiv 2307.08691) as a Pallas kernel for TPU.
 
-At 4,096 tokens a table of scores has 16.8 million entries a head: writing and reading it takes longer than all else in
-the layer. Here a block of it lives in fast memory only. Tokens lie along a TPU's 128 lanes and the head's 40 to 160
-channels along its rows: nothing is padded to lanes, a query's maximum and sum run down a column, and the projections
-before and after the kernel compute in that order without a transposition. On other platforms the kernel is
-interpreted: right, and slow.
+At 4,096 tokens there are 16.8 million attention scores per head; writing and reading them takes longer than the rest
+of the layer. The kernel keeps one block of scores in VMEM. Tokens lie along the 128 lanes and the head's 40 to 160
+channels along the sublanes. So channels aren't padded to lanes, maximum and sum of a query are column reductions, and
+the projections before and after the kernel need no transpose. On other platforms the kernel is interpreted: correct,
+but slow.
 """
 
 import functools
@@ -18,12 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-BLOCK = 256  # a number of tokens that it does not divide takes no kernel
-# At most so many BLOCKs of queries, and of keys in the forward and in the backward kernel, at a time; of float32 half.
-# Keys are taken BLOCK by BLOCK, so that the compiler overlaps the softmax of one with the products of the next.
+BLOCK = 256  # the number of tokens must be a multiple of it
+# Max BLOCKs per grid step: queries, keys (forward), keys (backward); half for float32.
+# Keys are processed BLOCK by BLOCK, so that the compiler overlaps the softmax of one with the products of the next.
 QUERIES, KEYS, KEYS_BACKWARD = 2, 8, 4
 LANES = 128
-HEAD = 8 * 2**20  # bytes, half of a kernel's fast memory: for the gradient of a head's queries, which stays there
+HEAD = 8 * 2**20  # bytes, half of a kernel's VMEM: max for a head's query gradient, which stays there
 
 _OVER_CHANNELS, _OVER_TOKENS, _PLAIN = ((0,), (0,)), ((1,), (1,)), ((1,), (0,))  # contracted axes: a^T b, a b^T, a b
 
@@ -31,11 +31,12 @@ _OVER_CHANNELS, _OVER_TOKENS, _PLAIN = ((0,), (0,)), ((1,), (1,)), ((1,), (0,)) 
 def flash_attention(
     q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"], *, block: int = BLOCK
 ) -> Float[Array, "b n h d"]:
-    """Returns softmax(q k^T / sqrt(d)) v, a head at a time; scores, softmax and sums are float32.
+    """Computes softmax(q k^T / sqrt(d)) v, one head at a time, with float32 scores, softmax and sums.
 
-    Its output and the logarithms of its normalizers are named "attention" for policies of `jax.checkpoint`.
+    The output and the log normalizers are named "attention" for `jax.checkpoint` policies.
 
-    Raises: ValueError for a number of tokens that is no multiple of `block`.
+    Raises:
+      ValueError: n or m is not a multiple of `block`.
     """
     for tokens in (q.shape[1], k.shape[1]):
         if tokens % block:
@@ -55,7 +56,7 @@ def _forward(q: Array, k: Array, v: Array, block: int) -> tuple[Array, tuple[Arr
     rows, columns = _largest(n, block, QUERIES, q), _largest(m, block, KEYS, q)
     queries = pl.BlockSpec((None, d, rows), lambda head, i, j: (head, 0, i))
     keys = pl.BlockSpec((None, d, columns), lambda head, i, j: (head, 0, j))
-    number = pl.BlockSpec((None, 1, rows), lambda head, i, j: (head, 0, i))  # one of each query
+    number = pl.BlockSpec((None, 1, rows), lambda head, i, j: (head, 0, i))  # one per query
     y, normalizer = _call(
         functools.partial(_forward_kernel, scale=d**-0.5, block=block),
         (q, k, v),
@@ -73,7 +74,7 @@ def _forward(q: Array, k: Array, v: Array, block: int) -> tuple[Array, tuple[Arr
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, y_ref, normalizer_ref, most_ref, total_ref, sum_ref, *, scale, block) -> None:
-    """A block of queries against one of keys, after those before it: `most`, `total` and `sum_` are running."""
+    """Processes a block of queries and a block of keys: updates running maximum, normalizer and weighted sum."""
     j = pl.program_id(2)
 
     @pl.when(j == 0)
@@ -101,11 +102,10 @@ def _forward_kernel(q_ref, k_ref, v_ref, y_ref, normalizer_ref, most_ref, total_
 def _backward(block: int, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
     q, k, v, y, normalizer = kept
     d, n = q.shape[1:]
-    # sum over keys of p dp is y . dy
+    # sum over keys of p dp = y · dy
     delta = jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32), axis=1, keepdims=True)
-    most = HEAD // (
-        d * (4 + 2 * q.dtype.itemsize)
-    )  # queries of a head whose gradient fits: as float32, and two to write
+    # max queries whose gradient fits: the float32 sum and a double-buffered output
+    most = HEAD // (d * (4 + 2 * q.dtype.itemsize))
     size = _largest(n, block, max(most // block, 1))
     parts = [slice(start, start + size) for start in range(0, n, size)]
     found = [_gradients(q[..., p], k, v, dy[..., p], normalizer[..., p], delta[..., p], block) for p in parts]
@@ -127,7 +127,7 @@ def _gradients(
     queries = pl.BlockSpec((None, d, rows), lambda head, j, i: (head, 0, i))
     keys = pl.BlockSpec((None, d, columns), lambda head, j, i: (head, 0, j))
     number = pl.BlockSpec((None, 1, rows), lambda head, j, i: (head, 0, i))
-    of_head = pl.BlockSpec((None, d, n), lambda head, j, i: (head, 0, 0))  # queries' gradients stay until the last keys
+    of_head = pl.BlockSpec((None, d, n), lambda head, j, i: (head, 0, 0))  # dq stays in VMEM until the last keys
     return _call(
         functools.partial(_backward_kernel, scale=d**-0.5, block=block),
         (q, k, v, dy, normalizer, delta),
@@ -144,7 +144,7 @@ def _gradients(
 def _backward_kernel(
     q_ref, k_ref, v_ref, dy_ref, normalizer, delta, dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum, *, scale, block
 ) -> None:
-    """A block of keys against one of queries: dk and dv are complete after the last queries, dq after the last keys."""
+    """Processes a block of keys and one of queries; dk and dv end with the last queries, dq with the last keys."""
     j, i = pl.program_id(1), pl.program_id(2)
     rows = pl.ds(pl.multiple_of(i * q_ref.shape[1], q_ref.shape[1]), q_ref.shape[1])
 
@@ -182,7 +182,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _largest(tokens: int, block: int, most: int, x: Array | None = None) -> int:
-    """The largest multiple of `block` that divides `tokens`, at most `most` of them; half as many for a float32 x."""
+    """Returns the largest multiple of `block` that divides `tokens`, at most `most` blocks (half for a float32 x)."""
     if x is not None and x.dtype == jnp.float32:
         most = max(most // 2, 1)
     return max(n * block for n in range(1, most + 1) if tokens % (n * block) == 0)
@@ -198,7 +198,7 @@ def _dot(a: Any, b: Any, contracted: tuple[tuple[int], tuple[int]]) -> Any:
 
 
 def _lanes(d: int) -> int:
-    """Channels that a product over channels takes as long as: the matrix unit takes 128 at a time."""
+    """Returns d rounded up to the 128 channels that the matrix unit contracts at a time."""
     return -(-d // LANES) * LANES
 
 
@@ -207,15 +207,16 @@ def _bytes(x: Array) -> int:
 
 
 def _cost(q: Array, keys: int, channels: int, moved: int) -> pl.CostEstimate:
-    """What XLA can't see in a kernel, and without which its estimates take it for nothing.
+    """Returns the kernel's cost estimate for XLA, which counts a kernel without one as free.
 
     Args:
-      q, keys: the queries, and how many keys each of them meets.
-      channels: of all products for such a pair, as the matrix unit takes them.
-      moved: bytes of queries, keys and values to and from memory, at most.
+      q: queries.
+      keys: number of keys per query.
+      channels: sum over all products of the channels per query and key, padded for the matrix unit.
+      moved: upper bound on the bytes of queries, keys and values read and written.
     """
     scores = q.shape[0] * q.shape[2] * keys
-    passes = 6 if q.dtype == jnp.float32 else 1  # of bfloat16 products, at the highest precision
+    passes = 6 if q.dtype == jnp.float32 else 1  # bfloat16 passes at the highest precision
     return pl.CostEstimate(flops=2 * scores * channels * passes, transcendentals=scores, bytes_accessed=moved)
 
 
@@ -231,7 +232,7 @@ def _call(
     scratch: list[tuple[int, int]],
     cost: pl.CostEstimate,
 ) -> Any:
-    """Runs a kernel over a grid of which the first `parallel` axes are independent."""
+    """Runs a kernel over a grid whose first `parallel` axes are independent."""
     call = functools.partial(
         pl.pallas_call,
         kernel,

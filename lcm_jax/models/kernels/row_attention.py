@@ -1,8 +1,8 @@
-"""Attention of many tokens, of whose table of scores nothing is kept for the gradient.
+"""Attention for long sequences that recomputes the attention scores in the backward pass.
 
-It is computed again from the logarithms of the softmax's normalizers, as FlashAttention does (arXiv 2205.14135). A CPU
-takes some rows of one head's table at a time, which stay in its cache: at 4,096 tokens the tables of eight heads are
-half a gigabyte, and a gradient by way of them takes three times as long.
+The backward pass restores the softmax from the log normalizers, as FlashAttention does (arXiv 2205.14135). On CPU, a
+few rows of one head's scores are processed at a time and stay in the cache. At 4,096 tokens, the scores of eight heads
+are half a gigabyte; a gradient that stores them takes three times as long.
 """
 
 import jax
@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-TABLE = 2**20  # numbers in float32: four megabytes
+TABLE = 2**20  # max float32 scores at a time: 4 MB
 
 
 def row_attention(
     q: Float[Array, "b h n d"], k: Float[Array, "b h m d"], v: Float[Array, "b h m d"]
 ) -> Float[Array, "b h n d"]:
-    """Returns softmax(q k^T / sqrt(d)) v; scores, softmax and sums are float32.
+    """Computes softmax(q k^T / sqrt(d)) v, with float32 scores, softmax and sums.
 
-    Its output and the logarithms of its normalizers are named "attention" for policies of `jax.checkpoint`.
+    The output and the log normalizers are named "attention" for `jax.checkpoint` policies.
     """
     y: Array = _attention(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)))
     return y.reshape(q.shape)
@@ -50,22 +50,22 @@ def _scores(q: Array, k: Array) -> Array:
 
 @jax.jit
 def recomputed_scores(q: Array, k: Array) -> Array:
-    """FLOPs that the model does not need: `planning.flops` knows them by this name."""
+    """Recomputes the scores; `planning.flops` excludes these FLOPs by the prefix `recomputed_`."""
     return _scores(q, k)
 
 
 def _values(q: Float[Array, "*b n d"], k: Float[Array, "*b m d"], v: Float[Array, "*b m d"]) -> tuple[Array, Array]:
-    """The output (n, d), and the logarithms of the normalizers (n, 1) in float32."""
+    """Returns the output (n, d) and the float32 log normalizers (n, 1)."""
     scores = _scores(q, k)
     most = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - most).astype(v.dtype)  # rounded before their sum: else a TPU writes them as float32 too
+    weights = jnp.exp(scores - most).astype(v.dtype)  # cast before the sum, or TPU writes a float32 copy
     total = weights.astype(jnp.float32).sum(-1, keepdims=True)
     y = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
     return (y / total).astype(v.dtype), most + jnp.log(total)
 
 
 def _gradients(q: Array, k: Array, v: Array, y: Array, normalizer: Array, dy: Array) -> tuple[Array, Array, Array]:
-    """Those of q, and in float32 of k and v; each product takes the table as it lies in memory."""
+    """Returns dq, and dk and dv in float32; all products read the scores in their memory layout."""
     weights = jnp.exp(recomputed_scores(q, k) - normalizer)
     dweights = jnp.matmul(dy, v.mT, preferred_element_type=jnp.float32)
     along = (dy.astype(jnp.float32) * y).sum(-1, keepdims=True)
@@ -101,7 +101,7 @@ def _gradients_by_rows(*args: Array) -> tuple[Array, Array, Array]:
 
 
 def _in_rows(x: Array, k: Array) -> Array:
-    """(n, c) to (parts, rows, c), such that `rows` rows of scores against k are TABLE numbers at most, if n allows."""
+    """Reshapes (n, c) to (parts, rows, c): halves rows until rows * len(k) <= TABLE or rows is odd."""
     rows = len(x)
     while rows * len(k) > TABLE and rows % 2 == 0:
         rows //= 2
