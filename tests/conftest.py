@@ -1,16 +1,18 @@
-"""Runs before any test imports jax: eight virtual CPU devices, and compiled programs kept between runs."""
+"""Runs before any test imports jax: eight virtual CPU devices, quick compilation, and compiled programs kept between
+runs."""
 
 import gc
 import os
 import pathlib
 
 import pytest
+from compiling import QUICK_FLAGS
 
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects, few of them garbage
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK_FLAGS}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
