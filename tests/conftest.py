@@ -1,16 +1,17 @@
-"""Configures JAX before any test imports it: eight virtual CPU devices and a persistent compilation cache."""
+"""Configures JAX before any test imports it: eight CPU devices, quick compilation, a persistent cache."""
 
 import gc
 import os
 import pathlib
 
 import pytest
+from compiling import QUICK_FLAGS
 
 gc.set_threshold(100_000, 50, 100)  # fewer collections: tracing creates many objects, little of it garbage
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK_FLAGS}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -84,7 +84,8 @@ def _watched() -> Iterator[None]:
         raise TimeoutError(f"no end in {SECONDS} s")
 
     before = _memory()
-    timers = {signal.ITIMER_PROF: (signal.SIGPROF, SECONDS), signal.ITIMER_REAL: (signal.SIGALRM, 6 * SECONDS)}
+    # not SIGPROF: where a profile was recorded before, libtpu sends it by itself, for as long as the process lives
+    timers = {signal.ITIMER_VIRTUAL: (signal.SIGVTALRM, SECONDS), signal.ITIMER_REAL: (signal.SIGALRM, 6 * SECONDS)}
     usual = {number: signal.signal(number, late) for number, _ in timers.values()}
     for timer, (_, seconds) in timers.items():  # computing, or asleep: other processes may keep the cores
         signal.setitimer(timer, seconds)

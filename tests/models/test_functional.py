@@ -1,7 +1,5 @@
 """Networks as pure functions of flat dicts."""
 
-import ast
-import pathlib
 import random
 import re
 
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lcm_jax import models
 from lcm_jax.errors import UserError
 from lcm_jax.models import FP32, Network, Policy
 from lcm_jax.models.functional import flatten, unflatten
@@ -127,21 +124,3 @@ def test_enlargement_is_the_peers_at_odd_sizes(size):
     wanted = torch.nn.functional.interpolate(torch.from_numpy(x).permute(0, 3, 1, 2), size=size, mode="nearest")
     np.testing.assert_array_equal(enlarge(jnp.asarray(x), size), wanted.permute(0, 2, 3, 1).numpy())
     np.testing.assert_array_equal(enlarge(jnp.asarray(x)), x.repeat(2, 1).repeat(2, 2))
-
-
-def test_no_network_knows_of_diffusion_or_of_files():
-    (root,) = models.__path__
-    seen = 0
-    for file in sorted(pathlib.Path(root).glob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
-            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{file.name}: relative import"
-                imported = [f"{node.module}.{alias.name}" for alias in node.names]
-            for name in imported:
-                seen += name.startswith("lcm_jax.")
-                assert not name.startswith("lcm_jax.") or name.startswith(("lcm_jax.models.", "lcm_jax.errors.")), (
-                    f"{file.name} imports {name}"
-                )
-                assert name.split(".")[0] not in ("torch", "diffusers", "transformers"), f"{file.name} imports {name}"
-    assert seen > 20

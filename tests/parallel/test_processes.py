@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from compiling import QUICK_FLAGS
 from event_files import visible
 from little import assert_weights_equal
 
@@ -47,7 +48,7 @@ class Group:
     def __init__(self, options, workdir, count, wait=60, only=None):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        devices = f"--xla_force_host_platform_device_count={DEVICES // count}"
+        devices = f"--xla_force_host_platform_device_count={DEVICES // count} {QUICK_FLAGS}"
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "XLA_FLAGS": devices}
         command = [sys.executable, "-m", "lcm_jax.train", *options, f"--workdir={workdir}"]
         place = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}", f"--wait={wait}"] if count > 1 else []
@@ -111,9 +112,8 @@ def by_two(options, tmp_path_factory):
     return run(options, tmp_path_factory.mktemp("two") / "run", 2)
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_the_losses_do_not_depend_on_the_number_of_processes(count, options, by_two, tmp_path):
-    workdir = run(options, tmp_path / "run", count)
+def test_two_processes_train_as_one_does(options, by_two, tmp_path):
+    workdir = run(options, tmp_path / "run", 1)
     expected, found = losses(by_two), losses(workdir)
     assert len(expected) == STEPS
     assert found.keys() == expected.keys()
@@ -141,9 +141,9 @@ def test_killed_and_stopped_it_goes_on_with_any_number_of_processes(options, by_
     stopped = int(re.search(rf"Stopped at step (\d+) of {STEPS}, saved", outputs[0])[1])
     assert good_steps(workdir / "checkpoints")[0] == stopped < STEPS
 
-    for count in (1, 4):
-        other = shutil.copytree(workdir, tmp_path / f"by_{count}")
-        assert_equal(run(options, other, count), by_two)
+    by_four = run(options, shutil.copytree(workdir, tmp_path / "by_four"), 4)
+    assert_equal(by_four, by_two)
+    assert losses(by_four) == pytest.approx(losses(by_two), rel=1e-5)
     assert_same_bits(run(options, workdir, 2), by_two)
 
 

@@ -350,9 +350,9 @@ def test_each_recipe_has_its_own_program(files, folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"original_inference_steps": 5000}, "original_inference_steps is 5000; it must be in 1 … 1000"),
+        ({"original_inference_steps": 5000}, "original_inference_steps is 5000; supported: a whole number in 1 … 1000"),
         ({"original_inference_steps": 0}, "original_inference_steps is 0"),
-        ({"timestep_scaling": float("nan")}, "timestep_scaling is nan; it must be positive"),
+        ({"timestep_scaling": float("nan")}, "timestep_scaling is nan; supported: a positive number"),
     ],
 )
 def test_a_recipe_that_can_not_be(changes, said, files, folder, tmp_path):
