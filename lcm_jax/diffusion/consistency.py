@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcm_jax.diffusion.schedule import Schedule, Time, combine
+from lcm_jax.diffusion.process import Process, Time
+from lcm_jax.diffusion.schedule import combine
 
 
 def boundary_scalings(
@@ -29,12 +30,12 @@ def with_boundary(
 
 
 def consistency_function(
-    schedule: Schedule,
+    process: Process,
     output: Float[Array, "b *d"],
     z: Float[Array, "b *d"],
     t: Time,
     timestep_scaling: float = 10.0,
 ) -> Float[Array, "b *d"]:
     """f of a network's raw output at (z, t)."""
-    x0, _ = schedule.to_x0_eps(output, z, t)
+    x0, _ = process.to_x0_eps(output, z, t)
     return with_boundary(x0, z, t, timestep_scaling)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from lcm_jax.diffusion.schedule import Schedule, Time, per_sample
+from lcm_jax.diffusion.process import Process, Time
+from lcm_jax.diffusion.schedule import per_sample
 
 Latent = Float[Array, "b *d"]
 Condition = Any  # a tree of arrays whose first axis is the batch; only its family looks inside
@@ -54,7 +55,7 @@ def w_embedding(w: Float[Array, " b"], dim: int) -> Float[Array, "b {dim}"]:
 
 def cfg_denoiser(
     network: Callable[[Latent, Time, Condition], Latent],
-    process: Schedule,
+    process: Process,
     condition: Condition,
     null_condition: Condition,
     w: Float[Array, " b"],

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from lcm_jax.diffusion.guidance import Denoise, Latent
-from lcm_jax.diffusion.schedule import Schedule, Time, combine
+from lcm_jax.diffusion.process import Process, Time
+from lcm_jax.diffusion.schedule import combine
 from lcm_jax.errors import UserError
 
 Timesteps = Int[Array, " n"] | Int[np.ndarray, " n"]
@@ -22,7 +23,7 @@ Timesteps = Int[Array, " n"] | Int[np.ndarray, " n"]
 # ---- grids
 
 
-def lcm_timesteps(steps: int, process: Schedule, original_steps: int, strength: float = 1.0) -> np.ndarray:
+def lcm_timesteps(steps: int, process: Process, original_steps: int, strength: float = 1.0) -> np.ndarray:
     """The timesteps of consistency sampling, as diffusers' LCMScheduler takes them from the trained grid.
 
     Args:
@@ -83,7 +84,7 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int = 1000) -
 
 
 def consistency_sample(
-    f: Callable[[Latent, Time], Latent], schedule: Schedule, z_T: Latent, timesteps: Timesteps, noise: Array
+    f: Callable[[Latent, Time], Latent], process: Process, z_T: Latent, timesteps: Timesteps, noise: Array
 ) -> Latent:
     """Multistep consistency sampling (CM, arXiv 2303.01469, algorithm 1): f, then fresh noise to the next timestep.
 
@@ -96,8 +97,8 @@ def consistency_sample(
     n = len(timesteps)
     t = jnp.asarray(timesteps)
     # the last step adds no noise: alpha 1, sigma 0
-    alpha = jnp.append(schedule.alpha(t[1:]), 1.0)
-    sigma = jnp.append(schedule.sigma(t[1:]), 0.0)
+    alpha = jnp.append(process.alpha(t[1:]), 1.0)
+    sigma = jnp.append(process.sigma(t[1:]), 0.0)
     if is_key := jnp.issubdtype(noise.dtype, jax.dtypes.prng_key):
         draws = jax.random.split(noise, n)
     else:
@@ -111,7 +112,7 @@ def consistency_sample(
     return jax.lax.scan(step, z_T, (t, alpha, sigma, draws))[0]
 
 
-def ddim_sample(denoise: Denoise, schedule: Schedule, z_T: Latent, timesteps: Timesteps) -> Latent:
+def ddim_sample(denoise: Denoise, process: Process, z_T: Latent, timesteps: Timesteps) -> Latent:
     """DDIM (arXiv 2010.02502, eq. 12, no noise) along the timesteps; the last step ends at abar = final_alpha_cumprod.
 
     Args:
@@ -120,9 +121,9 @@ def ddim_sample(denoise: Denoise, schedule: Schedule, z_T: Latent, timesteps: Ti
       timesteps: (n,).
     """
     t = jnp.asarray(timesteps)
-    final = schedule.final_alpha_cumprod
-    alpha = jnp.append(schedule.alpha(t[1:]), final**0.5)
-    sigma = jnp.append(schedule.sigma(t[1:]), (1 - final) ** 0.5)
+    final = process.final_alpha_cumprod
+    alpha = jnp.append(process.alpha(t[1:]), final**0.5)
+    sigma = jnp.append(process.sigma(t[1:]), (1 - final) ** 0.5)
 
     def step(z: Latent, each: tuple[Array, ...]) -> tuple[Latent, None]:
         t, alpha_s, sigma_s = each
@@ -131,7 +132,7 @@ def ddim_sample(denoise: Denoise, schedule: Schedule, z_T: Latent, timesteps: Ti
     return jax.lax.scan(step, z_T, (t, alpha, sigma))[0]
 
 
-def dpmpp_sample(denoise: Denoise, schedule: Schedule, z_T: Latent, timesteps: Timesteps) -> Latent:
+def dpmpp_sample(denoise: Denoise, process: Process, z_T: Latent, timesteps: Timesteps) -> Latent:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): order 2 by the step before, one call a step.
 
     Like diffusers' DPMSolverMultistepScheduler by default: the last step ends at sigma = 0, which set_alpha_to_one does
@@ -143,9 +144,9 @@ def dpmpp_sample(denoise: Denoise, schedule: Schedule, z_T: Latent, timesteps: T
       timesteps: (n,).
     """
     t = jnp.asarray(timesteps)
-    h = jnp.append(jnp.diff(schedule.log_snr(t)), jnp.inf)
-    sigma = jnp.append(schedule.sigma(t), 0.0)
-    alpha = jnp.append(schedule.alpha(t[1:]), 1.0)
+    h = jnp.append(jnp.diff(process.log_snr(t)), jnp.inf)
+    sigma = jnp.append(process.sigma(t), 0.0)
+    alpha = jnp.append(process.alpha(t[1:]), 1.0)
     # D = (1 + 1/2r) x0_i - 1/2r x0_{i-1}, r = h_{i-1} / h_i; without the second term first and last
     half_over_r = jnp.zeros_like(h).at[1:-1].set(0.5 * h[1:-1] / h[:-2])
     coefficients = (sigma[1:] / sigma[:-1], -alpha * jnp.expm1(-h), half_over_r)

@@ -12,14 +12,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from lcm_jax.diffusion.process import Time
 from lcm_jax.errors import UserError, one_of
 
 MOST_TIMESTEPS = 100_000  # a hundred times what models are trained with; the tables have one value per timestep
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-Time = Int[Array, "*t"] | Float[Array, "*t"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,11 @@ class Schedule:
             root = np.sqrt(abar)
             abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         return abar
+
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether alpha is 0 at the last timestep."""
+        return self.rescale_betas_zero_snr
 
     @property
     def final_alpha_cumprod(self) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lcm_jax.diffusion import consistency, guidance, sampling
-from lcm_jax.diffusion.schedule import Schedule
+from lcm_jax.diffusion.process import Process
 from lcm_jax.families import Family
 from lcm_jax.models import Flat, Network
 
@@ -31,7 +31,7 @@ class Sampler:
 
     family: Family
     networks: Mapping[str, Network]
-    process: Schedule
+    process: Process
     kind: str
     guided: bool
     timestep_scaling: float = 10.0

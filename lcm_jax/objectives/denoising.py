@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lcm_jax.diffusion.guidance import Condition, drop_condition
-from lcm_jax.diffusion.schedule import Schedule, per_sample
+from lcm_jax.diffusion.process import Process
+from lcm_jax.diffusion.schedule import per_sample
 from lcm_jax.errors import UserError
 from lcm_jax.objectives.base import Inputs, Networks, Objective, Roles, Sampling, Update
 
@@ -58,19 +59,19 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: DenoisingConfig, num_tr
     )
 
 
-def min_snr_weight(schedule: Schedule, t: Int[Array, " b"], gamma: float) -> Float[Array, " b"]:
+def min_snr_weight(process: Process, t: Int[Array, " b"], gamma: float) -> Float[Array, " b"]:
     """The weight of a squared error in the network's own output that weighs x0's by min(SNR, gamma).
 
     Min-SNR (arXiv 2303.09556): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v.
     """
-    snr = (schedule.alpha(t) / schedule.sigma(t)) ** 2
+    snr = (process.alpha(t) / process.sigma(t)) ** 2
     per_x0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}
-    return jnp.minimum(snr, gamma) / per_x0[schedule.prediction_type]
+    return jnp.minimum(snr, gamma) / per_x0[process.prediction_type]
 
 
 def denoising_loss(
     network: Callable[..., Latent],
-    process: Schedule,
+    process: Process,
     z_0: Latent,
     condition: Condition,
     null_condition: Condition,
@@ -107,7 +108,7 @@ def _roles(config: DenoisingConfig, family: Any) -> Roles:
     return Roles(trained=trained, exported=trained)
 
 
-def _updates(config: DenoisingConfig, process: Schedule) -> dict[str, Update]:
+def _updates(config: DenoisingConfig, process: Process) -> dict[str, Update]:
     def loss(networks: Networks, inputs: Inputs, draws: Draws) -> tuple[jax.Array, dict[str, jax.Array]]:
         return denoising_loss(
             networks.by_role["denoiser"],

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lcm_jax.diffusion.consistency import consistency_function
 from lcm_jax.diffusion.distances import DISTANCES
 from lcm_jax.diffusion.guidance import Condition, cfg_denoiser, drop_condition, w_embedding
-from lcm_jax.diffusion.schedule import Schedule
+from lcm_jax.diffusion.process import Process
 from lcm_jax.diffusion.solvers import SOLVERS
 from lcm_jax.errors import UserError, one_of
 from lcm_jax.objectives.base import Inputs, Networks, Objective, Roles, Sampling, Update
@@ -103,7 +103,7 @@ def lcd_loss(
     student: Callable[..., Latent],
     target: Callable[..., Latent],
     teacher: Callable[..., Latent],
-    process: Schedule,
+    process: Process,
     z_0: Latent,
     condition: Condition,
     null_condition: Condition,
@@ -156,7 +156,7 @@ def _roles(config: LCDConfig, family: Any) -> Roles:
     return Roles(trained={"student": denoiser}, frozen={"teacher": denoiser}, exported={"student": denoiser})
 
 
-def _updates(config: LCDConfig, process: Schedule) -> dict[str, Update]:
+def _updates(config: LCDConfig, process: Process) -> dict[str, Update]:
     def loss(networks: Networks, inputs: Inputs, draws: Draws) -> tuple[jax.Array, dict[str, jax.Array]]:
         return lcd_loss(
             student=networks.by_role["student"],
@@ -198,11 +198,11 @@ def _new_weight(config: LCDConfig, key: jax.Array, shape: tuple[int, ...]) -> An
     return jax.nn.initializers.lecun_normal()(key, shape, jnp.float32)
 
 
-def _sampling(config: LCDConfig, process: Schedule) -> Sampling:
+def _sampling(config: LCDConfig, process: Process) -> Sampling:
     return Sampling("lcm", config.solver_steps(process.num_train_timesteps), config.timestep_scaling)
 
 
-def _recipe(config: LCDConfig, process: Schedule) -> dict[str, Any]:
+def _recipe(config: LCDConfig, process: Process) -> dict[str, Any]:
     return {
         "guidance_min": config.guidance_min,
         "guidance_max": config.guidance_max,

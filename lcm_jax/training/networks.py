@@ -19,7 +19,7 @@ import numpy as np
 from lcm_jax.adapters import lora
 from lcm_jax.config import Config
 from lcm_jax.data.pipeline import DataConfig
-from lcm_jax.diffusion.schedule import Schedule
+from lcm_jax.diffusion.process import Process
 from lcm_jax.errors import UserError
 from lcm_jax.families import Family, family_of
 from lcm_jax.interop.folder import Folder, make_network
@@ -46,7 +46,7 @@ class Parts:
     options: Any
     roles: Roles
     networks: dict[str, Network]
-    process: Schedule
+    process: Process
     null_ids: np.ndarray
     adapted: dict[str, dict[str, lora.Target]]
 
