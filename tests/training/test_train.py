@@ -92,7 +92,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_its_steps_only(quick, unin
 
 def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_last_good_checkpoint(quick, tmp_path, capsys):
     good = ["--config.steps=2", f"--workdir={tmp_path}"]
-    assert train_on_one([*quick, *good, "--config.optimizer.learning_rate=1e30"]) in (0, 2)
+    assert train_on_one([*quick, *good, "--config.optimizer.learning_rate=1e30"]) == 0
     more = ["--config.steps=60", f"--workdir={tmp_path}", "--config.optimizer.learning_rate=1e30"]
     assert train_on_one([*quick, *more]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
