@@ -17,8 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lcm_jax import cli
-from lcm_jax import config as config_lib
+from lcm_jax import cli, config_file
 from lcm_jax.adapters import lora, side_branch
 from lcm_jax.adapters.lora import LoraConfig
 from lcm_jax.config import Config
@@ -92,7 +91,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", default="configs/digits_lora.py")
     parser.add_argument("--rounds", type=int, default=20)
     args, overrides = parser.parse_known_args(argv)
-    config = config_lib.load(args.config, overrides)
+    config = config_file.load(args.config, overrides)
     if not config.lora.rank or args.rounds < 1:
         raise UserError("give a config with lora.rank, and at least one of --rounds")
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, cpu_devices=0))

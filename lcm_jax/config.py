@@ -8,20 +8,15 @@ the result into a `Config`; nothing below this file sees a ConfigDict. A run sto
 import dataclasses
 import json
 import math
-import os
-import pathlib
 import re
-import sys
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from lcm_jax.adapters.lora import LoraConfig
 from lcm_jax.data.pipeline import DataConfig
-from lcm_jax.errors import UserError, nearest, one_of, plain
+from lcm_jax.errors import UserError, nearest, one_of
 from lcm_jax.host import files, json_file
 from lcm_jax.monitor.profiler import ProfileConfig
 from lcm_jax.objectives import OBJECTIVES
@@ -228,70 +223,6 @@ def from_dict(tree: dict[str, Any], where: str = "config") -> Config:
         return Config(**values)
     except UserError as error:
         raise UserError(f"{where}.{error}") from None
-
-
-def _option_keys(tree: ConfigDict, prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, ConfigDict):
-            yield from _option_keys(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def load(file: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config file and applies the command line's overrides.
-
-    Args:
-      file: path of a Python file with `get_config(variant="")`; `path:variant` passes the variant.
-      overrides: `--config.<option>=<value>` strings.
-
-    Raises:
-      UserError: no such file or variant, an option that does not exist, a value of the wrong type or out of range.
-    """
-    path = file.split(":")[0]
-    if not os.path.isfile(path):  # pathlib raises for a name that is too long
-        raise UserError(f"--config={plain(file, 100)}: there is no file {plain(path, 200)}")
-    for override in overrides:
-        if not override.startswith("--config."):
-            raise UserError(
-                f"{override!r} is no option of this command; options of the run are --config.<name>=<value>"
-            )
-        if "=" not in override:
-            raise UserError(f"{override}: a value is missing; write {override}=<value>")
-    known = list(_option_keys(_parse(file, ())))
-    for override in overrides:
-        key = override.removeprefix("--config.").split("=", 1)[0]
-        if key not in known:
-            raise UserError(f"{override}: there is no option config.{key}{_nearest_option(key, known)}")
-    return from_dict(_parse(file, overrides).to_dict())
-
-
-def _parse(file: str, overrides: Sequence[str]) -> ConfigDict:
-    """Runs the config file, which may import its neighbours, and lets config_flags apply the overrides."""
-    argv = ["config", f"--config={file}", *overrides]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    sys.path.insert(0, str(pathlib.Path(file.split(":")[0]).parent.resolve()))
-    try:
-        values(argv)
-        tree = values["config"].value
-    except Exception as error:
-        # config_flags puts the config file's own traceback into its message; its last line says what is wrong
-        raise UserError(f"{' '.join(argv[1:])}: {str(error).strip().splitlines()[-1]}") from None
-    finally:
-        sys.path.pop(0)
-    if not isinstance(tree, ConfigDict):
-        raise UserError(f"--config={file}: get_config() returns {type(tree).__name__}; return the ConfigDict")
-    return tree
-
-
-def _nearest_option(key: str, known: list[str]) -> str:
-    """The closest option by its whole name, else by its last part."""
-    hint = nearest(key, known)
-    if "did you mean" in hint:
-        return hint
-    by_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    return f"; did you mean {by_leaf[0]!r}?" if by_leaf else hint
 
 
 def resolved(config: Config) -> str:

@@ -17,8 +17,7 @@ from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.progress import track
 
-from lcm_jax import cli
-from lcm_jax import config as config_lib
+from lcm_jax import cli, config_file
 from lcm_jax.config import Config
 from lcm_jax.data import latents
 from lcm_jax.data.images import BadImage
@@ -80,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, type=cli.folder, help="the folder in which the data set is made")
     parser.add_argument("--batch", type=int, default=32, help="pictures at a time, over all devices (32)")
     args, overrides = parser.parse_with_config(argv)
-    config = config_lib.load(args.config, overrides)
+    config = config_file.load(args.config, overrides)
     if args.batch < 1:
         raise UserError(f"--batch={args.batch}; it must be at least 1")
     if config.data.latents:

@@ -19,8 +19,7 @@ from typing import Any
 
 import jax
 
-from lcm_jax import cli
-from lcm_jax import config as config_lib
+from lcm_jax import cli, config_file
 from lcm_jax.config import Config
 from lcm_jax.errors import UserError
 from lcm_jax.host import compile_cache, files
@@ -174,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
         help="tries batches, remat and fsdp sizes, and recommends the fastest that fits",
     )
     args, overrides = parser.parse_with_config(argv)
-    config = config_lib.load(args.config, overrides)
+    config = config_file.load(args.config, overrides)
     local = args.topology == "local"
     if args.batch_a_chip is not None and args.batch_a_chip < 1:
         raise UserError(f"--batch-a-chip={args.batch_a_chip}; it must be at least 1")

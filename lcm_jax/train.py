@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lcm_jax import cli
-from lcm_jax import config as config_lib
+from lcm_jax import cli, config_file
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import compile_cache, files
 from lcm_jax.objectives import OBJECTIVES
@@ -37,7 +36,7 @@ def main(argv: Sequence[str], devices: Sequence[Any] | None = None) -> int:
         where = processes.find(args.coordinator, args.num_processes, args.process_id, args.wait)
         if args.compiled is not None:
             saved_step.given(args.compiled)
-        config = config_lib.load(args.config, overrides)
+        config = config_file.load(args.config, overrides)
     except UserError as error:  # of this process alone, perhaps
         processes.tell(processes.find_leniently(argv), error)
         raise

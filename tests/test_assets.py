@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lcm_jax
-from lcm_jax.config import load
+from lcm_jax.config_file import load
 from lcm_jax.digits import teacher_rows
 from lcm_jax.export import recipe_of
 from lcm_jax.interop.export import write_lcm_folder

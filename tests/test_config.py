@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from lcm_jax import config as config_lib
+from lcm_jax import config_file
 from lcm_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ FILES = (
 
 
 def load(name, *overrides):
-    return config_lib.load(str(ROOT / "configs" / name), overrides)
+    return config_file.load(str(ROOT / "configs" / name), overrides)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -103,11 +104,11 @@ def test_a_config_file_that_fails_is_one_line(tmp_path):
         "def get_config():\n  config = default_config()\n  config.stesp = 3\n  return config\n"
     )
     with pytest.raises(UserError, match="stesp") as error:
-        config_lib.load(str(file))
+        config_file.load(str(file))
     assert "\n" not in str(error.value)
     file.write_text("def get_config():\n  pass\n")
     with pytest.raises(UserError, match="returns NoneType; return the ConfigDict"):
-        config_lib.load(str(file))
+        config_file.load(str(file))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mutations import TEXTS, VALUES, pick
 
-from lcm_jax import cli, encode, evaluate, export, plan, sample, train
+from lcm_jax import cli, config_file, encode, evaluate, export, plan, sample, train
 from lcm_jax import config as config_lib
 from lcm_jax.training import loop
 
@@ -64,12 +64,12 @@ def test_commands(fuzz, nothing_runs, monkeypatch, capsys):
 
 
 def test_options_of_a_run(fuzz):
-    keys = list(config_lib._option_keys(config_lib.default_config()))
+    keys = list(config_file.option_keys(config_lib.default_config()))
 
     def case(rng, place):
         overrides = [f"--config.{pick(rng, keys)}={pick(rng, WORDS)}" for _ in range(int(rng.integers(1, 3)))]
         yield repr(overrides)
-        config = config_lib.load(FILE + pick(rng, ["", ":smoke", ":x", ":"]), overrides)
+        config = config_file.load(FILE + pick(rng, ["", ":smoke", ":x", ":"]), overrides)
         assert config_lib.from_dict(json.loads(config_lib.resolved(config))) == config
 
     fuzz(case, share=0.1)

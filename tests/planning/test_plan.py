@@ -7,8 +7,7 @@ import pathlib
 import jax
 import pytest
 
-from lcm_jax import cli, plan
-from lcm_jax import config as config_lib
+from lcm_jax import cli, config_file, plan
 from lcm_jax.digits.presets import write_blank
 from lcm_jax.parallel.mesh import make_mesh
 from lcm_jax.planning.blueprint import blueprint, published
@@ -118,7 +117,7 @@ def test_a_lora_is_planned(options):
     """Its state is the adapters', the base is among what is frozen, and its weights' gradient is not counted."""
     changes = ["--config.lora.rank=2", "--config.lcd.w_embedding_dim=0"]
     adapters, whole = (
-        config_lib.load(options[0].split("=")[1], [*options[1:], *more]) for more in (changes, changes[1:])
+        config_file.load(options[0].split("=")[1], [*options[1:], *more]) for more in (changes, changes[1:])
     )
     programs = [
         make_program(each, blueprint(each), make_mesh(each.mesh, jax.devices()[:1])) for each in (adapters, whole)
@@ -135,7 +134,7 @@ def test_a_lora_is_planned(options):
 
 
 def test_a_batch_that_is_too_small_is_raised_and_said(options, capsys):
-    config = plan.config_lib.load(options[0].removeprefix("--config="), options[1:])
+    config = plan.config_file.load(options[0].removeprefix("--config="), options[1:])
     assert plan.with_batch(config, None, 32).batch_size == 32
     assert "config.batch_size=8 is raised to 32" in capsys.readouterr().out
     assert plan.with_batch(config, None, 4).batch_size == 8
