@@ -11,9 +11,9 @@ import numpy as np
 from lcm_jax import load_pipeline
 from lcm_jax.families import SD
 from lcm_jax.host.images import to_uint8
-from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.recipe import Recipe
+from lcm_jax.interop.trained_folder import write_lcm_folder
 
 PROMPT, GUIDANCE = "a red seven on a blue background", 8.0
 

@@ -20,8 +20,8 @@ from rich.progress import track
 from lcm_jax import cli, config_file
 from lcm_jax.config import Config
 from lcm_jax.data import latents
+from lcm_jax.data.batches import open_data, prepare_image
 from lcm_jax.data.images import BadImage
-from lcm_jax.data.pipeline import open_data, prepare_image
 from lcm_jax.data.sources.tfds import Source, prepare
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import compile_cache, files

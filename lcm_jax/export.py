@@ -22,18 +22,18 @@ from etils import epath
 from lcm_jax import cli
 from lcm_jax.adapters import lora
 from lcm_jax.config import Config, load_resolved
-from lcm_jax.data.pipeline import batches, open_data
+from lcm_jax.data.batches import batches, open_data
 from lcm_jax.data.sources.tfds import Source
 from lcm_jax.errors import UserError, say
 from lcm_jax.families import family_of
 from lcm_jax.host import compile_cache
 from lcm_jax.host.images import to_signed
-from lcm_jax.interop.export import with_lcm_scheduler, write_lcm_folder, write_trained_folder
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.folder_writing import write_folder
 from lcm_jax.interop.lora.file import DIALECTS, write_lora
 from lcm_jax.interop.lora.merge import Loras, lcm_recipe, merged_kernels, with_kernels
 from lcm_jax.interop.recipe import Recipe
+from lcm_jax.interop.trained_folder import with_lcm_scheduler, write_lcm_folder, write_trained_folder
 from lcm_jax.interop.weights import DTYPES
 from lcm_jax.objectives import OBJECTIVES
 from lcm_jax.training import checkpoint, identity

@@ -9,9 +9,9 @@ import lcm_jax
 from lcm_jax.config_file import load
 from lcm_jax.digits import teacher_rows
 from lcm_jax.export import recipe_of
-from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
+from lcm_jax.interop.trained_folder import write_lcm_folder
 from lcm_jax.training.networks import initial_params, make_parts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -17,9 +17,9 @@ from lcm_jax.errors import UserError
 from lcm_jax.host.images import to_uint8
 from lcm_jax.inference.pipeline import Pipeline, load_pipeline
 from lcm_jax.interop import names
-from lcm_jax.interop.export import with_lcm_scheduler
 from lcm_jax.interop.lora.file import read_lora
 from lcm_jax.interop.lora.merge import adaptable
+from lcm_jax.interop.trained_folder import with_lcm_scheduler
 
 TOLERANCE = 1e-3
 PROMPTS = ("a red seven", "")  # short, so that no tokenizer truncates them

@@ -8,7 +8,7 @@ import numpy as np
 
 from lcm_jax.adapters import lora
 from lcm_jax.config import Config
-from lcm_jax.data.pipeline import batches
+from lcm_jax.data.batches import batches
 from lcm_jax.diffusion.guidance import is_guided
 from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
 from lcm_jax.host.images import to_signed, to_uint8, to_unit

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from lcm_jax.data.pipeline import DataConfig, batches, open_data
+from lcm_jax.data.batches import DataConfig, batches, open_data
 from lcm_jax.errors import UserError
 
 

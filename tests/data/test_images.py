@@ -10,8 +10,8 @@ from little_photos import photo_pixels
 from PIL import Image, features
 
 from lcm_jax.data import images
+from lcm_jax.data.batches import DataConfig, prepare_image
 from lcm_jax.data.images import BadImage
-from lcm_jax.data.pipeline import DataConfig, prepare_image
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,9 +7,9 @@ import tensorflow_datasets as tfds
 from lcm_jax.digits.classifier import load_classifier
 from lcm_jax.digits.presets import write_blank
 from lcm_jax.families import SD
-from lcm_jax.interop.export import write_lcm_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.recipe import Recipe
+from lcm_jax.interop.trained_folder import write_lcm_folder
 
 W_DIM = 16
 RECIPE = Recipe(

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 
 from lcm_jax.adapters.lora import A, Adapter, B
 from lcm_jax.interop import replace
-from lcm_jax.interop.export import write_trained_folder
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.lora.file import write_lora
+from lcm_jax.interop.trained_folder import write_trained_folder
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree", "fcntl.flock"}
 OLD, NEW = 1.0, 2.0

@@ -16,11 +16,11 @@ import lcm_jax
 from lcm_jax.errors import UserError
 from lcm_jax.inference import verify as verify_module
 from lcm_jax.inference.verify import verify
-from lcm_jax.interop.export import write_lcm_folder, write_trained_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.lora.file import write_lora
 from lcm_jax.interop.lora.merge import lcm_recipe
 from lcm_jax.interop.recipe import Recipe
+from lcm_jax.interop.trained_folder import write_lcm_folder, write_trained_folder
 
 RECIPE = Recipe(
     teacher="someone/teacher",

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from lcm_jax.errors import UserError
 from lcm_jax.interop import weights
-from lcm_jax.interop.export import write_trained_folder
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.folder_writing import write_folder
+from lcm_jax.interop.trained_folder import write_trained_folder
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
