@@ -59,7 +59,10 @@ class Bound:
 
 
 class Pipeline:
-    """A loaded model: `networks` ({component: `Bound`}), `family`, `tokenizer`, `process`, `folder`, `recipe`."""
+    """A loaded model: `networks` ({component: `Bound`}), `family`, `tokenizer`, `process`, `folder`, `recipe`.
+
+    A network is an attribute too: `pipe.vae`.
+    """
 
     def __init__(self, folder: Folder, tokenizer: Tokenizer, policy: Policy) -> None:
         self.folder = folder
@@ -74,6 +77,12 @@ class Pipeline:
         self._programs: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
         self.lora_recipe: Recipe | None = None  # recipe of an attached LCM-LoRA that lcm_jax distilled
         self._merged: dict[str, dict[str, np.ndarray]] = {}  # kernels that the attached LoRAs changed
+
+    def __getattr__(self, name: str) -> Bound:
+        """Returns the network of the component `name`."""
+        if name in (networks := self.__dict__.get("networks", {})):
+            return networks[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __call__(
         self,

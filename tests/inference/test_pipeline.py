@@ -61,7 +61,7 @@ def test_diffusion_model_against_diffusers(teacher, teacher_pipeline, sampler, s
     options = {"clip_sample": True} if sampler == "ddim" else {}
     clipping = scheduler.from_config(teacher_pipeline.scheduler.config, timestep_spacing="trailing", **options)
     config = {**clipping.config, "set_alpha_to_one": False, "_class_name": scheduler.__name__}
-    assert read_schedule(config) == teacher.schedule
+    assert read_schedule(config) == teacher.process
     parts = {**teacher_pipeline.components, "scheduler": clipping}
     teacher_pipeline = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     teacher_pipeline.set_progress_bar_config(disable=True)
