@@ -19,7 +19,7 @@ from little import assert_weights_equal
 from lcm_jax.training.checkpoint import good_steps, restore_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-DEVICES, STEPS = 4, 40
+DEVICES, STEPS = 4, 24
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def options(little, digits_data_dir):
         "--config.optimizer.decay=constant",
         "--config.optimizer.eps=1e-3",
         "--config.optimizer.learning_rate=2e-4",  # or rounding grows beyond the tolerance
-        "--config.checkpoint.every=10",
+        "--config.checkpoint.every=6",
         "--config.log.every=1",
         f"--config.log.samples_every={STEPS}",
     ]

@@ -21,16 +21,12 @@ STEPS = 3
 REMAT = {"remat": "block"}
 CASES = {
     "8x1": {"mesh": MeshConfig(8, 1)},
-    "8x1, remat, accumulation": {"mesh": MeshConfig(8, 1), "accumulate": 2, "model": REMAT},
     "4x2, sharded teacher": {"mesh": MeshConfig(4, 2, gather="block", frozen="sharded")},
-    "4x2, remat, accumulation": {"mesh": MeshConfig(4, 2, gather="block"), "accumulate": 2, "model": REMAT},
-    "2x4, gathered once": {"mesh": MeshConfig(2, 4, gather="step")},
     "2x4, gathered once, remat, accumulation, sharded teacher": {
         "mesh": MeshConfig(2, 4, gather="step", frozen="sharded"),
         "accumulate": 2,
         "model": REMAT,
     },
-    "1x8": {"mesh": MeshConfig(1, 8, gather="block")},
     "1x8, remat but for attention, accumulation, sharded teacher": {
         "mesh": MeshConfig(1, 8, gather="block", frozen="sharded"),
         "accumulate": 2,
@@ -89,10 +85,9 @@ def adapters_alone(little, configure):
     return train(little, configure, jax.devices()[:1], **LORA)
 
 
-@pytest.mark.parametrize("gather", ["block", "step"])
-def test_eight_devices_train_adapters_as_one_does(gather, little, configure, adapters_alone):
+def test_eight_devices_train_adapters_as_one_does(little, configure, adapters_alone):
     state, metrics = train(
-        little, configure, jax.devices(), mesh=MeshConfig(2, 4, gather=gather, frozen="sharded"), **LORA
+        little, configure, jax.devices(), mesh=MeshConfig(2, 4, gather="block", frozen="sharded"), **LORA
     )
     assert {path.rpartition(".lora_")[2] for path in state["params"]["unet"]} == {"A.kernel", "B.kernel"}
     for name in ("params", "ema"):

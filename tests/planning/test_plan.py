@@ -30,6 +30,12 @@ def options(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def denoising(options):
+    """One network, forward and backward: a third of the time that libtpu takes for a distillation."""
+    return [f"--config={ROOT}/configs/digits_teacher.py", *options[1:]]
+
+
+@pytest.fixture(scope="module")
 def autoencoder(options):
     """The smallest step there is, where it does not matter which."""
     return [f"--config={ROOT}/configs/digits_teacher.py:vae", *options[1:], "--config.batch_size=8"]
@@ -47,10 +53,10 @@ def used(figures):
     return {kind for kind, found in figures["collectives"].items() if found["count"]}
 
 
-def test_weights_divided_over_a_v5p(options, tmp_path, capsys):
+def test_weights_divided_over_a_v5p(denoising, tmp_path, capsys):
     """All that is exchanged are weights and gradients; anything else that appears here is a mistake."""
     figures, output = planned(
-        options,
+        denoising,
         tmp_path,
         capsys,
         "--topology=v5p-16",
@@ -63,7 +69,7 @@ def test_weights_divided_over_a_v5p(options, tmp_path, capsys):
     parameters = 8 * figures["memory_bytes"]["parameters"] // 4  # of the whole, in number; some are not divided
     gathered, summed = (figures["collectives"][kind] for kind in ("all-gather", "reduce-scatter"))
     summed = summed["bytes"] + figures["collectives"]["all-reduce"]["bytes"]
-    assert 0 < gathered["bytes"] <= 3 * 2 * parameters  # student forward and backward, target; bfloat16
+    assert 0 < gathered["bytes"] <= 2 * 2 * parameters  # forward and backward; bfloat16
     assert 0 < summed <= 4 * parameters + 4096  # float32, and the loss
     assert figures["fits"] is True
     assert figures["mesh"] == {"data": 1, "fsdp": 8}
@@ -74,7 +80,7 @@ def test_weights_divided_over_a_v5p(options, tmp_path, capsys):
     seconds = figures["seconds"]
     assert seconds["step"] == pytest.approx(seconds["compute"] + seconds["exposed"])
     assert 0 < seconds["floor"] < seconds["step"]
-    assert any(row["module"].startswith("student/down_blocks.0/attentions") for row in figures["profile"])
+    assert any(row["module"].startswith("denoiser/down_blocks.0/attentions") for row in figures["profile"])
     for said in ("it fits", "all-gather", "fraction of peak", "where the time goes", "compiled in"):
         assert said in output.out
     assert "2 at once on a chip" in output.out

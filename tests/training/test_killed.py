@@ -21,7 +21,6 @@ from lcm_jax.training.checkpoint import good_steps
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, EVERY = 12, 3
 KINDS = {
-    "autoencoder": ["digits_teacher.py:vae"],
     "lcd": ["digits.py", "--config.lcd.w_embedding_dim=8"],
     "lora": ["digits.py", "--config.lora.rank=2", "--config.lcd.w_embedding_dim=0"],
 }
@@ -79,8 +78,7 @@ def trained(options, *runs):
 @pytest.mark.parametrize(
     ("kind", "killed", "stops"),
     [
-        ("autoencoder", SAVING, [(*BETWEEN, signal.SIGINT), ("training", 2 * EVERY + 1, signal.SIGTERM)]),
-        ("lcd", SAVING, [(*BETWEEN, signal.SIGTERM)]),
+        ("lcd", SAVING, [(*BETWEEN, signal.SIGINT), ("training", 2 * EVERY + 1, signal.SIGTERM)]),
         ("lora", BETWEEN, [(*SAVING, signal.SIGTERM)]),
     ],
     ids=KINDS,
