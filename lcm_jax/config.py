@@ -44,11 +44,11 @@ class ModelConfig:
 
     folder: str = ""  # a diffusers folder, or a hub id: what training starts from, and the teacher of a distillation
     dtype: str = "float32"  # compute dtype; master weights and EMA are float32 under each: float32 | bfloat16
-    # what the backward pass of the UNet recomputes: none | block: each block from its input | block_save_attention: the
+    # what the denoiser's backward pass recomputes: none | block: each block from its input | block_save_attention: the
     # same, but for the outputs of attention
     remat: str = "none"
-    # of the UNet's large layers: xla | cudnn (bfloat16 on an NVIDIA GPU from Ampere on) | pallas (TPU) | auto: that of
-    # the device, else xla
+    # of the denoiser's large layers: xla | cudnn (bfloat16 on an NVIDIA GPU from Ampere on) | pallas (TPU) | auto: that
+    # of the device, else xla
     attention: str = "auto"
 
     def __post_init__(self) -> None:

@@ -111,13 +111,13 @@ class Pipeline:
           steps: number of sampling steps; 4 by default for a consistency model, 50 for a diffusion model.
           guidance_scale: w + 1. The default is 7.5 for a diffusion model, the middle of the trained range for a
             consistency model with a w-embedding (8.5 if unknown), and 1 for one without, as with an LCM-LoRA. Values
-            outside the trained range give a warning. Without a w-embedding, values above 1 call the UNet with and
+            outside the trained range give a warning. Without a w-embedding, values above 1 call the denoiser with and
             without the prompt in each step; other values mean no guidance (also 0 and below, as in diffusers).
           seed: in 0 … 2^64 - 1. Image i depends on the seed, on i and, through the noise between the steps of a
             consistency model, on the number of prompts. None takes a random seed for each call.
           negative_prompt: one string for all prompts, or one per prompt. Not supported by a consistency model with a
             w-embedding, nor without guidance.
-          height, width: in pixels; by default the UNet's sample size.
+          height, width: in pixels; by default the size that it was trained for.
           timesteps: descending training timesteps, or a single one, instead of `steps`.
           latents: initial noise (B, h, w, C), instead of noise from the seed.
           noise: noise (n-1, B, h, w, C) between the n steps of a consistency model, instead of noise from the seed.
@@ -211,7 +211,7 @@ class Pipeline:
     def latent_shape(
         self, count: int, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int, int]:
-        """Returns the NHWC shape of `count` latents; height and width are in pixels, by default the UNet's size."""
+        """Returns the NHWC shape of `count` latents; height and width in pixels, or the default size."""
         factor = 2 ** (len(self.networks["vae"].network.config.block_out_channels) - 1)
         sample = self.folder.components[self.family.denoiser].config.get("sample_size") or 64
         default = (sample, sample) if isinstance(sample, int) else tuple(sample)

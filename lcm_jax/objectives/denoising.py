@@ -25,7 +25,7 @@ class DenoisingConfig:
     caption_dropping: float = 0.1  # the share of captions that are replaced by the empty one, for guidance
     timestep_shift: float = 1.0  # above 1, more of the noisy timesteps are drawn; 1: all alike
     min_snr_gamma: float = 0.0  # weigh timesteps by min(SNR, gamma); 5 in the paper; 0: all alike
-    train_text_encoder: bool = False  # jointly with the UNet
+    train_text_encoder: bool = False  # jointly with the denoiser
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropping < 1:

@@ -51,7 +51,7 @@ class MeshConfig:
 def split_cpu(devices: int) -> None:
     """Splits the CPU into this many JAX devices (0: no change). Call it before using JAX; accelerators are unaffected.
 
-    Each device processes its share of the batch independently. This keeps all cores busy in small UNets, many of whose
+    Each device processes its share of the batch independently. This keeps all cores busy in small nets, many of whose
     operations are too small to use all cores. Raises UserError if JAX already runs with another number.
     """
     if devices:

@@ -1,7 +1,7 @@
 """Saves the compiled train step to a file, and loads it on another machine or in a later run.
 
 `plan --save` writes a file for `train --compiled`. A run with one process on CPU devices also caches its step in the
-folder of the compile cache. On a restart, it is loaded while Python traces the step: for a small UNet on a CPU, both
+folder of the compile cache. On a restart, it is loaded while Python traces the step: for a small network on a CPU, both
 take equally long.
 
 File format: a line with a checksum of the rest, a line of JSON, and the output of
