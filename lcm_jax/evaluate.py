@@ -124,6 +124,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--style", choices=STYLES, help="with --lora: of the digits that the model draws")
     parser.add_argument("--weights", type=_numbers, help="with --lora: of the LCM-LoRA (default: 0,0.25,…,1.25)")
     args = parser.parse_args(argv)
+    if "" in (args.model, args.teacher):
+        raise UserError(f"--{'model' if args.model == '' else 'teacher'}= is empty; give a folder")
     if not args.model and not args.teacher:
         raise UserError("give --model=FOLDER, or --teacher to measure the teacher alone")
     for option in ("diffusers", "lora"):

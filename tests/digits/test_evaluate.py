@@ -205,6 +205,7 @@ def nothing_is_drawn(monkeypatch):
     ("arguments", "message"),
     [
         ([], "give --model=FOLDER, or --teacher to measure the teacher alone"),
+        (["--model=", "--teacher"], "--model= is empty; give a folder"),
         (["--teacher", "--diffusers"], "--diffusers draws with the model; give --model=FOLDER as well"),
         (["--model=nowhere"], "there is no folder nowhere"),
         (["--model=TEACHER"], "TEACHER holds a diffusion model; a consistency model is needed here"),
