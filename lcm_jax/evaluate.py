@@ -71,8 +71,8 @@ def _through_vae(pipe: Pipeline, pictures: np.ndarray) -> np.ndarray:
     decoded = []
     for start in range(0, len(pictures), BATCH):
         pixels = to_signed(pictures[start : start + BATCH])
-        latents = pipe.networks["vae"](pixels, None, method="to_latents")
-        decoded.append(np.asarray(pipe.networks["vae"](latents, method="to_images")))
+        latents = pipe.vae(pixels, None, method="to_latents")
+        decoded.append(np.asarray(pipe.vae(latents, method="to_images")))
     return to_uint8(to_unit(np.concatenate(decoded)))
 
 
@@ -268,7 +268,7 @@ def _digits_model(folder: str, *, is_lcm: bool) -> Pipeline:
     if pipe.is_lcm != is_lcm:
         kinds = ("a diffusion model", "a consistency model")
         raise UserError(f"{folder} holds {kinds[pipe.is_lcm]}; {kinds[is_lcm]} is needed here")
-    factor = 2 ** (len(pipe.networks["vae"].network.config.block_out_channels) - 1)
+    factor = 2 ** (len(pipe.vae.network.config.block_out_channels) - 1)
     height, width = (side * factor for side in pipe.latent_shape(1)[1:3])
     if (height, width) != (SIZE, SIZE):
         raise UserError(

@@ -91,7 +91,7 @@ def verify(
 
     differences = {
         "latents": _difference(ours, theirs),
-        "pictures of the same latents": _difference(pipe.networks["vae"](theirs, method="to_images"), decoded),
+        "pictures of the same latents": _difference(pipe.vae(theirs, method="to_images"), decoded),
     }
     for what, difference in differences.items():
         if not difference <= TOLERANCE:

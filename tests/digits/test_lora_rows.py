@@ -67,15 +67,15 @@ def test_rows_are_those_of_what_is_attached(micro_teacher, files, tmp_path, caps
     classifier = load_classifier(STYLE_WEIGHTS)
     features, _ = classifier(real_pictures(PROMPTS, "test", "italic"))
 
-    def expected(attached, steps, scale, sampler):
+    def expected(attached, steps, scale, sampler):  # added to the weights in this order, as the command does
         pipe = load_pipeline(micro_teacher, loras=attached)
         pictures, _ = draw_all(pipe, PROMPTS, steps, scale, sampler)
         return score(pictures, PROMPTS, classifier, features, "italic")
 
     assert rows[3].score == expected({style: 0.8}, 3, 2.0, "ddim")
-    assert rows[4].score == expected({lcm: 0.5, style: 0.8}, 2, 1.0, "lcm")
+    assert rows[4].score == expected({style: 0.8, lcm: 0.5}, 2, 1.0, "lcm")
     assert rows[5].score == expected({style: 0.8}, 2, 1.0, "lcm")
-    assert rows[6].score == expected({lcm: 1.0, style: 0.8}, 2, 1.0, "lcm")
+    assert rows[6].score == expected({style: 0.8, lcm: 1.0}, 2, 1.0, "lcm")
     assert len({row.score.frechet for row in rows[2:]}) == 5
     assert "lcm.safetensors doesn't say that it is an LCM-LoRA" in str(recwarn.list[0].message)
 
