@@ -26,6 +26,8 @@ LONGEST = (
     "test_train.py",
     "test_plan.py",
     "test_golden_step.py",
+    "test_killed.py",
+    "test_program.py",
     "test_buckets.py",
     "test_other_mesh.py",
     "test_lora_training.py",
