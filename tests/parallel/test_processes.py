@@ -141,9 +141,9 @@ def test_killed_and_stopped_it_goes_on_with_any_number_of_processes(options, by_
     stopped = int(re.search(rf"Stopped at step (\d+) of {STEPS}, saved", outputs[0])[1])
     assert good_steps(workdir / "checkpoints")[0] == stopped < STEPS
 
-    by_four = run(options, shutil.copytree(workdir, tmp_path / "by_four"), 4)
-    assert_equal(by_four, by_two)
-    assert losses(by_four) == pytest.approx(losses(by_two), rel=1e-5)
+    by_one = run(options, shutil.copytree(workdir, tmp_path / "by_one"), 1)
+    assert_equal(by_one, by_two)
+    assert losses(by_one) == pytest.approx(losses(by_two), rel=1e-5)
     assert_same_bits(run(options, workdir, 2), by_two)
 
 

@@ -21,7 +21,6 @@ STEPS = 3
 REMAT = {"remat": "block"}
 CASES = {
     "8x1": {"mesh": MeshConfig(8, 1)},
-    "4x2, sharded teacher": {"mesh": MeshConfig(4, 2, gather="block", frozen="sharded")},
     "2x4, gathered once, remat, accumulation, sharded teacher": {
         "mesh": MeshConfig(2, 4, gather="step", frozen="sharded"),
         "accumulate": 2,

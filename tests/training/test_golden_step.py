@@ -195,8 +195,8 @@ def perturbed(params, random):
     return {p: jnp.asarray(a + 0.05 * random.standard_normal(a.shape).astype(np.float32)) for p, a in params.items()}
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])  # tests/objectives/test_lcd.py has all
-def test_two_steps_are_torchs(folder, solver):
+def test_two_steps_are_torchs(folder):
+    solver = "dpmpp"  # calls the teacher twice; tests/objectives/test_lcd.py has all solvers
     config = configure(folder, solver)
     parts = make_parts(config, folder, load_tokenizer(folder))
     params = initial_params(config, parts, folder)

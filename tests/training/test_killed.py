@@ -78,7 +78,7 @@ def trained(options, *runs):
 @pytest.mark.parametrize(
     ("kind", "killed", "stops"),
     [
-        ("lcd", SAVING, [(*BETWEEN, signal.SIGINT), ("training", 2 * EVERY + 1, signal.SIGTERM)]),
+        ("lcd", SAVING, [(*BETWEEN, signal.SIGINT)]),
         ("lora", BETWEEN, [(*SAVING, signal.SIGTERM)]),
     ],
     ids=KINDS,
