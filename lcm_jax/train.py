@@ -48,7 +48,7 @@ def main(argv: Sequence[str], devices: Sequence[Any] | None = None) -> int:
     if not speaks:
         return 128 + result.signal if result.signal else 0
     if result.signal:
-        say(f"Stopped at step {result.step} of {config.steps}, saved. The same command goes on from there.")
+        say(f"Stopped at step {result.step} of {config.steps}, saved. The same command resumes there.")
         return 128 + result.signal
     say(f"Done: {result.step} steps, checkpoints in {args.workdir}/checkpoints. Next:")
     beside = f"runs/{args.workdir.name}" if files.in_bucket(args.workdir) else args.workdir  # an export is local

@@ -1,7 +1,7 @@
 """The networks of a run by role, and the weights that they start from.
 
 Weights are {key: Flat}. `Flat` is a dict from a parameter's path ('down_blocks.0.resnets.1.conv1.kernel') to its array;
-keys are the components' names in the folder ('unet', 'text_encoder', 'vae') for what is exported and for what is read
+keys are the components' names in the folder ('unet', 'text_encoder', 'vae') for exported networks and for those read
 from there, and the role's own for other networks ('teacher').
 
 With `config.lora.rank` the `Flat` of a trained network holds adapters (`lcm_jax.adapters.lora`) instead of the
