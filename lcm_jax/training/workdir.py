@@ -89,7 +89,7 @@ class Held:
         while not self._end.wait(BEAT):
             with contextlib.suppress(UserError, OSError):  # `check` reports a lost lock
                 if self._lock and (found := self._lock.read()) and found[0] == self._content:
-                    self._lock.renew(self._content)
+                    self._lock.renew(*found)
 
 
 @contextlib.contextmanager
@@ -246,9 +246,9 @@ class _FileLock:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
-    def renew(self, content: bytes) -> None:
+    def renew(self, content: bytes, mark: Any) -> None:
         """Updates the heartbeat."""
-        del content
+        del content, mark
         os.utime(self._path)
 
     def remove(self, content: bytes, mark: Any) -> None:
@@ -295,10 +295,15 @@ class _BucketLock:
             except FileNotFoundError:
                 return None
 
-    def renew(self, content: bytes) -> None:
-        """Writes the lock again, which gives it a new generation."""
+    def renew(self, content: bytes, mark: Any) -> None:
+        """Writes the lock again, which gives it a new generation, if its generation is still `mark`.
+
+        Without that condition it could bring back a lock that was removed since it was read.
+        """
+        bucket, name = self._object
+        upload = f"{self._fs._location}/upload/storage/v1/b/{bucket}/o"  # gcsfs uploads with no condition but "absent"
         with files.one_line(self._path):
-            self._fs.pipe_file(self._path, content)
+            self._fs.call("POST", upload, uploadType="media", name=name, ifGenerationMatch=mark, data=content)
 
     def remove(self, content: bytes, mark: Any) -> None:
         """Removes the lock if its generation is still `mark`."""

@@ -184,6 +184,8 @@ def test_one_run_a_place(bucket, monkeypatch):
         lock.remove(content, int(generation) - 1)  # that of a run before
         assert lock.read()[0] == content
         (run / workdir.LOCK).unlink()
+        with pytest.raises(UserError):
+            lock.renew(content, generation)  # a renewal that had read it before must not bring it back
         time.sleep(0.1)
         with pytest.raises(UserError, match=f"{run} is no longer this run's folder: lock.json is not there"):
             held.check()
