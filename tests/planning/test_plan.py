@@ -6,9 +6,9 @@ import pathlib
 
 import jax
 import pytest
+from fixtures_folders import write_little
 
 from lcm_jax import cli, config_file, plan
-from lcm_jax.digits.presets import write_blank
 from lcm_jax.parallel.mesh import make_mesh
 from lcm_jax.planning.blueprint import blueprint, published
 from lcm_jax.planning.compiled import COLLECTIVES
@@ -20,11 +20,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    teacher = write_blank("micro", tmp_path_factory.mktemp("micro") / "teacher")
+    teacher = write_little(tmp_path_factory.mktemp("little") / "teacher", unet_channels=[32])
     return [
         f"--config={ROOT}/configs/digits.py:smoke",
         f"--config.model.folder={teacher}",
         "--config.model.dtype=bfloat16",
+        "--config.data.image_size=8",
         "--config.mesh.cpu_devices=0",
     ]
 
