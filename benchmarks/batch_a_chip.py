@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from lcm_jax import cli
 from lcm_jax.errors import UserError
 from lcm_jax.planning import estimate, topology
-from lcm_jax.planning.compiled import Program
+from lcm_jax.planning.compiled import HloProgram
 
 LEVELS = ((64, 320), (32, 640), (16, 1280), (8, 1280))  # side in pixels, channels
 
@@ -33,7 +33,7 @@ def milliseconds(chip: str, batch: int, side: int, channels: int) -> float:
         on = SingleDeviceSharding(topology.devices(where)[0])
         shapes = ((batch, side, side, channels), (3, 3, channels, channels))
         args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=on) for shape in shapes]
-        program = Program(convolve.lower(*args).compile().as_text())
+        program = HloProgram(convolve.lower(*args).compile().as_text())
     return 1e3 * sum(row["seconds"] for row in estimate.profile(program, where))
 
 

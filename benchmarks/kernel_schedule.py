@@ -23,7 +23,7 @@ from lcm_jax.errors import UserError
 from lcm_jax.models.kernels import flash
 from lcm_jax.planning import topology
 from lcm_jax.planning.chips import Chip
-from lcm_jax.planning.compiled import Operation, Program
+from lcm_jax.planning.compiled import HloProgram, Operation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read(folder: pathlib.Path, name: str) -> Schedule:
     return Schedule(last - first - sum(skipped), sum(skipped), use)
 
 
-def compile_kernels(where: topology.Topology, folder: pathlib.Path, tokens: int, head: int, heads: int) -> Program:
+def compile_kernels(where: topology.Topology, folder: pathlib.Path, tokens: int, head: int, heads: int) -> HloProgram:
     """Compiles both kernels for one chip; the compiler dumps its files to `folder`."""
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     os.environ["LIBTPU_INIT_ARGS"] = f"{given} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -74,7 +74,7 @@ def compile_kernels(where: topology.Topology, folder: pathlib.Path, tokens: int,
     gradient = jax.value_and_grad(lambda *x: jnp.sum(flash.flash_attention(*x).astype(jnp.float32)), (0, 1, 2))
     lowered = jax.jit(gradient).lower(x, x, x)
     with topology.quiet():
-        return Program(lowered.compile().as_text() or "")
+        return HloProgram(lowered.compile().as_text() or "")
 
 
 def row(kernel: Operation, schedule: Schedule, chip: Chip, tokens: int, heads: int) -> str:

@@ -182,8 +182,8 @@ class Config:
 
 
 _SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
-# these don't change what a step computes, or by rounding only
-_FREE_ON_RESUME = ("steps", "accumulate", "max_skipped", "mesh", "checkpoint", "log", "profile")
+OUTSIDE_THE_STEP = ("max_skipped", "checkpoint", "log", "profile")  # these don't change the compiled step
+_FREE_ON_RESUME = (*OUTSIDE_THE_STEP, "steps", "accumulate", "mesh")  # what a step computes changes by rounding only
 _FREE_DATA = ("data.threads", "data.max_pixels")  # so that a run that met a larger image can resume with more
 # where inputs lie, which may differ from host to host: that their content is the same is for identity.py to say
 PLACES = ("model.folder", "data.directory", "data.data_dir")

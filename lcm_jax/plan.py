@@ -26,13 +26,12 @@ from lcm_jax.host import compile_cache, files
 from lcm_jax.parallel.mesh import found_devices, make_mesh, split_cpu
 from lcm_jax.planning import estimate, flops, topology
 from lcm_jax.planning.blueprint import blueprint
-from lcm_jax.planning.compiled import Program
+from lcm_jax.planning.compiled import HloProgram
 from lcm_jax.planning.estimate import Compiled, Report
 from lcm_jax.planning.report import no_fit_table, search_table, table
 from lcm_jax.planning.topology import Topology
 from lcm_jax.training import saved_step
-from lcm_jax.training.program import Program as Step
-from lcm_jax.training.program import make_program
+from lcm_jax.training.program import Program, make_program
 
 
 def compile_step(config: Config, where: Topology | None) -> Compiled:
@@ -58,12 +57,12 @@ def compile_step(config: Config, where: Topology | None) -> Compiled:
 class NoFit(Exception):
     """Raised if a step does not fit into a chip's memory; holds the compiler's message and the step."""
 
-    def __init__(self, why: str, step: Step) -> None:
+    def __init__(self, why: str, step: Program) -> None:
         super().__init__(why)
         self.step = step
 
 
-def described(config: Config, step: Step, where: Topology | None) -> Report:
+def described(config: Config, step: Program, where: Topology | None) -> Report:
     """Returns the configuration of a step as plain values: the head of each report."""
     return {
         "topology": where.name if where else "local",
@@ -85,7 +84,7 @@ def described(config: Config, step: Step, where: Topology | None) -> Report:
 def report(config: Config, compiled: Compiled) -> Report:
     """Returns all figures of a compiled step as plain values."""
     where, chips = compiled.topology, compiled.step.mesh.size
-    program = Program(compiled.executable.as_text() or "")
+    program = HloProgram(compiled.executable.as_text() or "")
     needed = model_flops(config)
     memory, times = estimate.memory(compiled), estimate.times(compiled, program, needed // chips)
     analysis = estimate.cost(compiled)

@@ -12,7 +12,7 @@ from lcm_jax.errors import UserError, few
 from lcm_jax.host import json_file
 from lcm_jax.interop import model_index as model_index_json
 from lcm_jax.interop import places, weights
-from lcm_jax.models import MODEL_CLASSES
+from lcm_jax.interop.network_configs import MODEL_CLASSES
 
 _DOCUMENT = re.compile(r"(?:LICEN[CS]E|NOTICE|COPYING|AUTHORS|CITATION)(?:[._-].*)?|.*\.(?:md|txt)", re.IGNORECASE)
 _SETTINGS = (".json", ".txt", ".model", ".jinja")  # configurations, vocabularies, merges

@@ -18,13 +18,14 @@ from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError
 from lcm_jax.host import json_file
 from lcm_jax.interop import contents, hub, model_index, names, places, weights
+from lcm_jax.interop.config_json import warn_of_unknown
 from lcm_jax.interop.fit import check_fit
 from lcm_jax.interop.model_index import NETWORK_CLASSES
+from lcm_jax.interop.network_configs import MODEL_CLASSES
 from lcm_jax.interop.scheduler import KNOWN as SCHEDULER_KEYS
 from lcm_jax.interop.scheduler import read_schedule
 from lcm_jax.interop.weight_faults import check_finite
-from lcm_jax.models import FP32, MODEL_CLASSES, Flat, Network, Policy
-from lcm_jax.models.config_json import warn_of_unknown
+from lcm_jax.models import FP32, Flat, Network, Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,9 @@ def make_network(
     library_class: str, config: dict[str, Any], *, where: str, policy: Policy = FP32, **options: Any
 ) -> Network:
     """Returns the network for a config.json; `where` prefixes the message of a UserError."""
-    config_class, model_class = MODEL_CLASSES[library_class]
+    known = MODEL_CLASSES[library_class]
     try:
-        return _network(model_class, config_class.from_dict(config), policy, tuple(sorted(options.items())))
+        return _network(known.model, known.read(config), policy, tuple(sorted(options.items())))
     except UserError as error:
         raise UserError(f"{where}/config.json: {error}") from None
 
@@ -199,13 +200,13 @@ def _read_config(directory: pathlib.Path, library_class: str) -> tuple[dict[str,
     """Returns the content of config.json and the parsed configuration; warns about unknown keys."""
     where = directory / "config.json"
     config = json_file.read(where, largest=json_file.CONFIG)
-    config_class, _ = MODEL_CLASSES[library_class]
+    network_class = MODEL_CLASSES[library_class]
     try:
-        read = config_class.from_dict(config)
+        read = network_class.read(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if config_class.KNOWN is not None:
-        warn_of_unknown(config, config_class.KNOWN, str(where))
+    if network_class.known is not None:
+        warn_of_unknown(config, network_class.known, str(where))
     return config, read
 
 

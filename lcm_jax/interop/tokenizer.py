@@ -13,7 +13,7 @@ import numpy as np
 from lcm_jax.errors import UserError, few, plain
 from lcm_jax.host import arguments, json_file
 from lcm_jax.interop.folder import Folder
-from lcm_jax.models import CLIPTextConfig
+from lcm_jax.interop.network_configs import read_clip_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -114,7 +114,7 @@ def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = 
         raise UserError(f"{directory} names no pad_token that its vocabulary has, which fills short prompts up")
     where = folder.path / text_encoder
     try:
-        config = CLIPTextConfig.from_dict(json_file.read(where / "config.json"))
+        config = read_clip_text(json_file.read(where / "config.json"))
     except UserError as error:
         raise UserError(f"{where}/config.json: {error}") from None
     backend = tokenizer.backend_tokenizer

@@ -11,16 +11,8 @@ from lcm_jax.models.unet import UNet2DConditionModel
 from lcm_jax.models.unet_config import UNetConfig
 from lcm_jax.models.vae import AutoencoderKL, VAEConfig
 
-MODEL_CLASSES = {
-    "UNet2DConditionModel": (UNetConfig, UNet2DConditionModel),
-    "AutoencoderKL": (VAEConfig, AutoencoderKL),
-    "CLIPTextModel": (CLIPTextConfig, CLIPTextModel),
-    "CLIPTextModelWithProjection": (CLIPTextConfig, CLIPTextModelWithProjection),
-}
-
 __all__ = [
     "FP32",
-    "MODEL_CLASSES",
     "AutoencoderKL",
     "CLIPTextConfig",
     "CLIPTextModel",

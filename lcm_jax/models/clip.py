@@ -2,54 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lcm_jax.errors import UserError, one_of
-from lcm_jax.host import json_file
-from lcm_jax.models.config_json import SIZE, check_fixed, check_size, read_values
+from lcm_jax.errors import UserError
 from lcm_jax.models.policy import FP32, Policy
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-KINDS: dict[str, json_file.Kind] = {
-    "vocab_size": SIZE,
-    "hidden_size": SIZE,
-    "intermediate_size": SIZE,
-    "projection_dim": json_file.Kind(  # 0 and null: no projection
-        f"{SIZE.name}, 0, or null",
-        lambda value: value is None or (value is not False and value == 0) or SIZE.test(value),
-    ),
-    "num_hidden_layers": SIZE,
-    "num_attention_heads": SIZE,
-    "max_position_embeddings": SIZE,
-    "hidden_act": json_file.TEXT,
-    "layer_norm_eps": json_file.POSITIVE,
-    "eos_token_id": json_file.Kind("one token id", json_file.INTEGER.test),
-}
-# Keys that change the result or the weights in transformers or diffusers, with the values that have no effect. Other
-# keys concern training, initialization and extra outputs.
-FIXED: dict[str, Any] = {
-    "use_attention_mask": (False, None),  # if true, diffusers' pipelines mask the padding
-    "is_causal": True,
-    "pruned_heads": ({}, None),
-    "quantization_config": None,
-    "fusion_config": None,
-    "transformers_weights": None,  # name of another weight file
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
     """Configuration of a CLIP text encoder; names and defaults are those of transformers' config.json."""
-
-    KNOWN: ClassVar[None] = None  # transformers writes many keys without effect, so unknown ones aren't warned about
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -61,26 +31,6 @@ class CLIPTextConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> "CLIPTextConfig":
-        """Reads a config.json, or its `text_config` if it has one (a config with a vision tower), as transformers does.
-
-        Raises:
-          UserError: a value is invalid, or changes the result in a way that isn't implemented.
-        """
-        if "text_config" in config:
-            json_file.OBJECT.check("text_config", config["text_config"])
-            config = config["text_config"]
-        one_of("model_type", config.get("model_type", "clip_text_model"), ("clip_text_model",))
-        check_fixed(config, FIXED)
-        values = read_values(config, KINDS)
-        one_of("hidden_act", values.get("hidden_act", cls.hidden_act), ACTIVATIONS)
-        self = cls(**values)
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"hidden_size is {self.hidden_size}, no multiple of {self.num_attention_heads} heads")
-        check_size(self.least_tensors)
-        return self
 
     @property
     def least_tensors(self) -> int:

@@ -175,7 +175,7 @@ class UNet2DConditionModel(nnx.Module):
         )
         if config.addition_embed_type == "text_time":
             width = config.projection_class_embeddings_input_dim
-            assert width is not None  # from_dict checked it
+            assert width is not None  # the reader of config.json checked it
             self.add_embedding = TimestepEmbedding(width, time_dim, policy=policy, rngs=rngs)
         downs, skips = [], [channels[0]]  # channels of the skip connections, in order
         for level in range(n):
@@ -239,7 +239,7 @@ class UNet2DConditionModel(nnx.Module):
         sinusoids = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
         time = self.time_embedding(sinusoid(t, config.block_out_channels[0], **sinusoids), w_embedding)
         if config.addition_embed_type and added:
-            assert config.addition_time_embed_dim is not None  # from_dict checked it
+            assert config.addition_time_embed_dim is not None  # the reader of config.json checked it
             ids = sinusoid(added["time_ids"].reshape(-1), config.addition_time_embed_dim, **sinusoids)
             ids = ids.reshape(len(z), -1)
             time = time + self.add_embedding(jnp.concatenate([added["text_embeds"].astype(jnp.float32), ids], axis=-1))

@@ -1,51 +1,23 @@
 """AutoencoderKL: encodes images to latents and decodes latents to images."""
 
 import dataclasses
-from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lcm_jax.errors import UserError, one_of
-from lcm_jax.host import json_file
-from lcm_jax.models.config_json import BLOCKS, SIZE, SIZES, check_fixed, check_size, per_level, read_values
+from lcm_jax.errors import UserError
 from lcm_jax.models.layers import ResnetBlock2D, conv, enlarge
 from lcm_jax.models.norms import GroupNorm
 from lcm_jax.models.policy import FP32, Policy
 
 EPS = 1e-6  # epsilon of every norm in this model
 
-KINDS: dict[str, json_file.Kind] = {
-    "in_channels": SIZE,
-    "out_channels": SIZE,
-    "down_block_types": BLOCKS,
-    "up_block_types": BLOCKS,
-    "block_out_channels": SIZES,
-    "layers_per_block": SIZE,
-    "latent_channels": SIZE,
-    "norm_num_groups": SIZE,
-    "scaling_factor": json_file.POSITIVE,
-    "shift_factor": json_file.or_none(json_file.NUMBER),
-    "use_quant_conv": json_file.BOOLEAN,
-    "use_post_quant_conv": json_file.BOOLEAN,
-    "mid_block_add_attention": json_file.BOOLEAN,
-}
-FIXED: dict[str, Any] = {
-    "act_fn": "silu",
-    "force_upcast": (True, False, None),  # no effect: dtypes follow the policy
-    "latents_mean": None,
-    "latents_std": None,
-    "quantization_config": None,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """Configuration of AutoencoderKL; names and defaults are those of diffusers' config.json."""
-
-    KNOWN: ClassVar = {*KINDS, *FIXED, "sample_size"}
 
     in_channels: int = 3
     out_channels: int = 3
@@ -60,26 +32,6 @@ class VAEConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> "VAEConfig":
-        """Reads a config.json; raises UserError for unsupported values."""
-        check_fixed(config, FIXED)
-        values = read_values(config, KINDS)
-        channels = values.get("block_out_channels", cls.block_out_channels)
-        levels = len(channels) if isinstance(channels, (list, tuple)) else 1
-        values["block_out_channels"] = channels = per_level(channels, levels, "block_out_channels")
-        groups = values.get("norm_num_groups", cls.norm_num_groups)
-        for c in channels:
-            if c % groups:
-                raise UserError(f"block_out_channels has {c}, no multiple of {groups} norm groups")
-        for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            values[name] = per_level(values.get(name, (block,)), levels, name)
-            for value in values[name]:
-                one_of(name, value, (block,))
-        self = cls(**values)
-        check_size(self.least_tensors)
-        return self
 
     @property
     def least_tensors(self) -> int:

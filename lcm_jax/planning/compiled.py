@@ -73,7 +73,7 @@ class _Line:
     text: str
 
 
-class Program:
+class HloProgram:
     """A parsed program."""
 
     def __init__(self, text: str) -> None:

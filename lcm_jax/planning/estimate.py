@@ -11,10 +11,10 @@ import jax
 
 from lcm_jax.planning import exchange_time
 from lcm_jax.planning.chips import Chip
-from lcm_jax.planning.compiled import COLLECTIVES, Collective, Operation, Program
+from lcm_jax.planning.compiled import COLLECTIVES, Collective, HloProgram, Operation
 from lcm_jax.planning.exchange_time import Position
 from lcm_jax.planning.topology import Topology
-from lcm_jax.training.program import Program as Step
+from lcm_jax.training.program import Program
 
 Report = dict[str, Any]
 
@@ -23,7 +23,7 @@ Report = dict[str, Any]
 class Compiled:
     """A step compiled for a topology (None: this machine's devices), and the compile time in seconds."""
 
-    step: Step
+    step: Program
     lowered: jax.stages.Lowered
     executable: jax.stages.Compiled
     topology: Topology | None
@@ -42,7 +42,7 @@ def memory(compiled: Compiled) -> Report:
     return {"total": sum(parts.values()), **parts}
 
 
-def state_memory(step: Step) -> Report:
+def state_memory(step: Program) -> Report:
     """Returns bytes per chip of a step's inputs by category; needs no compilation."""
     return {
         "parameters": _bytes(step.state["params"]),
@@ -65,7 +65,7 @@ def _product(shape: tuple[int, ...]) -> int:
     return size
 
 
-def exchange(program: Program) -> Report:
+def exchange(program: HloProgram) -> Report:
     """Returns {kind: count and bytes} of the collectives per step on one device, including loop repetitions."""
     found: Report = {kind: {"count": 0, "bytes": 0} for kind in COLLECTIVES}
     for collective in program.collectives():
@@ -74,7 +74,7 @@ def exchange(program: Program) -> Report:
     return found
 
 
-def times(compiled: Compiled, program: Program, model_flops: int) -> Report:
+def times(compiled: Compiled, program: HloProgram, model_flops: int) -> Report:
     """Returns estimates of the seconds per step; {} for this machine's devices.
 
     `compute` is from the compiler's cycles, `exchange` the time of all collectives (`exchange_time.py`), `exposed` the
@@ -133,7 +133,7 @@ def cost(compiled: Compiled) -> dict[str, float]:
     return {"flops": 0.0, "bytes accessed": 0.0, **(analysis or {})}
 
 
-def profile(program: Program, topology: Topology) -> list[Report]:
+def profile(program: HloProgram, topology: Topology) -> list[Report]:
     """Returns the computation time in seconds by module and operation of the model, longest first."""
     seconds: dict[tuple[str, str], float] = collections.defaultdict(float)
     for operation, cycles, times in _priced(program, topology):
@@ -143,7 +143,7 @@ def profile(program: Program, topology: Topology) -> list[Report]:
     ]
 
 
-def _priced(program: Program, topology: Topology) -> list[tuple[Operation, float, int]]:
+def _priced(program: HloProgram, topology: Topology) -> list[tuple[Operation, float, int]]:
     """Returns (operation, cycles, times) of all operations but collectives."""
     return [
         (operation, operation.cycles or declared(topology.chip, operation.kind, operation.text), operation.times)
@@ -196,7 +196,7 @@ def images_a_second(batch_size: int, report_times: Report) -> float | None:
     return batch_size / report_times["step"] if report_times else None
 
 
-def unusual(program: Program) -> list[str]:
+def unusual(program: HloProgram) -> list[str]:
     """Returns a line for each collective other than gathers, scatters and sums: these are not expected."""
     return [
         f"{c.kind} of {c.bytes} bytes, {c.times} times: {c.source or 'no source'}"

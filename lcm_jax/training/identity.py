@@ -25,8 +25,8 @@ from lcm_jax.errors import few
 from lcm_jax.host import files, json_file
 from lcm_jax.interop import names, scheduler
 from lcm_jax.interop.folder import Folder
+from lcm_jax.interop.network_configs import MODEL_CLASSES
 from lcm_jax.interop.tokenizer import read_tokenizer
-from lcm_jax.models import MODEL_CLASSES
 
 RECORD = "inputs.json"
 FORMAT = 2  # of the record; a record in another format is replaced, not compared
@@ -62,8 +62,8 @@ def of_folder(folder: Folder) -> Identity:
     weights = _weights({name: component.params for name, component in folder.components.items()})
     for name, component in folder.components.items():
         facts[f"{name} weights"] = weights[name]
-        config_class, _ = MODEL_CLASSES[component.library_class]
-        facts[f"{name}/config.json"] = _of_values(dataclasses.asdict(config_class.from_dict(component.config)))
+        config = MODEL_CLASSES[component.library_class].read(component.config)
+        facts[f"{name}/config.json"] = _of_values(dataclasses.asdict(config))
     return Identity(str(folder.path), facts | _tokenizer(folder.path / "tokenizer"))
 
 

@@ -32,7 +32,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 from jaxlib import xla_client
 
-from lcm_jax.config import Config
+from lcm_jax.config import OUTSIDE_THE_STEP, Config
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import cache_entries, compile_cache, files, json_file, private
 
@@ -104,7 +104,7 @@ class Ahead:
         self._mesh, self._given, self._own = mesh, given, ""
         folder = compile_cache.folder()
         if not given and folder and not files.in_bucket(folder) and _is_kept(mesh):
-            options = {k: v for k, v in dataclasses.asdict(config).items() if k not in _BESIDE_THE_STEP}
+            options = {k: v for k, v in dataclasses.asdict(config).items() if k not in OUTSIDE_THE_STEP}
             self._own = f"{folder}/step-{_hash(json.dumps([options, dict(mesh.shape)]))[:32]}"
         path = given or (self._own if self._own and os.path.lexists(self._own) else "")
         thread = concurrent.futures.ThreadPoolExecutor(1)
@@ -140,9 +140,6 @@ class Ahead:
             except UserError as error:  # an unwritable cache only costs time
                 cache_entries.warn(error)
         return compiled
-
-
-_BESIDE_THE_STEP = ("checkpoint", "log", "max_skipped", "profile")  # options that do not change the compiled step
 
 
 def _is_kept(mesh: Mesh) -> bool:

@@ -7,6 +7,7 @@ PROGRAM = """
 import jaxtyping
 
 with jaxtyping.install_import_hook(["lcm_jax.models"], "beartype.beartype"):
+    import lcm_jax.interop.network_configs as network_configs
     import lcm_jax.models as models
 
 import jax
@@ -47,8 +48,8 @@ clip = {"vocab_size": 9, "hidden_size": 8, "num_attention_heads": 2, "num_hidden
 
 
 def network(name, config, **options):
-    config_class, model_class = models.MODEL_CLASSES[name]
-    return models.Network(model_class, config_class.from_dict(config), **options)
+    known = network_configs.MODEL_CLASSES[name]
+    return models.Network(known.model, known.read(config), **options)
 
 
 for policy in map(models.Policy.named, ("float32", "bfloat16")):

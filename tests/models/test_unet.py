@@ -11,6 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from torch_weights import assert_close, nchw, network, nhwc, normal, random_weights
 
 from lcm_jax.errors import UserError
+from lcm_jax.interop.network_configs import read_unet
 from lcm_jax.models import Network, Policy, UNet2DConditionModel, UNetConfig, attention
 from lcm_jax.models.kernels.attend import IMPLEMENTATIONS
 
@@ -214,12 +215,12 @@ def test_attention_is_the_named_implementation(micro, monkeypatch, name):
 @pytest.mark.parametrize("options", [{"remat": "blocks"}, {"attention": "flash"}])
 def test_a_wrong_option_is_refused(options):
     with pytest.raises(UserError, match=f"{next(iter(options))} is '{next(iter(options.values()))}'"):
-        Network(UNet2DConditionModel, UNetConfig.from_dict(SD), **options)
+        Network(UNet2DConditionModel, read_unet(SD), **options)
 
 
 def test_the_w_embedding_starts_without_effect():
     """A fresh student is its teacher at every w, bit for bit."""
-    net = Network(UNet2DConditionModel, UNetConfig.from_dict({**SD, "time_cond_proj_dim": W_DIM}))
+    net = Network(UNet2DConditionModel, read_unet({**SD, "time_cond_proj_dim": W_DIM}))
     params = net.init(jax.random.key(0))
     assert not params["time_embedding.cond_proj.kernel"].any()
     assert "time_embedding.cond_proj.bias" not in params
@@ -229,13 +230,13 @@ def test_the_w_embedding_starts_without_effect():
 
 
 def test_conditions_that_do_not_belong_are_refused():
-    z, t, context, w, _ = inputs(UNetConfig.from_dict({**SD, "time_cond_proj_dim": W_DIM}), (4, 4), seed=6)
+    z, t, context, w, _ = inputs(read_unet({**SD, "time_cond_proj_dim": W_DIM}), (4, 4), seed=6)
     for options, given, message in (
         (SD, (w,), "no time_cond_proj_dim"),
         (SDXL, (None, None), "this UNet needs added="),
         (SDXL, (None, {"time_ids": np.zeros((2, 6), np.float32)}), "this UNet needs added="),
     ):
-        net = Network(UNet2DConditionModel, UNetConfig.from_dict(options))
+        net = Network(UNet2DConditionModel, read_unet(options))
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(net.apply, net.shapes, z, t, context, *given)
 

@@ -6,7 +6,8 @@ import torch
 from fixtures_folders import randomize
 
 from lcm_jax.interop import names
-from lcm_jax.models import MODEL_CLASSES, Flat, Network
+from lcm_jax.interop.network_configs import MODEL_CLASSES
+from lcm_jax.models import Flat, Network
 
 CLIP_PREFIX = "text_model."  # which the peer's class with a projection has, and the one without has not
 
@@ -14,8 +15,8 @@ CLIP_PREFIX = "text_model."  # which the peer's class with a projection has, and
 def network(peer: torch.nn.Module, **options) -> Network:
     """Our network of the configuration of a diffusers or transformers model, as its config.json would give it."""
     config = peer.config.to_dict() if hasattr(peer.config, "to_dict") else dict(peer.config)
-    config_class, model_class = MODEL_CLASSES[type(peer).__name__]
-    return Network(model_class, config_class.from_dict(config), **options)
+    known = MODEL_CLASSES[type(peer).__name__]
+    return Network(known.model, known.read(config), **options)
 
 
 def random_weights(peer: torch.nn.Module, seed: int) -> Flat:

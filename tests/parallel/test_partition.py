@@ -7,7 +7,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lcm_jax.models import MODEL_CLASSES, Network
+from lcm_jax.interop.network_configs import MODEL_CLASSES
+from lcm_jax.models import Network
 from lcm_jax.parallel.mesh import MeshConfig, make_mesh
 from lcm_jax.parallel.partition import divided_axes, divided_axis, place, shardings, spec
 
@@ -31,8 +32,7 @@ COMPONENTS = {"UNet2DConditionModel": SD15_UNET, "AutoencoderKL": VAE, "CLIPText
 @pytest.fixture(scope="module")
 def shapes():
     return {
-        name: Network(MODEL_CLASSES[name][1], MODEL_CLASSES[name][0].from_dict(c)).shapes
-        for name, c in COMPONENTS.items()
+        name: Network(MODEL_CLASSES[name].model, MODEL_CLASSES[name].read(c)).shapes for name, c in COMPONENTS.items()
     }
 
 

@@ -4,14 +4,14 @@ import pathlib
 
 import pytest
 
-from lcm_jax.planning.compiled import Program, size_of
+from lcm_jax.planning.compiled import HloProgram, size_of
 
 TEXT = (pathlib.Path(__file__).parent / "program.hlo").read_text()
 
 
 @pytest.fixture(scope="module")
 def program():
-    return Program(TEXT)
+    return HloProgram(TEXT)
 
 
 def test_operations_run_as_often_as_their_loops(program):
@@ -47,7 +47,7 @@ def test_a_loop_hides_with_all_its_rounds():
     start = "  %early-start = (f32[8]{0}, f32[64]{0}) all-gather-start(%g), replica_groups=[1,8]<=[8]\n"
     done = "  %early-done = f32[64]{0} all-gather-done(%early-start)\n"
     text = TEXT.replace(before, start + before).replace(after, done + after)
-    early = next(c for c in Program(text).collectives() if c.bytes == 256)
+    early = next(c for c in HloProgram(text).collectives() if c.bytes == 256)
     assert (early.times, hidden(early)) == (1, 3 * 7000)
 
 
@@ -56,7 +56,7 @@ def test_a_kernel_hides_what_it_is_said_to_cost():
     start = "  %early-start = (f32[8]{0}, f32[64]{0}) all-gather-start(%g), replica_groups=[1,8]<=[8]\n"
     done = "  %early-done = f32[64]{0} all-gather-done(%early-start)\n"
     text = TEXT.replace(before, start + before).replace(after, done + after)
-    found = Program(text).collectives(lambda kind, text: 30.0 if kind == "custom-call" else 0.0)
+    found = HloProgram(text).collectives(lambda kind, text: 30.0 if kind == "custom-call" else 0.0)
     assert next(hidden(c) for c in found if c.bytes == 256) == 30
 
 
@@ -73,7 +73,7 @@ def test_a_chain_of_fusions_is_one_exchange():
         "  %async-collective-done.7 = f32[64]{0} fusion(%part), kind=kCustom, calls=%piece.2\n"
     )
     text = TEXT.replace("ENTRY", pieces + "ENTRY").replace("  %kernel =", chain + "  %kernel =")
-    found = [c for c in Program(text).collectives() if c.kind == "all-gather" and c.bytes == 256]
+    found = [c for c in HloProgram(text).collectives() if c.kind == "all-gather" and c.bytes == 256]
     assert [(c.times, hidden(c), c.groups) for c in found] == [(1, 900, (tuple(range(8)),))]
 
 
@@ -84,7 +84,7 @@ def test_groups_are_read_in_both_notations(program):
     assert groups[3] == ((0, 1), (1, 0))
     assert groups[4] == (tuple(range(8)),)
     transposed = TEXT.replace("[2,4]<=[8]", "[4,2]<=[2,4]T(1,0)")
-    assert Program(transposed).collectives()[0].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert HloProgram(transposed).collectives()[0].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
 
 
 @pytest.mark.parametrize(
@@ -104,4 +104,4 @@ def test_sizes_of_types(type, size):
 
 def test_a_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no entry computation"):
-        Program("nothing")
+        HloProgram("nothing")

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from lcm_jax.planning import estimate
-from lcm_jax.planning.compiled import Collective, Program
+from lcm_jax.planning.compiled import Collective, HloProgram
 from lcm_jax.planning.estimate import place
 from lcm_jax.planning.topology import parse
 
@@ -45,7 +45,7 @@ def test_module_and_operation(source, module, operation):
 
 
 def test_a_pallas_kernel_takes_what_it_declares():
-    program = Program((pathlib.Path(__file__).parent / "program.hlo").read_text())
+    program = HloProgram((pathlib.Path(__file__).parent / "program.hlo").read_text())
     found = {(row["module"], row["operation"]): row["seconds"] for row in estimate.profile(program, parse("v5p-8"))}
     assert found["attn (forward)", "pallas_call"] == pytest.approx(70 / 2765e9)  # more than 900 FLOPs take
 
