@@ -121,8 +121,8 @@ def load_classifier(path: pathlib.Path = WEIGHTS) -> Classifier:
         params = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"{path} can't be read: {error}; it comes with lcm_jax, install that again or train it: "
-            f"python -m lcm_jax.digits.classifier --out={path}"
+            f"{path} can't be read: {error}; reinstall lcm_jax, which contains it, or train it: python -m "
+            f"lcm_jax.digits.classifier --out={path}"
         ) from None
     _network(styles="style.kernel" in params).check(params, str(path))
     return Classifier({name: jnp.asarray(array) for name, array in params.items()})
@@ -216,12 +216,14 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("classifier", __doc__)
     parser.add_argument("--out", required=True, type=pathlib.Path, help="the safetensors file to write")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--styles", action="store_true", help="upright and italic digits, and which of them it is")
+    parser.add_argument(
+        "--styles", action="store_true", help="train on upright and italic digits, and classify the style too"
+    )
     args = parser.parse_args(argv)
     if args.steps < 1:
         raise UserError(f"--steps={args.steps} must be at least 1")
     if args.out.is_dir():
-        raise UserError(f"--out={args.out} is a folder; give a file's name in it")
+        raise UserError(f"--out={args.out} is a folder; give a file name")
     files.make_folder("--out", args.out.parent)
     compile_cache.enable()
     classifier = train_classifier(args.steps, styles=args.styles)
