@@ -229,11 +229,14 @@ def main(argv: Sequence[str]) -> int:
     classifier = train_classifier(args.steps, styles=args.styles)
     with files.new_file(args.out) as new:
         weights.save(new, {name: np.asarray(array) for name, array in classifier.params.items()}, None)
-    print(f"{args.out}: reads {100 * real_accuracy(classifier):.2f} % of the real test digits")
+    print(f"{args.out}: {100 * real_accuracy(classifier):.2f} % of the real test digits classified correctly")
     if args.styles:
         italic = real_accuracy(classifier, "italic")
         upright_style, italic_style = (style_accuracy(classifier, style) for style in STYLES)
-        print(f"italic {100 * italic:.2f} %; the style of {100 * upright_style:.2f} % and {100 * italic_style:.2f} %")
+        print(
+            f"italic digits {100 * italic:.2f} %; style of upright ones {100 * upright_style:.2f} %, of "
+            f"italic ones {100 * italic_style:.2f} %"
+        )
     return 0
 
 

@@ -78,7 +78,7 @@ class CLIPTextConfig:
         one_of("hidden_act", values.get("hidden_act", cls.hidden_act), ACTIVATIONS)
         self = cls(**values)
         if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"hidden_size is {self.hidden_size}, no multiple of {self.num_attention_heads} heads")
+            raise UserError(f"hidden_size is {self.hidden_size}, not a multiple of {self.num_attention_heads} heads")
         check_size(self.least_tensors)
         return self
 

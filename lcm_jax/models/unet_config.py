@@ -96,7 +96,7 @@ class UNetConfig:
     def from_dict(cls, config: dict[str, Any]) -> "UNetConfig":
         """Reads a config.json; raises UserError for unsupported values."""
         if config.get("num_attention_heads") is not None:  # diffusers raises an error too
-            raise UserError("num_attention_heads is set; the format gives the number of heads as attention_head_dim")
+            raise UserError("num_attention_heads is set; diffusers stores the number of heads as attention_head_dim")
         check_fixed({key: value for key, value in config.items() if key != "only_cross_attention"}, FIXED)
         values = read_values(config, KINDS)
         values.pop("sample_size", None)
@@ -125,7 +125,7 @@ class UNetConfig:
         groups = values.get("norm_num_groups", cls.norm_num_groups)
         for c, heads in zip(channels, values["heads"], strict=True):
             if c % heads or c % groups:
-                raise UserError(f"block_out_channels has {c}, no multiple of {heads} heads and of {groups} norm groups")
+                raise UserError(f"block_out_channels has {c}, not a multiple of {heads} heads and {groups} norm groups")
         self = cls(**values)
         check_size(self.least_tensors)
         return self

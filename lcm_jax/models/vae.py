@@ -72,7 +72,7 @@ class VAEConfig:
         groups = values.get("norm_num_groups", cls.norm_num_groups)
         for c in channels:
             if c % groups:
-                raise UserError(f"block_out_channels has {c}, no multiple of {groups} norm groups")
+                raise UserError(f"block_out_channels has {c}, not a multiple of {groups} norm groups")
         for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             values[name] = per_level(values.get(name, (block,)), levels, name)
             for value in values[name]:
@@ -90,7 +90,7 @@ class VAEConfig:
         """Returns a square image's latent shape (h, w, C); raises UserError unless 2^(levels - 1) divides its size."""
         factor = 2 ** (len(self.block_out_channels) - 1)
         if image_size % factor:
-            raise UserError(f"config.data.image_size={image_size} is no multiple of {factor}, as this VAE needs")
+            raise UserError(f"config.data.image_size={image_size} is not a multiple of {factor}, which this VAE needs")
         return image_size // factor, image_size // factor, self.latent_channels
 
 
