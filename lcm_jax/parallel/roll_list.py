@@ -216,7 +216,7 @@ class RollList(threading.Thread):
         elif count != self._count:
             why = f"it expects {count} processes, process 0 expects {self._count}; give all the same number"
         elif not 0 <= process < self._count:
-            why = f"for {self._count} processes it must be in 0..{self._count - 1}"
+            why = f"its number must be in 0..{self._count - 1}, since the run has {self._count} processes"
         elif process in self._hosts:
             why = f"another process on {self._hosts[process]} has that number; give each its own"
         elif self._called:
