@@ -56,7 +56,7 @@ def test_consistency_model(run, tmp_path, teacher_folder, capsys):
     assert pipe.default_guidance == 5.0
     assert pipe("a red seven", steps=1).shape == (1, 16, 16, 3)
     lines = capsys.readouterr().out.splitlines()
-    assert "differ from ours by" in lines[-4 if len(lines) > 3 else 0]
+    assert "differ from those of lcm_jax by" in lines[-4 if len(lines) > 3 else 0]
     assert str(out) in lines[-2]
     assert f"python -m lcm_jax.sample --model={out}" in lines[-1]
 
@@ -119,12 +119,12 @@ def test_autoencoder(run, tmp_path, teacher_folder, teacher_pipeline, monkeypatc
 
 def test_no_run(tmp_path, capsys):
     assert cli.run(export.main, [f"--workdir={tmp_path}/x", f"--out={tmp_path}/out"]) == 2
-    assert "x is no run of lcm_jax" in capsys.readouterr().err
+    assert "x is not a run of lcm_jax" in capsys.readouterr().err
 
 
 def test_target_that_is_no_model(run, tmp_path):
     workdir = run()
-    with pytest.raises(UserError, match="is no model folder"):
+    with pytest.raises(UserError, match="nor a model folder"):
         export.main([f"--workdir={workdir}", f"--out={workdir}"])
 
 

@@ -118,4 +118,4 @@ def check_copied(directory: pathlib.Path, part_class: str, source: pathlib.Path,
 
 def _lacks(source: pathlib.Path, what: str) -> UserError:
     other = f", or set {source.name} to [null, null] there" if source.name in model_index_json.COPIED else ""
-    return UserError(f"{source} has no {what}, but model_index.json names {source.name}: add it{other}")
+    return UserError(f"{source} holds no {what}, but model_index.json names {source.name}: add it{other}")

@@ -77,7 +77,7 @@ def test_first_target_that_matches():
         (lora.Target("to_queue"), "'to_queue' matches no linear layer or convolution; did you mean 'to_q'"),
         (lora.Target("o_q"), "'o_q' matches no"),  # not in the middle of a name
         (lora.Target("norm"), "'norm' matches no"),
-        (lora.Target("(to_q"), r"'\(to_q' is no regular expression: "),
+        (lora.Target("(to_q"), r"'\(to_q' is not a regular expression: "),
         (lora.Target("to_q", rank=0), "the LoRA rank of 'to_q' is 0"),
         (lora.Target("to_q", alpha=-1.0), "the LoRA alpha of 'to_q' is -1.0"),
     ],

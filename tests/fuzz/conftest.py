@@ -68,7 +68,7 @@ def _failure(steps: Iterator[str]) -> tuple[str, str] | None:
     except UserError as error:
         text = str(error)
         if not text.isprintable() or len(text) > LONGEST:
-            return "UserError that is no plain line", repr(text)
+            return "UserError that is not a plain line", repr(text)
     except (Exception, SystemExit) as error:  # whatever there is: that is what is looked for
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/lcm_jax/" in frame.filename]
         where = f" in {pathlib.Path(own[-1].filename).name}:{own[-1].name}" if own else ""

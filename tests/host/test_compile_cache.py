@@ -153,7 +153,7 @@ def test_on_a_full_disk_nothing_is_left_but_one_line(entries, limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, old[1]))
     try:
         with pytest.warns(
-            UserWarning, match=f"{entries}.*File too large; what is not kept is compiled again"
+            UserWarning, match=f"{entries}.*File too large; programs that are not cached are compiled again"
         ) as warned:
             compile_two(5)
     finally:
@@ -167,6 +167,8 @@ def test_on_a_full_disk_nothing_is_left_but_one_line(entries, limit):
 
 def test_a_cache_in_a_bad_place_is_one_line(entries):
     entries.write_text("in the way")
-    with pytest.warns(UserWarning, match=f"{entries} can't be written: it is a file; what is not kept") as warned:
+    with pytest.warns(
+        UserWarning, match=f"{entries} can't be written: it is a file; programs that are not cached"
+    ) as warned:
         compile_two(7)
     assert len(warned) == 1

@@ -290,7 +290,7 @@ def test_default_guidance_is_the_middle_of_the_trained_range(exported):
 @pytest.mark.parametrize("scale", [2.9, 9.1])
 def test_guidance_outside_the_trained_range_warns(exported, scale):
     pipe = lcm_jax.load_pipeline(exported)
-    with pytest.warns(UserWarning, match=f"guidance_scale {scale} is outside the range .* 3 to 9"):
+    with pytest.warns(UserWarning, match=f"guidance_scale {scale} is outside this model's trained range, 3 to 9"):
         pipe("x", 1, scale)
 
 
@@ -319,7 +319,7 @@ def test_trained_folder(teacher, teacher_folder, tmp_path):
 # ---- verify
 
 
-@pytest.mark.parametrize(("name", "what"), [("unet", "latents"), ("vae", "pictures of the same latents")])
+@pytest.mark.parametrize(("name", "what"), [("unet", "latents"), ("vae", "images of the same latents")])
 def test_verify_reports_a_difference(exported, monkeypatch, name, what):
     real = verify_module.load_networks
 
@@ -329,7 +329,7 @@ def test_verify_reports_a_difference(exported, monkeypatch, name, what):
         return networks
 
     monkeypatch.setattr(verify_module, "load_networks", disturbed)
-    with pytest.raises(UserError, match=f"diffusers' {what} differ from ours by"):
+    with pytest.raises(UserError, match=f"diffusers' {what} differ from those of lcm_jax by"):
         verify(exported)
 
 
@@ -351,5 +351,5 @@ def test_verify_without_diffusers(exported, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(UserError, match=r"pip install lcm_jax\[diffusers\]"):
         verify(exported)
-    with pytest.raises(UserError, match=r"drawing in diffusers needs diffusers: pip install lcm_jax\[diffusers\]"):
+    with pytest.raises(UserError, match=r"sampling in diffusers needs diffusers: pip install lcm_jax\[diffusers\]"):
         verify_module.lcm_drawer(pipe, 2)

@@ -33,7 +33,7 @@ def test_plain_names(name):
     ids=repr,
 )
 def test_other_names_are_refused(name):
-    with pytest.raises(UserError, match=r"^index\.json names .*no plain name"):
+    with pytest.raises(UserError, match=r"^index\.json names .*not a plain name"):
         places.plain_name(name, "index.json names")
 
 
@@ -123,7 +123,7 @@ def test_part_that_is_a_link_to_something_else(model, tmp_path, content):
     for name, value in content.items():
         (tmp_path / ".ssh" / name).write_text(json.dumps(value))
     (model / "extra").symlink_to(tmp_path / ".ssh")
-    with pytest.raises(UserError, match=r"extra is a link to .*ssh, which is no part of a model"):
+    with pytest.raises(UserError, match=r"extra is a link to .*ssh, which is not a part of a model"):
         places.file_names(model, "extra")
 
 
@@ -132,11 +132,11 @@ def test_broken_part(model, tmp_path):
     with pytest.raises(UserError, match="extra is a broken link: .*nowhere is missing"):
         places.file_names(model, "extra")
     (model / "file").write_text("")
-    with pytest.raises(UserError, match="file is no folder"):
+    with pytest.raises(UserError, match="file is not a folder"):
         places.file_names(model, "file")
 
 
 def test_named_pipe(model):
     os.mkfifo(model / "unet/pipe.json")
-    with pytest.raises(UserError, match=r"pipe\.json is no regular file"):
+    with pytest.raises(UserError, match=r"pipe\.json is not a regular file"):
         checked(model)

@@ -124,7 +124,7 @@ def test_blocks_are_the_largest_that_divide(tokens, most, size):
 
 def test_tokens_that_no_block_divides_are_refused():
     x = normal(0, 1, 40, 1, 8)
-    with pytest.raises(ValueError, match="40 tokens are no multiple of the block of 16"):
+    with pytest.raises(ValueError, match="40 tokens are not a multiple of the block size 16"):
         flash_attention(x, x, x, block=16)
 
 

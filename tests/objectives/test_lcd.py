@@ -320,7 +320,7 @@ def test_wrong_values_are_named(values, message):
 
 def test_the_trained_grid_is_the_samplers():
     assert [LCDConfig(skip=k).solver_steps(1000) for k in (1, 15, 20, 45, 1000)] == [1000, 66, 50, 22, 1]
-    with pytest.raises(UserError, match=r"skip is 60: its 16 steps are 62 timesteps apart to a sampler; take skip=62"):
+    with pytest.raises(UserError, match=r"skip is 60, but a sampler's 16 steps are 62 timesteps apart; use skip=62"):
         LCDConfig(skip=60).solver_steps(1000)
     with pytest.raises(UserError, match="skip is 1001"):
         LCDConfig(skip=1001).solver_steps(1000)

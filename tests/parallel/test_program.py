@@ -107,8 +107,8 @@ def test_the_reference_moves(little, configure, alone):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"mesh": MeshConfig(8, 1), "batch_size": 12}, "config.batch_size=12 does not divide by the 8 devices"),
-        ({"accumulate": 4}, "does not divide by the 8 devices times config.accumulate=4"),
+        ({"mesh": MeshConfig(8, 1), "batch_size": 12}, "config.batch_size=12 is not divisible by the 8 devices"),
+        ({"accumulate": 4}, "is not divisible by the 8 devices times config.accumulate=4"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_one_line(changes, said, configure):

@@ -97,7 +97,7 @@ def test_a_changed_input_is_refused_by_name(run, name, capsys):
     assert run.start("--config.steps=7") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"error: {name}" in line
-    assert f" changed since the run in {run.workdir} began; put back what was there, or choose another --work" in line
+    assert f" changed since the run in {run.workdir} began; restore the original, or choose another --work" in line
     assert (run.workdir / "config.json").read_text() == before  # a start that is refused changes nothing
     (run.workdir / "inputs.json").unlink()  # as the line says; and as of a run of an older version
     run.accepted()

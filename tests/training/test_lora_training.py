@@ -249,7 +249,7 @@ def test_another_base_is_noticed(run, folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unet weights.* in .*micro changed since the run in .* began"):
         export.export(run, tmp_path / "x.safetensors")
     monkeypatch.setattr(identity, "changed", lambda *_: "")  # as for a run that has recorded nothing
-    with pytest.raises(UserError, match="the adapters in .* don't fit .*, which holds another model"):
+    with pytest.raises(UserError, match="the adapters in .* don't fit .*, which is not the model"):
         export.export(run, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -364,5 +364,5 @@ def test_a_recipe_that_can_not_be(changes, said, files, folder, tmp_path):
 
 def test_two_recipes_do_not_mix(files, folder, tmp_path):
     other = with_recipe(files, folder, tmp_path / "other.safetensors", original_inference_steps=50)
-    with pytest.raises(UserError, match="were distilled for other timesteps"):
+    with pytest.raises(UserError, match="were distilled for different timesteps"):
         lcm_jax.load_pipeline(folder.path, loras={files["kohya"]: 1.0, other: 0.5})

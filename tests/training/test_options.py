@@ -197,7 +197,7 @@ def test_the_attention_option_reaches_the_networks(folder, option, dtype, device
 
 @pytest.mark.parametrize(
     ("dtype", "device", "said"),
-    [("bfloat16", TPU, "is for GPUs; here it runs on a TPU"), ("float32", HOPPER, "needs config.model.dtype=bfloat16")],
+    [("bfloat16", TPU, "needs a GPU; this device is a TPU"), ("float32", HOPPER, "needs config.model.dtype=bfloat16")],
 )
 def test_attention_that_a_device_has_not_is_one_line(dtype, device, said):
     with pytest.raises(UserError, match=said):

@@ -45,7 +45,7 @@ def test_damaged_newest_is_named_and_the_one_before_is_used(workdir, file, harm,
     assert err.startswith("warning: the checkpoint of step 3 is damaged (")
     assert re.search(r"damaged \(.{15,}\); ", err)
     assert "tensorstore_spec" not in err
-    assert err.endswith(f"); going on from step 2; it is kept as {folder}/3.damaged\n")
+    assert err.endswith(f"); resuming from step 2; the damaged one is kept as {folder}/3.damaged\n")
     assert len(err) < 500
     assert not (folder / "3").exists()
     assert contents(folder / "3.damaged") == content
@@ -82,7 +82,7 @@ def test_no_bit_of_any_file_changes_the_state_unseen(three, tmp_path, caplog):
         except UserError as error:
             outcomes.append(str(error).partition(" (")[0])
         flip(target / path, where)
-    refused = f"{target.parent}: no checkpoint is whole"
+    refused = f"{target.parent}: all checkpoints are damaged"
     assert set(outcomes) == {"whole", refused}
     assert outcomes.count(refused) > 20
     gc.collect()

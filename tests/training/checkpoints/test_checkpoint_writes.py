@@ -133,7 +133,7 @@ def test_a_checkpoint_that_was_deleted_is_noticed(workdir):
     checkpoints.save(4, make_state(4), DATA)
     checkpoints.wait()
     shutil.rmtree(workdir / "checkpoints" / "4")
-    said = f"the checkpoint of step 4 was deleted from {workdir}/checkpoints in mid-run; put it back"
+    said = f"the checkpoint of step 4 was deleted from {workdir}/checkpoints during the run; put it back"
     with pytest.raises(UserError, match=said):
         checkpoints.save(5, make_state(5), DATA)
     checkpoints.close()
