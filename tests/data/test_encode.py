@@ -92,7 +92,7 @@ def test_the_loss_is_that_of_the_pictures(encoded, teacher, digits_data_dir):
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--config.data.image_size=64", "is of 32 px, config.data.image_size is 64"),
+        ("--config.data.image_size=64", "was encoded at 32 px, config.data.image_size is 64"),
         ("--config.data.flip=True", "config.data.flip has no effect: latents is true"),
         ("--config.data.image_key=photo", "config.data.image_key has no effect"),
         ("--config.data.max_pixels=9", "config.data.max_pixels has no effect"),
