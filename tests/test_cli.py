@@ -1,4 +1,4 @@
-"""What every command does with a mistake, a warning and Ctrl-C."""
+"""Errors, warnings and Ctrl-C in every command."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A run's options: files, overrides, and what a user reads after a slip."""
+"""A run's options: files, overrides, and error messages."""
 
 import dataclasses
 import json

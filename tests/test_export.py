@@ -19,7 +19,8 @@ from lcm_jax.training import checkpoint
 
 @pytest.fixture
 def run(tmp_path, teacher_folder, lcm_folder, monkeypatch):
-    """Makes a workdir whose checkpoint at step 70 holds the micro consistency model, its student all one larger."""
+    """Makes a workdir whose checkpoint at step 70 holds the micro consistency model, its student's "
+    "weights all larger by one."""
     unet = read_folder(lcm_folder, only=("unet",)).components["unet"].params
 
     def make(objective="lcd", **changes):
@@ -96,7 +97,7 @@ def test_diffusion_model(run, tmp_path, teacher_folder, monkeypatch):
 
 @pytest.mark.parametrize("latent_std", [1.0, 4.0])
 def test_autoencoder(run, tmp_path, teacher_folder, teacher_pipeline, monkeypatch, latent_std):
-    """scaling_factor is latent_std over the deviation of the latents that the trained VAE draws."""
+    """scaling_factor is latent_std over the deviation of the latents sampled by the trained VAE."""
     monkeypatch.setattr(
         checkpoint, "restore_params", lambda *_: ({"vae": read_folder(teacher_folder).components["vae"].params}, 5)
     )

@@ -42,7 +42,7 @@ SHAPES = {
     ("config", "modules", "millions"), [(SD15, 278, 67.25), (SDXL, 788, 196.75)], ids=["SD 1.5", "SDXL"]
 )
 def test_published_counts(config, modules, millions):
-    """LCM-LoRAs of rank 64; no weights are made."""
+    """LCM-LoRAs of rank 64, by shapes only."""
     network = make_network("UNet2DConditionModel", config, where="test")
     chosen = lora.choose(network.shapes, [lora.Target()])
     assert len(chosen) == modules
@@ -149,7 +149,7 @@ def test_half_precision_is_added_in_float32(unet):
 
 
 def test_side_branch_keeps_what_bfloat16_rounds_away():
-    """A difference of a thousandth of the weight: W + dW is W in bfloat16, the branch isn't lost."""
+    """A thousandth of the weight: W + dW rounds to W in bfloat16, but the side branch keeps it."""
     from lcm_jax.models import Policy
 
     config = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}

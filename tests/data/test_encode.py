@@ -1,4 +1,4 @@
-"""Pictures that were encoded once: what is written, what training reads of it, and what is refused."""
+"""Pre-encoded images: the written data set, training on it, and errors."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def options(teacher, digits_data_dir):
 
 @pytest.fixture(scope="module")
 def encoded(options, tmp_path_factory):
-    """The version directory of the encoded pictures."""
+    """The version directory of the encoded images."""
     out = tmp_path_factory.mktemp("encoded")
     assert cli.run(encode.main, [*options, f"--out={out}"]) == 0
     return out / "encoded" / "1.0.0"

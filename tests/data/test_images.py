@@ -1,4 +1,4 @@
-"""How one image file becomes pixels: kinds of samples, limits, damage, resizing."""
+"""Decoding of image files: sample types, limits, damage, resizing."""
 
 import io
 import zlib
@@ -60,7 +60,7 @@ def test_samples_without_a_range(samples, what):
 
 
 def test_a_color_that_stands_for_transparency():
-    """It is white, and only it; in 16 bits Pillow compares the lower 8 of a color file with the upper 8."""
+    """Only this color becomes white; for 16 bits Pillow compares the lower 8 of a color with the upper 8."""
     config, key = DataConfig(image_size=SIZE), (40 * 256 + 3).to_bytes(2)
     values = np.full((SIZE, SIZE), 40 * 256 + 3, ">u2")
     values[:, SIZE // 2 :] = 3 * 256 + 40
@@ -72,7 +72,7 @@ def test_a_color_that_stands_for_transparency():
 
 
 def test_only_the_first_frame_is_read():
-    """What follows it may be missing; a page of a TIFF, too."""
+    """Later frames, or pages of a TIFF, may be missing."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     first, others = Image.new("L", (64, 64), 77), [Image.fromarray(noise)] * 2
     for form in ("GIF", "WEBP", "TIFF", "PNG", "MPO"):

@@ -52,7 +52,7 @@ def test_a_missing_key_means_what_it_means_to_the_class(name):
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # torch and numpy, in diffusers
 @pytest.mark.parametrize("name", SCHEDULER_CLASSES)
 def test_what_diffusers_saves_is_read(name, tmp_path):
-    """With all that its class writes by default, such as the -Infinity of DPM-Solver's classes."""
+    """With all defaults that its class writes, such as the -Infinity of DPM-Solver's classes."""
     peer = getattr(diffusers, name)(**SD)
     peer.save_pretrained(tmp_path)
     ours = read_schedule(json_file.read(tmp_path / "scheduler_config.json"))

@@ -39,7 +39,7 @@ def cache(tmp_path_factory):
 
 
 def summary(cache, *arguments):
-    """Runs a command in its own process on one device; returns the hits and the misses that it prints at its end."""
+    """Runs a command in its own process on one device; returns the hits and misses that it prints."""
     environment = {**os.environ, "XLA_FLAGS": QUICK_FLAGS, "JAX_COMPILATION_CACHE_DIR": str(cache)}
     command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -90,7 +90,7 @@ def test_nothing_is_said_before_the_cache_is_on(monkeypatch):
 
 @pytest.fixture
 def entries(tmp_path, monkeypatch):
-    """JAX's cache as `enable` sets it up, in a folder of one test's own that is not there yet; the folder."""
+    """Sets up JAX's cache like `enable`, in a folder that does not exist yet; returns the folder."""
     folder, before = tmp_path / "entries", jax.config.jax_compilation_cache_dir
     monkeypatch.setattr(cache_entries, "_warned", False)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
@@ -120,7 +120,7 @@ def flip(file):
 
 
 def plain(file):
-    """An entry as JAX itself writes it."""
+    """Returns an entry as JAX itself writes it."""
     file.write_bytes(file.read_bytes()[:-40])
 
 

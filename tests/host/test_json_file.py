@@ -1,4 +1,4 @@
-"""JSON from outside: what is refused, each in one line that names the file."""
+"""Untrusted JSON: each error is one line that names the file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Exported folders: what is in them, and that diffusers loads them with nothing missing or left over."""
+"""Exported folders: their content, and that diffusers loads them without missing or unexpected keys."""
 
 import dataclasses
 import json
@@ -120,7 +120,7 @@ def test_scheduler_keeps_the_trained_grid(teacher, student_params, tmp_path):
     ids=str,
 )
 def test_keys_that_the_teachers_scheduler_leaves_out_are_its_classs(teacher, student_params, tmp_path, config):
-    """Defaults differ from class to class, so what is missing is written out."""
+    """Defaults differ between classes, so missing values are written explicitly."""
     config = {"clip_sample": False, **config} if config["_class_name"] == "DDIMScheduler" else config
     index = {**teacher.model_index, "scheduler": ["diffusers", config["_class_name"]]}
     other = dataclasses.replace(teacher, model_index=index, scheduler=config)

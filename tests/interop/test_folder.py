@@ -1,4 +1,4 @@
-"""Folders: read and written again they are the same; what is wrong with one is said in one line."""
+"""Folders: reading and writing keeps them equal; each error is one line."""
 
 import json
 import os
@@ -327,7 +327,7 @@ def test_null_is_no_part(copy, tmp_path):
 
 
 def test_copied_parts_that_can_not_be_exported_are_a_warning(copy):
-    """Better known before a training than when it is exported."""
+    """The warning comes before training, not at export."""
     checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     edit(copy / "model_index.json", safety_checker=checker, feature_extractor=["transformers", "CLIPImageProcessor"])
     with pytest.warns(
@@ -610,7 +610,7 @@ def test_hidden_folders_are_left_behind(copy, tmp_path):
 
 @pytest.mark.parametrize("moved", ["", "blobs", "."])
 def test_links_of_a_hub_cache_are_followed(copy, tmp_path, moved):
-    """Also of one that was moved, as a whole or its blobs, to another disk."""
+    """Also if the cache, or only its blobs, was moved to another disk."""
     cache = tmp_path / "hub/models--someone--model"
     (cache / "blobs").mkdir(parents=True)
     (cache / "snapshots").mkdir()

@@ -1,4 +1,4 @@
-"""Written folders: what is in them, who may read them, and that what can't be written or loaded leaves nothing."""
+"""Written folders: content, permissions, and that a folder that can't be written or loaded leaves nothing behind."""
 
 import dataclasses
 import json

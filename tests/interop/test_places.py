@@ -1,4 +1,4 @@
-"""Names and links of a model folder: what leaves the folder is refused by name."""
+"""Names and links of a model folder: those that lead out of it are rejected by name."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_link_to_a_file_elsewhere(model, tmp_path, relative):
 
 
 def test_link_to_another_part(model):
-    """The boundary is the model; of a part that is a link to a folder elsewhere, that folder."""
+    """Links must stay in the model folder or, for a part that is a link to another folder, in that folder."""
     (model / "vae").mkdir()
     (model / "vae/config.json").symlink_to("../unet/config.json")
     assert checked(model, "vae") == ["config.json"]
@@ -91,7 +91,7 @@ def test_links_of_a_hub_cache(model, tmp_path):
 
 
 def test_a_moved_hub_cache_opens_no_other_folder(model, tmp_path):
-    """`blobs` of a model from elsewhere may be a link to anything; what is no blob by its name is refused."""
+    """`blobs` of an untrusted model may link to anything; files that are not named like blobs are rejected."""
     snapshot = tmp_path / "models--me--tiny/snapshots/0123"
     snapshot.parent.mkdir(parents=True)
     model.rename(snapshot)

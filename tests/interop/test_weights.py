@@ -1,4 +1,4 @@
-"""safetensors files: whole, in shards, in half precision; what is refused."""
+"""safetensors files: single, sharded, in half precision; errors."""
 
 import json
 

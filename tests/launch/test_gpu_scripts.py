@@ -1,4 +1,4 @@
-"""launch/gpus.sh and launch/slurm.sh: the processes they start, with which environment, and when again."""
+"""launch/gpus.sh and launch/slurm.sh: the processes that they start, their environment, and restarts."""
 
 import pytest
 

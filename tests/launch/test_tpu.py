@@ -1,4 +1,4 @@
-"""launch/tpu.sh: what it asks gcloud for, what it leaves on the workers, and how it comes back after a preemption."""
+"""launch/tpu.sh: its requests to gcloud, the state of the workers, and the restart after a preemption."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""A config.json that asks for what isn't implemented ends in an error that names key and value."""
+"""A config.json with an unsupported value raises an error that names key and value."""
 
 import inspect
 import re

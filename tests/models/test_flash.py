@@ -162,7 +162,7 @@ def test_each_layer_takes_the_program_that_can(monkeypatch, implementation, quer
 
 @pytest.mark.parametrize(("queries", "keys"), [(16, 16), (16, 7), (9, 7), (9, 9)])
 def test_cudnn_is_given_even_numbers_of_tokens(monkeypatch, queries, keys):
-    """By XLA's attention in its place: what was added for it is in no output and in no gradient."""
+    """With XLA instead of cuDNN: the padding appears in no output and in no gradient."""
     xla, seen = jax.nn.dot_product_attention, []
 
     def stand_in(q, k, v, *, implementation, **lengths):

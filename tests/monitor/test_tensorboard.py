@@ -1,4 +1,4 @@
-"""Event files as TensorBoard reads them: the record format, the purge of stale steps, pictures."""
+"""Event files as TensorBoard reads them: the record format, the purge of stale steps, images."""
 
 import contextlib
 import io

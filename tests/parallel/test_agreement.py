@@ -1,4 +1,4 @@
-"""Processes that were started with different options, models or data: each ends, with one line that says which."""
+"""Processes started with different options, models or data: each ends with one line that names the difference."""
 
 import itertools
 import json
@@ -61,7 +61,7 @@ def other_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ended(quick, other_model, other_data, other_file, tmp_path_factory):
-    """{case: (exit codes, outputs)}: the last process of each run was started with one other option."""
+    """{case: (exit codes, outputs)}: the last process of each run was started with one different option."""
     cases = {
         "optimizer": (2, "--config.optimizer.learning_rate=1"),
         "split": (2, "--config.data.split=validation"),
@@ -133,7 +133,7 @@ def test_every_process_ends_with_the_line_that_names_the_difference(ended, case,
 
 
 def test_what_may_differ_from_host_to_host(quick, tmp_path):
-    """Where inputs lie and how many threads read them; their content is compared instead."""
+    """Paths of inputs and the number of threads may differ; the content of inputs is compared instead."""
 
     def config(**changes):
         tree = default_config().to_dict()

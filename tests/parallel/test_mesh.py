@@ -1,4 +1,4 @@
-"""The sizes of a mesh, which devices lie where in it, and what a user reads after a slip."""
+"""The sizes of a mesh, the places of devices in it, and error messages."""
 
 import dataclasses
 from types import SimpleNamespace

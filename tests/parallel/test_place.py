@@ -1,4 +1,4 @@
-"""Where a process stands: by its options, by SLURM, by nothing."""
+"""The place of a process: from its options, from SLURM, or none."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The train command in several real processes: losses as in one; stopped, killed, and gone on with by others."""
+"""The train command in several real processes: losses as with one; stopped, killed, and resumed by others."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Processes that wait for each other, refuse each other, and notice who is lost; here in threads."""
+"""Processes that wait for each other, reject each other, and detect lost ones; here as threads."""
 
 import contextlib
 import re
@@ -22,7 +22,7 @@ def address():
 
 
 class Member(threading.Thread):
-    """One process: what it said, how it got on, and what it heard of lost ones."""
+    """One process: its printed lines, its error, and the messages about lost processes."""
 
     def __init__(self, address, process, count, wait=20.0, token=""):
         super().__init__(daemon=True)

@@ -1,4 +1,4 @@
-"""The plan command on a micro model: compiled for real topologies, read, printed and kept."""
+"""The plan command on a micro model: compiled for real topologies, parsed, printed and saved."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def used(figures):
 
 
 def test_weights_divided_over_a_v5p(denoising, tmp_path, capsys):
-    """All that is exchanged are weights and gradients; anything else that appears here is a mistake."""
+    """Only weights and gradients are communicated; anything else here is a bug."""
     figures, output = planned(
         denoising,
         tmp_path,
@@ -170,7 +170,7 @@ def test_bad_input_is_one_line(options, given, said, capsys):
 
 
 def test_search_recommends_the_fastest_that_fits(options, monkeypatch, capsys, tmp_path):
-    """What the compiler says is given here: more a chip is faster, less recomputation too, and both take memory."""
+    """With fake compiler results: a larger batch per chip and less recomputation are faster, but need more memory."""
 
     def report(config, compiled):
         batch, fsdp = config.batch_size // 4, config.mesh.fsdp
@@ -208,7 +208,7 @@ def test_nothing_that_fits_is_told_by_the_exit_code(options, monkeypatch, capsys
 
 
 def test_what_does_not_fit_is_told_with_its_parts(autoencoder, monkeypatch, capsys, tmp_path):
-    """Any other mishap of the compiler is a mistake."""
+    """Any other compiler error is a UserError."""
     said = ["RESOURCE_EXHAUSTED: 23 of 16 GiB\nat length"]
 
     def give_up(self):

@@ -79,7 +79,7 @@ def test_small_slices_are_known_to_the_compiler(name):
 
 
 def test_libtpu_is_the_one_that_jax_asks_for(tmp_path):
-    """Beside another, the profiler of JAX ends the process with a segmentation fault once libtpu is loaded."""
+    """With another version, JAX's profiler crashes with a segmentation fault once libtpu is loaded."""
     devices(parse("v5e:2x2"))
     with jax.profiler.trace(str(tmp_path)):
         jax.block_until_ready(jax.jit(jnp.square)(jnp.ones(8)))

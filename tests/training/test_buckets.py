@@ -1,4 +1,4 @@
-"""A run whose workdir is in a bucket: killed, started again, exported, against an emulator of Google Cloud Storage."""
+"""A run whose workdir is in a bucket: killed, restarted, exported, on an emulator of Google Cloud Storage."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs of each objective that are stopped and killed end with the bits of one that nobody touched.
+"""Runs of each objective that are stopped and killed end bit-identical to an undisturbed one.
 
 The signals are real ones, each at an exact moment, and so is the death of the process.
 """
@@ -67,7 +67,7 @@ def options(digits_data_dir, tmp_path_factory):
 
 
 def trained(options, *runs):
-    """Returns the exit code of the process, and what it printed."""
+    """Returns the exit code of the process, and its output."""
     command = [sys.executable, "-c", PROGRAM, json.dumps([(str(workdir), *rest) for workdir, *rest in runs]), *options]
     environment = {**os.environ, "XLA_FLAGS": QUICK_FLAGS}  # one device
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

@@ -1,4 +1,4 @@
-"""Adapters are trained: the loss and its gradient are those of merged weights, and nothing else is kept or changed."""
+"""Training of adapters: loss and gradient equal those of merged weights, and nothing else is stored or changed."""
 
 import dataclasses
 import json
@@ -230,7 +230,7 @@ def test_checkpoints_hold_the_adapters_alone(run):
 
 
 def test_previews_are_drawn_with_the_adapters(run, folder):
-    """The grid of the last step is what the pipeline draws with the adapters of that step, not the base's."""
+    """The sample grid of the last step equals the pipeline's images with that step's adapters, not the base's."""
     config = load_resolved(run)
     parts = make_parts(config, folder, load_tokenizer(folder))
     preview, frozen = make_preview(config, parts, load_tokenizer(folder)), frozen_params(config, parts, folder)
@@ -331,7 +331,7 @@ def with_recipe(files, folder, path, **changes):
 
 
 def test_each_recipe_has_its_own_program(files, folder, tmp_path):
-    """At a timestep scaling this small the boundary condition is seen; a LoRA of weight 0 has no say in it."""
+    """At this small timestep scaling the boundary condition is visible; a LoRA with weight 0 has no effect on it."""
     files = [with_recipe(files, folder, tmp_path / f"{x}.safetensors", timestep_scaling=x) for x in (1e-3, 2e-3)]
     pipe = lcm_jax.load_pipeline(folder.path)
 

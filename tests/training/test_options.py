@@ -1,4 +1,4 @@
-"""Every option changes the program: its step, its start, its data or what it leaves behind."""
+"""Every option changes the program: its step, its start, its data or its output files."""
 
 import types
 
@@ -122,7 +122,7 @@ def configure(folder, changes):
 
 
 def program(folder, changes):
-    """The step's jaxpr, with each number that stands in it."""
+    """The step's jaxpr, including its constants."""
     config = configure(folder, changes)
     parts = make_parts(config, folder, load_tokenizer(folder))
     params = initial_params(config, parts, folder)  # on the host

@@ -1,4 +1,4 @@
-"""One run a workdir: who holds it, when a lock is stale, and what a run does whose folder is gone."""
+"""One run per workdir: lock owners, stale locks, and runs whose folder was deleted."""
 
 import concurrent.futures
 import contextlib

@@ -1,4 +1,4 @@
-"""LoRA files to and from diffusers with peft: the same weight differences, and the same pictures."""
+"""LoRA files to and from diffusers with peft: the same weight differences, and the same images."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def pipe(teacher_folder):
 
 @pytest.fixture
 def peer(teacher_folder):
-    """Fresh each time: adapters stay in the modules."""
+    """A new pipeline for each test, since adapters stay in the modules."""
     loaded = diffusers.StableDiffusionPipeline.from_pretrained(teacher_folder)
     loaded.set_progress_bar_config(disable=True)
     return loaded
@@ -157,7 +157,7 @@ DTYPES = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "float32", "flo
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # six are meant so
 def test_kohya_in_ldm_names_and_every_dtype(folder, peer, tmp_path):
-    """Attention, convolutions and what stands outside of the blocks; diffusers has the last word on each name."""
+    """Attention, convolutions and layers outside the blocks; diffusers decides each name."""
     targets = (lora.Target(rf"{lora.MODULES}|conv_in|conv_out|linear_1|linear_2", rank=4, alpha=2.0),)
     written = load_file(write_lora(tmp_path / "x.safetensors", random_lora(folder, targets=targets), dialect="kohya"))
     pairs = ldm_names(kernels(folder)["unet"]).items()
@@ -229,14 +229,14 @@ def test_save_lora_weights_with_metadata(folder, peer, tmp_path, options):
 
 
 def test_save_lora_weights_without_metadata(folder, peer, tmp_path):
-    """It says no alpha then: what loads the file takes the rank."""
+    """The file then stores no alpha, and loaders use the rank."""
     add_adapters(peer, lora_alpha=4)
     peer.save_lora_weights(tmp_path, **layers(peer))
     assert_read(folder, peer, tmp_path)
 
 
 def test_mixed_spellings(folder, peer, tmp_path):
-    """What the script for LCM-LoRA of SDXL has long saved: attention in one spelling, the rest in another."""
+    """The format that the LCM-LoRA script for SDXL long saved: attention in one spelling, the rest in another."""
     add_adapters(peer, lora_alpha=4)
     mixed = {name: convert_state_dict_to_diffusers(tensors) for name, tensors in layers(peer).items()}
     peer.save_lora_weights(tmp_path, **mixed)
@@ -258,7 +258,7 @@ def test_kohya_of_diffusers(folder, peer, tmp_path):
 
 
 def test_files_of_a_wrapped_model(folder, teacher_folder, recwarn, tmp_path):
-    """What the script for LCM-LoRA of SD 1.5 saves: alpha is in peft's own file only, in the folder around."""
+    """The format that the LCM-LoRA script for SD 1.5 saves: alpha only in peft's own file, in the parent folder."""
     unet = diffusers.UNet2DConditionModel.from_pretrained(teacher_folder, subfolder="unet")
     wrapped = peft.get_peft_model(unet, peft.LoraConfig(r=4, target_modules=MODULES))  # peft's default alpha, 8
     for path, parameter in wrapped.named_parameters():

@@ -1,4 +1,4 @@
-"""LoRA files without another library: every spelling, and what may be wrong with one."""
+"""LoRA files without another library: every spelling, and errors."""
 
 import json
 
@@ -143,7 +143,7 @@ def test_kohya_alpha_left_out_is_the_rank(adapters, shapes, tmp_path):
 
 
 def test_alpha_beside_diffusers_keys(tensors, shapes, tmp_path):
-    """diffusers refuses such a file; what it means is plain."""
+    """diffusers rejects such a file, but its meaning is clear."""
     tensors["unet.mid_block.resnets.0.conv1.alpha"] = np.float32([7.0])
     alphas = read_lora(save(tmp_path, tensors), shapes)["unet"].alphas
     assert alphas["mid_block.resnets.0.conv1"] == 7.0
@@ -365,7 +365,7 @@ def test_no_such_file(shapes, tmp_path):
 
 
 def test_file_of_a_folder(tensors, shapes, adapters, tmp_path):
-    """As diffusers takes it: the file that it writes itself, or else the only one."""
+    """As in diffusers: the file with its own default name, else the only one."""
     (tmp_path / "written.safetensors").rename(tmp_path / "my style.safetensors")
     assert read_lora(tmp_path, shapes)["unet"].ranks == adapters["unet"].ranks
     save(tmp_path, tensors)

@@ -1,4 +1,4 @@
-"""LoRAs for other models: one line that says what they were made for."""
+"""LoRAs for other models: one error line that names the base model."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_for_the_first_stable_diffusion_on_sdxl(tmp_path):
 
 
 def test_same_names_and_other_shapes(tmp_path):
-    """Stable Diffusion 2's modules are called as Stable Diffusion 1's."""
+    """Stable Diffusion 2's modules have the same names as Stable Diffusion 1's."""
     found = message(write(tmp_path / "x.safetensors", {f"unet.down_blocks.0.{TO_K}": 1024}))
     assert (
         "trained on Stable Diffusion 2.x (text width 1024); this model is Stable Diffusion 1.x with text width" in found
@@ -95,7 +95,7 @@ def test_three_names_and_a_count(tmp_path):
 
 
 def test_unknown_base_and_many_modules(tmp_path):
-    """The nearest name is looked for once: for each of 1,000 keys that takes many seconds."""
+    """The nearest name is searched once; searching for each of 1,000 keys would take many seconds."""
     found = message(write(tmp_path / "x.safetensors", {"lora_unet_somewhere_0_else": 8}, number=1000))
     assert "has no module somewhere_0_else" in found
     assert "(1000 of its 1000 modules are not in this model: " in found

@@ -1,4 +1,4 @@
-"""peft's patterns for modules: what peft matches, nothing that may run for ever."""
+"""peft's patterns for modules: the same matches as peft, in bounded time."""
 
 import random
 import re
@@ -42,7 +42,7 @@ def test_the_first_that_peft_matches(patterns):
 
 
 def test_random_patterns_as_python_matches_them():
-    """What is read matches as in Python's own matcher, which backtracks; these are too short to take long."""
+    """Supported patterns match like Python's matcher, which backtracks; these are short enough for it."""
     draw = random.Random(0)
     pieces = [*"ab_^$|()*+?", r"\.", r"\d", r"\w", "[ab]", "[^a.]", "[0-9]", "(.)", ".*", ".*?"]
     pieces += ["(a|b)", "(a|(b|ab))?", "to_q"]
@@ -63,7 +63,7 @@ def test_random_patterns_as_python_matches_them():
 
 
 def test_spellings_of_a_module():
-    """The first pattern counts that any of them matches."""
+    """The first pattern that matches counts."""
     patterns = Patterns(["^text_model.fc1", "fc1", "^fc2", "text_model.*fc."], "alpha_pattern")
     assert patterns.first("fc1", "text_model.fc1") == "^text_model.fc1"
     assert patterns.first("fc2", "text_model.fc2") == "^fc2"
