@@ -1,15 +1,15 @@
-# make demo    distil the digits teacher into a four-step model and draw with it (no accelerator needed)
+# make demo    distil the digits teacher into a four-step model and sample from it (no accelerator needed)
 # make test    the whole test suite, lint and types, as CI runs it
-# make demo-lora  the same as a LoRA, attached to a fine-tune that it never saw
+# make demo-lora  the same as a LoRA, attached to a fine-tune that it was not trained on
 # make full    the same with seven times the training (three quarters of an hour)
-# make teacher train the digits teacher itself again, and measure it (two hours)
-# PYTHON=python3.12 make …  chooses the interpreter (3.11 or newer) that .venv is made with
+# make teacher train the digits teacher itself from scratch, and evaluate it (two hours)
+# PYTHON=python3.12 make …  chooses the interpreter (3.11 or newer) for .venv
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUNS ?= runs
-# On Linux: large pages for what a step on the CPU allocates. A quarter faster; without effect elsewhere.
+# On Linux: large pages for the memory of a step on the CPU. A quarter faster; no effect elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 PROMPTS := --prompt="a red seven on a blue background" --prompt="a white three on a black background" \
@@ -28,12 +28,12 @@ demo: .venv/demo
 	$(BIN)/python -m lcm_jax.evaluate --model=$(RUNS)/digits/lcm
 	@echo
 	@echo "The four-step model:     $(RUNS)/digits/lcm (diffusers loads it too)"
-	@echo "What it draws:           seven.png (32 x 32), digits.png (nine prompts, enlarged)"
-	@echo "How good it is:          $(RUNS)/digits/evaluation: sheet.png beside the teacher, curves.png, table.md"
+	@echo "Its images:              seven.png (32 x 32), digits.png (nine prompts, enlarged)"
+	@echo "Evaluation:              $(RUNS)/digits/evaluation: sheet.png beside the teacher, curves.png, table.md"
 	@echo "Samples while training:  $(RUNS)/digits/samples   curves: $(RUNS)/digits/tensorboard"
-	@echo "Draw more:               $(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm --prompt='a yellow three on a black background' --scale=8 --out=three.png"
+	@echo "Sample more:             $(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm --prompt='a yellow three on a black background' --scale=8 --out=three.png"
 
-# The promise of LCM-LoRA: adapters trained on the teacher make a fine-tune of it, and a style LoRA, draw in four steps.
+# The promise of LCM-LoRA: adapters trained on the teacher let its fine-tunes and style LoRAs sample in four steps.
 LORA := $(RUNS)/lora
 TEACHER := lcm_jax/assets/digits_teacher
 demo-lora: .venv/demo
@@ -47,9 +47,9 @@ demo-lora: .venv/demo
 	$(BIN)/python -m lcm_jax.evaluate --model=$(TEACHER) --lora=$(LORA)/lcm.safetensors --lora=$(LORA)/italic.safetensors --style=italic --out=$(LORA)/with_style
 	@echo
 	@echo "The LCM-LoRA:                  $(LORA)/lcm.safetensors"
-	@echo "On a fine-tune in italics:     $(LORA)/on_fine_tune: sheet.png, weights.png, table.md"
-	@echo "Beside a LoRA of that style:   $(LORA)/with_style, likewise"
-	@echo "Draw more:                     $(BIN)/python -m lcm_jax.sample --model=$(LORA)/italic/model --lora=$(LORA)/lcm.safetensors --sampler=lcm --prompt='a red seven on a blue background' --scale=8 --out=seven.png"
+	@echo "On a fine-tune on italics:     $(LORA)/on_fine_tune: sheet.png, weights.png, table.md"
+	@echo "With a LoRA of that style:     $(LORA)/with_style, likewise"
+	@echo "Sample more:                   $(BIN)/python -m lcm_jax.sample --model=$(LORA)/italic/model --lora=$(LORA)/lcm.safetensors --sampler=lcm --prompt='a red seven on a blue background' --scale=8 --out=seven.png"
 
 full: .venv/demo
 	$(BIN)/python -m lcm_jax.train --config=configs/digits.py:full --workdir=$(RUNS)/full
@@ -66,7 +66,7 @@ lint: .venv/test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck --external-sources launch/*.sh
 
-# The teacher: a blank folder in SD's own shape, its autoencoder, then its UNet and text encoder.
+# The teacher: an untrained folder with SD's architecture, then its autoencoder, then its UNet and text encoder.
 teacher: .venv/demo
 	$(BIN)/python -m lcm_jax.blank --preset=digits --out=$(RUNS)/teacher/blank
 	$(BIN)/python -m lcm_jax.train --config=configs/digits_teacher.py:vae --workdir=$(RUNS)/teacher/vae --config.model.folder=$(RUNS)/teacher/blank

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batches", default="1,2,4,8,16")
     args = parser.parse_args(argv)
     if not all(word.isdigit() and int(word) for word in args.batches.split(",")):
-        raise UserError(f"--batches={args.batches} must be numbers with commas between, as in --batches=4,8")
+        raise UserError(f"--batches={args.batches} must be numbers separated by commas, as in --batches=4,8")
     print("| chip | images | " + " | ".join(f"{side} × {side} × {channels}" for side, channels in LEVELS) + " |")
     print("|---|--:|" + "--:|" * len(LEVELS))
     for chip in args.chips.split(","):

@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     where = topology.parse(args.topology)
     if args.tokens < 1 or args.tokens % flash.BLOCK:
-        raise UserError(f"--tokens={args.tokens} is no multiple of the kernel's block of {flash.BLOCK}")
+        raise UserError(f"--tokens={args.tokens} is not a multiple of the kernel's block size {flash.BLOCK}")
     for name in ("head", "heads"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)}; it must be at least 1")

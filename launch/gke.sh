@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# Training on TPU slices (v5e, v5p, v6e) of a GKE cluster, as a JobSet: one job for each slice, one pod for each host.
-# A slice that is taken away comes back with all the others, and the training goes on from its last checkpoint.
+# Training on TPU slices (v5e, v5p, v6e) of a GKE cluster, as a JobSet: one job per slice, one pod per host. If a slice
+# is preempted, all slices restart together, and the training resumes from its last checkpoint.
 #
 #   launch/gke.sh COMMAND NAME [OPTIONS] [-- python -m lcm_jax.train --config=… --workdir=gs://…]
 #
-#   create     hands the JobSet to the cluster (with --dry-run, prints its manifest)
+#   create     creates the JobSet in the cluster (with --dry-run, prints its manifest)
 #   tail       follows the log of the first pod
-#   status     the JobSet and its pods
-#   delete     ends it; SIGTERM first, so that the training saves
+#   status     shows the JobSet and its pods
+#   delete     deletes it, after a SIGTERM, so that the training saves
 #
 #   --type=TYPE             v5e, v5p or v6e
-#   --topology=TOPOLOGY     of one slice, as the node pools have it: 4x4, 8x16 (v5e, v6e), 2x2x4, 4x4x8 (v5p)
-#   --slices=1              that many node pools of this kind as one run
-#   --chips=4               chips of a node: 4, or 8 (or 1) for the v5e and v6e machines that have them
-#   --image=IMAGE           with lcm_jax in it (launch/Dockerfile makes one)
-#   --spot                  on spot nodes
-#   --service-account=NAME  Kubernetes' one that may read and write the bucket ("default" otherwise)
-#   --queue=QUEUE           Kueue's local queue, where the cluster has Kueue
-#   --namespace=NAMESPACE   kubectl's own default otherwise
-#   --max-restarts=20       how often the JobSet starts again
-#   --dry-run               prints what would be done
+#   --topology=TOPOLOGY     of one slice, as in the node pools: 4x4, 8x16 (v5e, v6e), 2x2x4, 4x4x8 (v5p)
+#   --slices=1              number of node pools of this kind in one run
+#   --chips=4               chips per node: 4, or 8 (or 1) for the v5e and v6e machines that have them
+#   --image=IMAGE           container image with lcm_jax (launch/Dockerfile builds one)
+#   --spot                  uses spot nodes
+#   --service-account=NAME  Kubernetes service account that may read and write the bucket (default: "default")
+#   --queue=QUEUE           Kueue's local queue, if the cluster has Kueue
+#   --namespace=NAMESPACE   default: kubectl's
+#   --max-restarts=20       maximum number of restarts of the JobSet
+#   --dry-run               prints the manifest or the commands
 #   --help
 #
-# TRIES, RETRY_SECONDS, COORDINATOR_PORT, LIBTPU_INIT_ARGS and JAX_COMPILATION_CACHE_DIR (the workdir's neighbour
-# compile_cache otherwise) can be set in the environment. The cluster needs the JobSet controller, 0.6 or newer.
+# TRIES, RETRY_SECONDS, COORDINATOR_PORT, LIBTPU_INIT_ARGS and JAX_COMPILATION_CACHE_DIR (default: compile_cache beside
+# the workdir) can be set in the environment. The cluster needs the JobSet controller, 0.6 or newer.
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -62,17 +62,17 @@ parse() {
       *)
         if [[ ! $ACTION ]]; then
           ACTION=$1
-          [[ $actions == *" $1 "* ]] || die "there is no command $1: one of$actions"
+          [[ $actions == *" $1 "* ]] || die "there is no command $1; use one of$actions"
         elif [[ ! $NAME ]]; then
           NAME=$1
         else
-          die "what is $1? The training command comes after --"
+          die "unexpected argument $1; the training command follows --"
         fi
         ;;
     esac
     shift
   done
-  [[ $ACTION ]] || die "which command? One of$actions"
+  [[ $ACTION ]] || die "a command is missing; use one of$actions"
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || die "NAME='$NAME' must be lower-case letters, digits and hyphens, at most 40: launch/gke.sh $ACTION sd15 …"
   [[ $ACTION != create ]] || read_slice
 }
@@ -85,25 +85,25 @@ read_slice() {
     v5p) ACCELERATOR=tpu-v5p-slice ;;
     v6e) ACCELERATOR=tpu-v6e-slice ;;
     "") die "--type is missing: v5e, v5p or v6e" ;;
-    *) die "--type=$TYPE is not known: v5e, v5p or v6e" ;;
+    *) die "--type=$TYPE is unknown; use v5e, v5p or v6e" ;;
   esac
   if [[ $TYPE == v5p ]]; then
-    [[ $TOPOLOGY =~ ^[1-9][0-9]*x[1-9][0-9]*x[1-9][0-9]*$ ]] || die "--topology='$TOPOLOGY' is no slice of v5p: three numbers, as in 2x2x4 or 4x4x8"
+    [[ $TOPOLOGY =~ ^[1-9][0-9]*x[1-9][0-9]*x[1-9][0-9]*$ ]] || die "--topology='$TOPOLOGY' is not a slice of v5p: give three numbers, as in 2x2x4 or 4x4x8"
     for side in ${TOPOLOGY//x/ }; do
-      [[ " 2x2x1 2x2x2 2x2x4 2x4x4 " == *" $TOPOLOGY "* ]] || ((side % 4 == 0)) || die "--topology=$TOPOLOGY is no slice of v5p: 2x2x1 2x2x2 2x2x4 2x4x4, or each side a multiple of 4"
+      [[ " 2x2x1 2x2x2 2x2x4 2x4x4 " == *" $TOPOLOGY "* ]] || ((side % 4 == 0)) || die "--topology=$TOPOLOGY is not a slice of v5p: use 2x2x1 2x2x2 2x2x4 2x4x4, or multiples of 4"
     done
   else
     product=" 1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16 "
-    [[ $TOPOLOGY && $product == *" $TOPOLOGY "* ]] || die "--topology='$TOPOLOGY' is no slice of $TYPE: one of$product"
+    [[ $TOPOLOGY && $product == *" $TOPOLOGY "* ]] || die "--topology='$TOPOLOGY' is not a slice of $TYPE; use one of$product"
   fi
   for side in ${TOPOLOGY//x/ }; do chips=$((chips * side)); done
   [[ $TYPE != v5p || $CHIPS == 4 ]] || die "--chips=$CHIPS: a node of v5p has 4 chips"
   ((chips % CHIPS == 0)) || die "--chips=$CHIPS: a slice of $TOPOLOGY has only $chips chips"
   NODES=$((chips / CHIPS))
-  ((SLICES == 1 || NODES > 1)) || die "--slices=$SLICES needs slices of several nodes: --topology=$TOPOLOGY is one node of $CHIPS chips"
-  [[ $IMAGE ]] || die "--image is missing: a container image with lcm_jax in it, as in --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/lcm_jax"
+  ((SLICES == 1 || NODES > 1)) || die "--slices=$SLICES needs slices of several nodes; --topology=$TOPOLOGY is one node of $CHIPS chips"
+  [[ $IMAGE ]] || die "--image is missing: a container image with lcm_jax, as in --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/lcm_jax"
   ((${#COMMAND[@]})) || take_command
-  [[ "$IMAGE$ACCOUNT$QUEUE$CACHE${LIBTPU_INIT_ARGS:-}${COMMAND[*]}" != *[[:cntrl:]]* ]] || die "a line break or another control character stands in the command or an option; a manifest can't hold it"
+  [[ "$IMAGE$ACCOUNT$QUEUE$CACHE${LIBTPU_INIT_ARGS:-}${COMMAND[*]}" != *[[:cntrl:]]* ]] || die "the command or an option contains a line break or another control character, which a manifest can't hold"
 }
 
 cluster() { run kubectl "$@" "${NAMESPACE[@]}"; }
@@ -114,9 +114,9 @@ do_create() {
   if [[ $DRY_RUN ]]; then echo "$manifest"; return; fi
   kubectl get crd jobsets.jobset.x-k8s.io > /dev/null || fail "the cluster does not answer or has no JobSet controller: https://jobset.sigs.k8s.io/docs/installation"
   if cluster get jobset "$NAME" > /dev/null 2>&1; then
-    fail "there is a JobSet $NAME already: launch/gke.sh delete $NAME first, or take another name"
+    fail "the JobSet $NAME already exists: launch/gke.sh delete $NAME first, or choose another name"
   fi
-  # The controller's webhook is not always there when it is needed.
+  # The controller's webhook is not always available.
   retry "creating the JobSet $NAME" hand_over "$manifest"
 }
 
@@ -134,7 +134,7 @@ do_status() {
 
 do_delete() { cluster delete jobset "$NAME" --ignore-not-found; }
 
-# A string of YAML. Kubernetes would replace $(NAME) in commands and variables; a second $ prevents it.
+# Prints a YAML string. Kubernetes would expand $(NAME) in commands and variables; a second $ prevents it.
 yaml() {
   local text=${1//\\/\\\\}
   text=${text//\"/\\\"}
@@ -149,7 +149,7 @@ yaml_list() {
   echo "[${items[*]}]"
 }
 
-# `when TEST TEXT` is TEXT where TEST is not empty: lines of the manifest that not every run has.
+# `when TEST TEXT` prints TEXT if TEST is not empty: optional lines of the manifest.
 when() { [[ ! $1 ]] || printf '%s\n' "$2"; }
 
 jobset() {
@@ -168,7 +168,7 @@ spec:
   failurePolicy:
     maxRestarts: $MAX_RESTARTS
     rules:
-      # an error that another start does not mend
+      # an error that a restart does not fix
       - name: mistake
         action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
@@ -179,7 +179,7 @@ spec:
         spec:
           parallelism: $NODES
           completions: $NODES
-          backoffLimit: 0 # one pod that ends badly ends them all: without it the others only wait
+          backoffLimit: 0 # one failed pod ends them all: the others would only wait for it
           podFailurePolicy:
             rules:
               - action: FailJob
@@ -189,7 +189,7 @@ spec:
               restartPolicy: Never
               serviceAccountName: $(yaml "$ACCOUNT")
               terminationGracePeriodSeconds: 300 # for the checkpoint after SIGTERM
-              # the host's network card without the bridge between: slices exchange gradients over it
+              # direct access to the host's network card, over which slices exchange gradients
               hostNetwork: true
               dnsPolicy: ClusterFirstWithHostNet
               nodeSelector:
@@ -204,7 +204,7 @@ $(when "$SPOT" '                - {key: cloud.google.com/gke-spot, operator: Equ
                   image: $(yaml "$IMAGE")
                   command: $(yaml_list "${COMMAND[@]}")
                   env:
-                    # without it a pod whose TPU does not start would train alone, on its CPU
+                    # otherwise a pod whose TPU does not start would train alone, on its CPU
                     - {name: JAX_PLATFORMS, value: "tpu,cpu"}
                     - {name: JAX_COORDINATOR_PORT, value: "$COORDINATOR_PORT"}
                     - {name: JAX_COMPILATION_CACHE_DIR, value: $(yaml "$CACHE")}

@@ -3,14 +3,14 @@
 #
 #   launch/gpus.sh [OPTIONS] -- python -m lcm_jax.train --config=… --workdir=…
 #
-#   --gpus=0,1     these only (all by default)
+#   --gpus=0,1     only these GPUs (default: all)
 #   --dry-run      prints the command with its environment instead of running it
 #   --help
 #
 # Machines without a scheduler: run it on each, with --coordinator=HOST:8476 --num-processes=N --process-id=I added to
 # the training's own options, HOST being the machine with I = 0, and with the same secret as LCM_JAX_JOB_TOKEN in the
-# environment of each. JAX_COMPILATION_CACHE_DIR (the workdir's neighbour compile_cache otherwise) and XLA_FLAGS can be
-# set there too.
+# environment of each. JAX_COMPILATION_CACHE_DIR (default: compile_cache beside the workdir) and XLA_FLAGS can also be
+# set there.
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -42,14 +42,14 @@ parse() {
     shift
   done
   take_command "$@"
-  [[ ! $GPUS || $GPUS =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--gpus=$GPUS must be numbers with commas between, as in --gpus=0,1"
+  [[ ! $GPUS || $GPUS =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--gpus=$GPUS must be numbers separated by commas, as in --gpus=0,1"
 }
 
 check_gpus() {
   local there gpu
   there=$(nvidia-smi --query-gpu=index --format=csv,noheader) || fail "nvidia-smi finds no working GPU; its message is above"
   for gpu in ${GPUS//,/ }; do
-    grep -qx "$gpu" <<< "$there" || die "--gpus=$GPUS: there is no GPU $gpu here, but ${there//$'\n'/, }"
+    grep -qx "$gpu" <<< "$there" || die "--gpus=$GPUS: there is no GPU $gpu on this machine, only ${there//$'\n'/, }"
   done
 }
 

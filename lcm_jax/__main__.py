@@ -7,20 +7,20 @@ from lcm_jax import cli
 from lcm_jax.errors import nearest
 
 COMMANDS = {
-    "train": "train what a config file says: a consistency model, its teacher, an autoencoder",
+    "train": "train the model of a config file: a consistency model, a teacher, an autoencoder",
     "export": "write a trained model as a folder that diffusers loads",
-    "sample": "draw pictures for prompts",
-    "evaluate": "measure a model of the captioned digits: a table, curves, a sheet of pictures",
-    "encode": "encode a data set's pictures once, so that training need not do it in each step",
-    "plan": "say what a run would cost on a TPU pod, before one is rented",
-    "blank": "write a folder with random weights, to train from nothing",
+    "sample": "sample images for prompts",
+    "evaluate": "evaluate a model of the captioned digits: a table, curves, a sheet of images",
+    "encode": "encode a data set's images once, so that training steps need no VAE encoder",
+    "plan": "estimate a run's memory and speed on a TPU pod, before you rent one",
+    "blank": "write a model folder with random weights, to train from scratch",
 }
 
 
 def main() -> int:
     """Runs the command named by the first argument and returns its exit code."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print("usage: lcm-jax <command> …; lcm-jax <command> --help says more\n")
+        print("usage: lcm-jax <command> …; details: lcm-jax <command> --help\n")
         for name, what in COMMANDS.items():
             print(f"  {name:9} {what}")
         return 0 if len(sys.argv) > 1 else 2

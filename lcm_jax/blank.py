@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--seed is {args.seed}; it must be in 0..{2**32 - 1}")
     compile_cache.enable()
     out = write_blank(args.preset, args.out, args.seed)
-    say(f"An untrained model is in {out}")
+    say(f"Wrote an untrained model to {out}")
     return 0
 
 

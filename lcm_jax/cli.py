@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         given = [text for text in (sys.argv[1:] if args is None else args) if text.startswith("--")]
         for text in given:
             if text.endswith("=--"):
-                raise UserError(f"{text}: -- is no value of an option")
+                raise UserError(f"{text}: -- is not a value of an option")
         self._refuse([t for t in given if not t.startswith("--config.") and t.split("=")[0] not in options])
 
     def _refuse(self, unknown: Sequence[str]) -> None:
@@ -71,7 +71,7 @@ def add_lora(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE:WEIGHT",
-        help="a LoRA of diffusers, peft or kohya's scripts and its weight (default: 1); may be given several times",
+        help="a LoRA from diffusers, peft or kohya's scripts, and its weight (default: 1); repeatable",
     )
 
 
@@ -88,7 +88,7 @@ def loras(given: Sequence[str]) -> dict[str, float]:
         if not file:
             raise UserError(f"--lora={text} names no file; give FILE or FILE:WEIGHT")
         if not os.path.exists(file) and os.path.exists(shorter := file.rpartition(":")[0]):
-            raise UserError(f"--lora={text}: the weight of {shorter} is {file.rpartition(':')[2]!r}, no number")
+            raise UserError(f"--lora={text}: the weight of {shorter} is {file.rpartition(':')[2]!r}, not a number")
         if file in found:
             raise UserError(f"--lora={file} is given twice; give one weight")
         found[file] = value
@@ -98,7 +98,7 @@ def loras(given: Sequence[str]) -> dict[str, float]:
 def folder(text: str) -> pathlib.Path:
     """Parses an option that names a local folder. Raises UserError for a URL, which would create a local folder."""
     if "://" in text:
-        raise UserError(f"{text} is no folder; only the workdir of a run may be in a bucket, as gs://BUCKET/PATH")
+        raise UserError(f"{text} is not a local folder; only a run's workdir may be in a bucket (gs://BUCKET/PATH)")
     return pathlib.Path(text)
 
 
@@ -108,13 +108,13 @@ def workdir(text: str) -> epath.Path:
         raise UserError("--workdir= is empty; give a folder, or gs://BUCKET/PATH")
     if not files.in_bucket(text):
         if "://" in text:
-            raise UserError(f"--workdir={text}: a run is written to a folder, or to gs://BUCKET/PATH")
+            raise UserError(f"--workdir={text} must be a local folder, or gs://BUCKET/PATH")
         if "://" in str(epath.Path(os.path.abspath(text))):  # epath, and so Orbax, reads /gs/… as gs://…
-            raise UserError(f"--workdir={text} would be taken for a bucket's place; choose a folder outside")
+            raise UserError(f"--workdir={text} would be read as a gs:// path; choose another folder")
         return epath.Path(text)
     bucket, _, rest = text.removeprefix("gs://").partition("/")
     if not bucket or not rest.strip("/"):
-        raise UserError(f"--workdir={text} must name a bucket and a place in it: gs://BUCKET/PATH")
+        raise UserError(f"--workdir={text} must name a bucket and a path in it: gs://BUCKET/PATH")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f'--workdir={text} needs gcsfs: pip install gcsfs, or lcm_jax with its extra "tpu"')
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it also raises the errors that it logs with tracebacks

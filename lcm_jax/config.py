@@ -64,7 +64,7 @@ class ModelConfig:
         Raises: UserError for "cudnn" on another device than a GPU, or in float32.
         """
         if self.attention == "cudnn" and device.platform != "gpu":
-            raise UserError(f"config.model.attention=cudnn is for GPUs; here it runs on a {device.platform.upper()}")
+            raise UserError(f"config.model.attention=cudnn needs a GPU; this device is a {device.platform.upper()}")
         if self.attention == "cudnn" and self.dtype == "float32":
             raise UserError("config.model.attention=cudnn computes in 16 bits; it needs config.model.dtype=bfloat16")
         if self.attention != "auto":
@@ -205,14 +205,14 @@ def from_dict(tree: dict[str, Any], where: str = "config") -> Config:
     known = {f.name for f in dataclasses.fields(Config)}
     for name in tree:
         if name not in known:
-            raise UserError(f"{where}.{name} is no option{nearest(name, known)}")
+            raise UserError(f"{where}.{name} is not an option{nearest(name, known)}")
     values = {name: value for name, value in tree.items() if name not in _SECTIONS}
     for name, section in _SECTIONS.items():
         fields = {f.name: f for f in dataclasses.fields(section)}
         given = dict(tree.get(name, {}))
         for key, value in given.items():
             if key not in fields:
-                raise UserError(f"{where}.{name}.{key} is no option{nearest(key, fields)}")
+                raise UserError(f"{where}.{name}.{key} is not an option{nearest(key, fields)}")
             if isinstance(value, list):
                 given[key] = tuple(value)
         try:
@@ -236,7 +236,7 @@ def load_resolved(workdir: epath.PathLike) -> Config:
     try:
         with files.one_line(path, "read"):
             if not path.exists():
-                raise UserError(f"{workdir} is no run of lcm_jax: it has no config.json")
+                raise UserError(f"{workdir} is not a run of lcm_jax: it has no config.json")
             text = path.read_text()
         return from_dict(json_file.parse(text, str(path)), where=str(path))
     except UserError:
@@ -273,5 +273,5 @@ def check_same_run(config: Config, stored: Config, workdir: epath.PathLike, *, p
             if now != then and key not in free:
                 raise UserError(
                     f"{workdir} holds a run with config.{key}={then!r}, not {now!r}; "
-                    "choose another --workdir, or delete this one to start anew"
+                    "choose another --workdir, or delete this one to start over"
                 )

@@ -37,7 +37,7 @@ def load(file: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         if not override.startswith("--config."):
             raise UserError(
-                f"{override!r} is no option of this command; options of the run are --config.<name>=<value>"
+                f"{override!r} is not an option of this command; the run's options are --config.<name>=<value>"
             )
         if "=" not in override:
             raise UserError(f"{override}: a value is missing; write {override}=<value>")

@@ -1,9 +1,8 @@
 """python -m lcm_jax.encode --config=configs/sd15.py --out=data/encoded [--batch=32] [--config.<option>=<value> …]
 
-Runs the VAE of config.model.folder once over all pictures of config.data and writes what it says of them, with the
-captions, as a data set that `train` reads with --config.data.latents=True: the step is then free of the encoder, and
-the hosts of JPEG files. Pictures are resized and cropped as the config says; a random crop, or a mirrored half, is
-drawn once.
+Encodes all images of config.data with the VAE of config.model.folder, and writes the moments and captions as a data
+set that `train` reads with --config.data.latents=True. Training steps then run no encoder, and hosts decode no JPEG
+files. Images are resized and cropped as configured; random crops and flips are chosen once per image.
 """
 
 import sys
@@ -56,7 +55,7 @@ def encode(config: Config, folder: Folder, source: Source, batch_size: int) -> I
     """
     mesh = make_mesh(MeshConfig())
     if batch_size % mesh.size:
-        raise UserError(f"--batch={batch_size} does not divide by the {mesh.size} devices")
+        raise UserError(f"--batch={batch_size} is not divisible by the {mesh.size} devices")
     network = folder.components["vae"].network(policy=Policy.named(config.model.dtype))
     dtype = network.policy.compute
     params = {path: jnp.asarray(array, dtype) for path, array in folder.components["vae"].params.items()}
@@ -76,14 +75,14 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     parser = cli.parser("encode", __doc__)
     parser.add_argument("--config", required=True, help="as for train")
-    parser.add_argument("--out", required=True, type=cli.folder, help="the folder in which the data set is made")
-    parser.add_argument("--batch", type=int, default=32, help="pictures at a time, over all devices (32)")
+    parser.add_argument("--out", required=True, type=cli.folder, help="the folder to write the data set to")
+    parser.add_argument("--batch", type=int, default=32, help="images per batch, over all devices (default: 32)")
     args, overrides = parser.parse_with_config(argv)
     config = config_file.load(args.config, overrides)
     if args.batch < 1:
         raise UserError(f"--batch={args.batch}; it must be at least 1")
     if config.data.latents:
-        raise UserError("config.data.latents is true; give the data set that holds the pictures")
+        raise UserError("config.data.latents is true; pass the data set that holds the images")
     split_cpu(config.mesh.cpu_devices)
     compile_cache.enable()
     files.make_folder("--out", args.out)
@@ -105,11 +104,11 @@ def main(argv: Sequence[str]) -> int:
         data_dir=str(args.out),
     )
     if builder.data_path.exists():
-        raise UserError(f"--out: {builder.data_path} is there already; delete it, or choose another folder")
+        raise UserError(f"--out: {builder.data_path} already exists; delete it, or choose another folder")
     prepare(builder)
     if not builder.written:
-        raise UserError(f"--out: {builder.data_path} was made by another run meanwhile; choose another folder")
-    say(f"Done: {len(source)} pictures in {builder.data_path}. Train from it with")
+        raise UserError(f"--out: {builder.data_path} was written by another run in the meantime; choose another folder")
+    say(f"Done: {len(source)} images in {builder.data_path}. To train from it, add")
     say(f"  --config.data.directory={builder.data_path} --config.data.latents=True")
     return 0
 

@@ -64,7 +64,7 @@ def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], 
     through = score(_through_vae(pipe, real), prompts, classifier, features, asked)
     others = score(_through_vae(pipe, validation), prompts, classifier, features)
     through = dataclasses.replace(through, frechet=others.frechet, variety=others.variety)
-    return [Row("real test pictures", real_row), Row("the same through the VAE", through)]
+    return [Row("real test images", real_row), Row("the same through the VAE", through)]
 
 
 def _through_vae(pipe: Pipeline, pictures: np.ndarray) -> np.ndarray:
@@ -112,30 +112,34 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", help="a consistency model's folder, as lcm_jax.export writes it")
     parser.add_argument("--out", type=cli.folder, help="a folder for the results (default: beside the model)")
     parser.add_argument("--steps", type=_steps, default=STEPS, help="network steps of the model (default: 1,2,4,8)")
-    parser.add_argument("--guidance_scale", type=float, help="default: chosen with other noise, as the teacher's is")
-    parser.add_argument("--diffusers", action="store_true", help="also draw in diffusers (needs lcm_jax[diffusers])")
+    parser.add_argument(
+        "--guidance_scale", type=float, help="default: the best one on other noise, chosen like the teacher's"
+    )
+    parser.add_argument("--diffusers", action="store_true", help="also sample in diffusers (needs lcm_jax[diffusers])")
     parser.add_argument(
         "--teacher",
         nargs="?",
         const=str(teacher_rows.TEACHER),
-        help="measure the teacher's rows (of this folder) again",
+        help="measure the teacher's rows again (of this folder, if given)",
     )
     cli.add_lora(parser)
-    parser.add_argument("--style", choices=STYLES, help="with --lora: of the digits that the model draws")
-    parser.add_argument("--weights", type=_numbers, help="with --lora: of the LCM-LoRA (default: 0,0.25,…,1.25)")
+    parser.add_argument("--style", choices=STYLES, help="with --lora: style of the model's digits")
+    parser.add_argument(
+        "--weights", type=_numbers, help="with --lora: weights of the LCM-LoRA (default: 0,0.25,…,1.25)"
+    )
     args = parser.parse_args(argv)
     if "" in (args.model, args.teacher):
         raise UserError(f"--{'model' if args.model == '' else 'teacher'}= is empty; give a folder")
     if not args.model and not args.teacher:
-        raise UserError("give --model=FOLDER, or --teacher to measure the teacher alone")
+        raise UserError("give --model=FOLDER, or --teacher to measure only the teacher")
     for option in ("diffusers", "lora"):
         if getattr(args, option) and not args.model:
-            raise UserError(f"--{option} draws with the model; give --model=FOLDER as well")
+            raise UserError(f"--{option} needs a model; add --model=FOLDER")
     for option in ("diffusers", "teacher", "guidance_scale") if args.lora else ("style", "weights"):
         if getattr(args, option) is not None and getattr(args, option) is not False:
             raise UserError(f"--{option} has no effect with{'' if args.lora else 'out'} --lora; leave it out")
     if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
-        raise UserError(f"--guidance_scale={args.guidance_scale} is no finite number")
+        raise UserError(f"--guidance_scale={args.guidance_scale} is not a finite number")
     out = args.out or (_beside(args.model) if args.model else pathlib.Path()) / "evaluation"
     compile_cache.enable()
     figure_class()  # fails before the long computation if matplotlib is missing
@@ -151,8 +155,8 @@ def main(argv: Sequence[str]) -> int:
         student = _digits_model(args.model, is_lcm=True)
         if not args.teacher and not _same_autoencoder(student, teacher):
             raise UserError(
-                f"{args.model} was not distilled from {teacher.folder.path}, whose rows come with the package; "
-                "give its own teacher with --teacher=FOLDER"
+                f"{args.model} was not distilled from {teacher.folder.path}, whose rows ship with the package; pass "
+                "its own teacher with --teacher=FOLDER"
             )
         original = student.folder.scheduler.get("original_inference_steps", 50)
         for steps in args.steps:
@@ -170,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
         print("Measuring the teacher …", flush=True)
         shipped = teacher_rows.measure(teacher, classifier, lambda line: print(line, flush=True))
         write_json(out / "teacher.json", teacher_rows.to_json(shipped, teacher.folder.path))
-    pictures = {"real test pictures": real_pictures(on_sheet, "test")}
+    pictures = {"real test images": real_pictures(on_sheet, "test")}
     for row in shipped:
         if row.name == teacher_rows.SAMPLERS["ddim"] and row.steps in (4, 50):
             name = f"teacher, {row.steps} steps"
@@ -183,7 +187,7 @@ def main(argv: Sequence[str]) -> int:
     values = {"model": args.model, **measured, "teacher_sha256": teacher_rows.folder_hash(teacher.folder.path)}
     _report(out, rows, {**values, "machine": here, "teacher_machine": where or here})
     if where:
-        print(f"\nimages/s: the teacher's on {where}; the others here, on {here}")
+        print(f"\nimages/s: teacher on {where}; other rows on this machine, {here}")
     write_png(out / "sheet.png", sheet(drawn, [prompt.text for prompt in on_sheet]))
     write_png(out / "curves.png", curves(rows))
     say(f"Done: {out} holds table.md, evaluation.json, sheet.png and curves.png")
@@ -202,7 +206,7 @@ def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
         pipe.lcm_timesteps(steps)
     if pipe.lora_recipe is None:
         warnings.warn(
-            f"{lcm} doesn't say that it is an LCM-LoRA, nor for how many timesteps: it is measured as one of 50",
+            f"{lcm} doesn't record that it is an LCM-LoRA, or its number of timesteps: measuring it with 50",
             UserWarning,
             stacklevel=2,
         )
@@ -240,7 +244,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     except ValueError:
         numbers = (math.nan,)
     if not all(map(math.isfinite, numbers)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 0,0.5,1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0,0.5,1")
     return numbers
 
 
@@ -254,9 +258,9 @@ def _steps(text: str) -> tuple[int, ...]:
     try:
         steps = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 1,2,4") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 1,2,4") from None
     if len(set(steps)) < len(steps):
-        raise argparse.ArgumentTypeError(f"{text!r} has a number twice")
+        raise argparse.ArgumentTypeError(f"{text!r} repeats a number")
     if min(steps) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} has {min(steps)}; each must be at least 1")
     return steps
@@ -272,7 +276,8 @@ def _digits_model(folder: str, *, is_lcm: bool) -> Pipeline:
     height, width = (side * factor for side in pipe.latent_shape(1)[1:3])
     if (height, width) != (SIZE, SIZE):
         raise UserError(
-            f"{folder} draws {width} x {height}; only models of the captioned digits are evaluated ({SIZE} x {SIZE})"
+            f"{folder} samples {width} x {height} pixels; only models of the captioned digits ({SIZE} x "
+            f"{SIZE}) can be evaluated"
         )
     return pipe
 

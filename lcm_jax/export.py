@@ -2,11 +2,11 @@
 python -m lcm_jax.export --workdir=runs/digits_lora --out=lcm.safetensors [--dialect=kohya] [--verify]
 python -m lcm_jax.export --model=FOLDER --lora=FILE:WEIGHT [--sampler=lcm] --out=NEW_FOLDER [--verify]
 
-Writes what a run has trained as a folder that diffusers loads: a consistency model as a
+Writes the trained weights of a run as a folder that diffusers loads: a consistency model as a
 LatentConsistencyModelPipeline, a diffusion model or an autoencoder in the pipeline it came from; a LoRA as one file, in
-the dialect of diffusers and peft or of kohya's scripts. With --model, writes that model with the LoRAs merged into its
+the format of diffusers and peft or of kohya's scripts. With --model, writes that model with the LoRAs merged into its
 weights; --sampler=lcm gives it an LCMScheduler, for an LCM-LoRA. --verify loads the result in diffusers and compares
-what it draws with what we draw.
+the latents and images of both.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ def export(
     """
     config = load_resolved(workdir)
     if dialect and not config.lora.rank:
-        raise UserError(f"the dialect {dialect} has no effect: {workdir} holds whole networks, no LoRA; leave it out")
+        raise UserError(f"the dialect {dialect} has no effect: {workdir} holds full networks, not a LoRA; leave it out")
     if config.lora.rank and out.suffix != ".safetensors":
         raise UserError(f"{workdir} holds a LoRA, which is one file: {out} should end in .safetensors")
     objective, options = chosen(config)
@@ -88,8 +88,8 @@ def export(
             wanted = lora.shapes(networks[name].shapes, targets)
             if {path: array.shape for path, array in params.get(name, {}).items()} != wanted:
                 raise UserError(
-                    f"the adapters in {workdir} don't fit {config.model.folder}, which holds another model than the "
-                    "one that they were trained on"
+                    f"the adapters in {workdir} don't fit {config.model.folder}, which is not the model that they "
+                    "were trained on"
                 )
             adapters[name] = lora.Adapter(params[name], lora.alphas(targets))
         header = recipe_of(config, source, which, step).to_header() if objective.recipe else {}
@@ -172,15 +172,15 @@ def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarra
 def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     parser = cli.parser("export", __doc__)
-    parser.add_argument("--workdir", type=cli.workdir, help="the folder of the run")
-    parser.add_argument("--model", help="in place of --workdir: a diffusers folder, or a hub id, to merge LoRAs into")
+    parser.add_argument("--workdir", type=cli.workdir, help="the run's folder")
+    parser.add_argument("--model", help="instead of --workdir: a diffusers folder, or a hub id, to merge LoRAs into")
     parser.add_argument("--out", required=True, type=cli.folder, help="the new folder, or the LoRA file")
     parser.add_argument("--which", choices=("ema", "student"), help="which weights of the run (default: ema)")
     parser.add_argument("--step", type=int, help="the run's checkpoint (default: the newest good one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the trained weights (default: float32)")
-    parser.add_argument("--dialect", choices=DIALECTS, help="of the LoRA file (default: diffusers)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the trained weights (default: float32)")
+    parser.add_argument("--dialect", choices=DIALECTS, help="format of the LoRA file (default: diffusers)")
     cli.add_lora(parser)
-    parser.add_argument("--sampler", choices=("lcm",), help="with --model: the new folder's own sampler")
+    parser.add_argument("--sampler", choices=("lcm",), help="with --model: the sampler stored in the new folder")
     parser.add_argument("--verify", action="store_true", help="compare with diffusers; needs lcm_jax[diffusers]")
     args = parser.parse_args(argv)
     if (args.workdir is None) == (args.model is None):
@@ -189,9 +189,9 @@ def main(argv: Sequence[str]) -> int:
         if getattr(args, option) not in (None, []):
             raise UserError(f"--{option} has no effect with --{'model' if args.model else 'workdir'}; leave it out")
     if args.model and not args.lora and not args.sampler:
-        raise UserError("--model without --lora or --sampler would be a copy; give --lora=FILE:WEIGHT")
+        raise UserError("--model without --lora or --sampler would only copy the folder; give --lora=FILE:WEIGHT")
     if args.model and args.out.suffix == ".safetensors":
-        raise UserError(f"--out={args.out}: with --model a folder is written; choose a folder's name")
+        raise UserError(f"--out={args.out}: --model writes a folder; choose a folder name")
     compile_cache.enable()
     model, lora_file, how = args.out, None, ""
     if args.model:
@@ -211,10 +211,10 @@ def main(argv: Sequence[str]) -> int:
         from lcm_jax.inference.verify import verify
 
         difference = verify(model, lora=lora_file)
-        compared = "weight differences, latents and pictures" if lora_file else "latents and pictures"
-        say(f"diffusers loads it; its {compared} differ from ours by {difference:.1e} of their maximum.")
+        compared = "weight differences, latents and images" if lora_file else "latents and images"
+        say(f"diffusers loads it; its {compared} differ from those of lcm_jax by {difference:.1e} of their maximum.")
     say(f"{args.out} holds {what}. Next:")
-    say(f'  python -m lcm_jax.sample --model={model}{how} --prompt="…" --seed=0 --out=picture.png')
+    say(f'  python -m lcm_jax.sample --model={model}{how} --prompt="…" --seed=0 --out=image.png')
     return 0
 
 

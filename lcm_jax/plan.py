@@ -49,7 +49,7 @@ def compile_step(config: Config, where: Topology | None) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             why = str(error).strip().splitlines()[0]
             if "RESOURCE_EXHAUSTED" not in why:
-                raise UserError(f"the compiler gives up: {why}") from None
+                raise UserError(f"the compiler failed: {why}") from None
             raise NoFit(why, step) from None
     return Compiled(step, lowered, executable, where, time.perf_counter() - start)
 
@@ -132,7 +132,7 @@ def search(config: Config, where: Topology | None, batches: Sequence[int]) -> li
                 model=dataclasses.replace(config.model, remat=remat),
             )
             what = {"batch_a_chip": batch, "remat": remat, "fsdp": fsdp}
-            print(f"trying {batch} a chip, remat {remat}, fsdp {fsdp}", file=sys.stderr)
+            print(f"trying batch {batch} per chip, remat {remat}, fsdp {fsdp}", file=sys.stderr)
             try:
                 result = report(tried, compile_step(tried, where))
                 why = "" if result["fits"] is not False else estimate.too_much(result)
@@ -152,7 +152,7 @@ def with_batch(config: Config, batch_a_chip: int | None, chips: int) -> Config:
         return dataclasses.replace(config, batch_size=batch_a_chip * chips)
     least = chips * config.accumulate
     if config.batch_size < least:
-        print(f"config.batch_size={config.batch_size} is raised to {least}, one a chip and micro-batch")
+        print(f"config.batch_size={config.batch_size} is raised to {least}: one image per chip and micro-batch")
         return dataclasses.replace(config, batch_size=least)
     return config
 
@@ -162,14 +162,16 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("plan", __doc__)
     parser.add_argument("--config", required=True, help="as for train")
     parser.add_argument("--topology", required=True, help="v5p-256, v5p:4x4x8, … or local")
-    parser.add_argument("--slices", type=int, default=1, help="as many of them, as one run (1)")
-    parser.add_argument("--batch-a-chip", type=int, help="in place of config.batch_size")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="writes all figures there too")
-    parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help="keeps the compiled step")
+    parser.add_argument("--slices", type=int, default=1, help="number of such slices in one run (default: 1)")
+    parser.add_argument("--batch-a-chip", type=int, help="batch per chip, instead of config.batch_size")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also writes all figures to this file")
+    parser.add_argument(
+        "--save", type=pathlib.Path, metavar="FILE", help="saves the compiled step, for train --compiled"
+    )
     parser.add_argument(
         "--search",
         action="store_true",
-        help="tries batches, remat and fsdp sizes, and recommends the fastest that fits",
+        help="tries batch sizes, remat and fsdp sizes, and recommends the fastest combination that fits",
     )
     args, overrides = parser.parse_with_config(argv)
     config = config_file.load(args.config, overrides)
@@ -177,10 +179,10 @@ def main(argv: Sequence[str]) -> int:
     if args.batch_a_chip is not None and args.batch_a_chip < 1:
         raise UserError(f"--batch-a-chip={args.batch_a_chip}; it must be at least 1")
     if local and (args.search or args.slices != 1):
-        raise UserError("--search and --slices are for topologies; of this machine's own devices no times are known")
+        raise UserError("--search and --slices need a TPU topology; local has no time estimates")
     for option, path in (("--json", args.json), ("--save", args.save)):
         if path is not None and path.is_dir():
-            raise UserError(f"{option}={path} is a folder; give the name of a file")
+            raise UserError(f"{option}={path} is a folder; give a file name")
         if path is not None:
             files.make_folder(option, path.parent)
     where = None if local else topology.parse(args.topology, args.slices)
@@ -195,7 +197,9 @@ def main(argv: Sequence[str]) -> int:
     chips = where.chips if where else jax.device_count()
     if args.search:
         if args.save:
-            raise UserError("--save keeps one step; give it without --search, with the options that it recommends")
+            raise UserError(
+                "--save writes one step; run it without --search, with the options that --search recommends"
+            )
         first = args.batch_a_chip
         found = search(config, where, [first] if first else [1, 2, 4, 8, 16, 32])
         print(search_table(found))
@@ -217,7 +221,7 @@ def main(argv: Sequence[str]) -> int:
     if args.save:
         saved_step.save(args.save, compiled.step.mesh, compiled.lowered, compiled.executable)
         option = shlex.quote(f"--compiled={args.save}")
-        print(f"The compiled step is in {args.save}; train takes it with {option}")
+        print(f"The compiled step is in {args.save}; to use it, pass {option} to train")
     return int(figures["fits"] is False)
 
 

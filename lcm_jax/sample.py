@@ -22,25 +22,27 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     parser = cli.parser("sample", __doc__)
     parser.add_argument("--model", required=True, help="a diffusers folder, or a hub id")
-    parser.add_argument("--prompt", required=True, action="append", help="may be given several times")
+    parser.add_argument("--prompt", required=True, action="append", help="repeatable")
     cli.add_lora(parser)
     parser.add_argument("--steps", type=int, help="network steps (default: 4 for a consistency model, else 50)")
     parser.add_argument(
         "--guidance_scale",
         type=float,
-        help="default: the middle of the range that a consistency model was trained for, 7.5 for a diffusion model, "
-        "1 with --sampler=lcm; without w-embedding, up to 1 is no guidance",
+        help="default: the middle of a consistency model's trained range, 7.5 for a diffusion model, 1 with "
+        "--sampler=lcm; without a w-embedding, values up to 1 turn guidance off",
     )
     parser.add_argument("--seed", type=int, default=0, help="in 0 … 2^64 - 1 (default: 0)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("sample.png"), help="default: sample.png")
-    parser.add_argument("--scale", type=int, default=1, help="enlarge small pictures so many times (default: 1)")
-    parser.add_argument("--label", action="store_true", help="write each prompt under its picture")
-    parser.add_argument("--negative_prompt", help="what guidance leads away from; not for a consistency model")
-    parser.add_argument("--height", type=int, help="in pixels (default: what the model was trained for)")
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--timesteps", type=_timesteps, help="in place of --steps: falling, e.g. 999,759,499,259")
+    parser.add_argument("--scale", type=int, default=1, help="enlarge small images by this factor (default: 1)")
+    parser.add_argument("--label", action="store_true", help="write each prompt under its image")
     parser.add_argument(
-        "--sampler", choices=SAMPLERS, help="of a diffusion model (default: ddim; with an LCM-LoRA trained here: lcm)"
+        "--negative_prompt", help="text that guidance steers away from; not for a consistency model with a w-embedding"
+    )
+    parser.add_argument("--height", type=int, help="in pixels (default: the model's training size)")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--timesteps", type=_timesteps, help="instead of --steps: decreasing, e.g. 999,759,499,259")
+    parser.add_argument(
+        "--sampler", choices=SAMPLERS, help="for a diffusion model (default: ddim; with an LCM-LoRA from lcm_jax: lcm)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
     args = parser.parse_args(argv)
@@ -64,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     )
     columns, labels = math.ceil(math.sqrt(len(pictures))), prompts if args.label else None
     write_png(args.out, grid(pictures, columns=columns, scale=args.scale, labels=labels))
-    what = "picture is" if len(pictures) == 1 else f"{len(pictures)} pictures are"
+    what = "image is" if len(pictures) == 1 else f"{len(pictures)} images are"
     say(f"The {what} in {args.out}")
     return 0
 
@@ -73,7 +75,7 @@ def _timesteps(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 999,759") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 999,759") from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """python -m lcm_jax.train --config=configs/digits.py --workdir=runs/digits [--config.<option>=<value> …]
 
-Trains what the config says (a consistency model from a teacher, a diffusion model, an autoencoder) and writes into
-the workdir: config.json, checkpoints/, tensorboard/ and samples/. Started again with the same command, it goes on
-from its last checkpoint and ends with the same bits as a run that was never stopped.
+Trains the model of the config (a consistency model from a teacher, a diffusion model, an autoencoder) and writes
+config.json, checkpoints/, tensorboard/ and samples/ to the workdir. Restarted with the same command, it resumes from
+its last checkpoint, and its weights end up bit-identical to those of a run that was never stopped.
 """
 
 import shlex
@@ -23,12 +23,14 @@ from lcm_jax.training.loop import train
 def main(argv: Sequence[str], devices: Sequence[Any] | None = None) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code. `devices`: as `train` takes them."""
     parser = cli.parser("train", __doc__)
-    parser.add_argument("--config", required=True, help="a file of configs/, with its variant: configs/digits.py:smoke")
-    parser.add_argument("--workdir", required=True, type=cli.workdir, help="of this run: a folder, or gs://BUCKET/PATH")
+    parser.add_argument(
+        "--config", required=True, help="a config file, optionally with a variant: configs/digits.py:smoke"
+    )
+    parser.add_argument("--workdir", required=True, type=cli.workdir, help="the run's folder, or gs://BUCKET/PATH")
     parser.add_argument(
         "--compiled",
         metavar="FILE",
-        help="the compiled step that plan --save=FILE wrote; it runs as a program: take only a file that you trust",
+        help="compiled step from plan --save=FILE; loading it runs code, so use only files that you trust",
     )
     processes.add_options(parser)
     try:
@@ -48,7 +50,7 @@ def main(argv: Sequence[str], devices: Sequence[Any] | None = None) -> int:
     if not speaks:
         return 128 + result.signal if result.signal else 0
     if result.signal:
-        say(f"Stopped at step {result.step} of {config.steps}, saved. The same command resumes there.")
+        say(f"Stopped and saved at step {result.step} of {config.steps}. The same command resumes there.")
         return 128 + result.signal
     say(f"Done: {result.step} steps, checkpoints in {args.workdir}/checkpoints. Next:")
     beside = f"runs/{args.workdir.name}" if files.in_bucket(args.workdir) else args.workdir  # an export is local

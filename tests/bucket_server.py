@@ -1,4 +1,4 @@
-"""An emulator of Google Cloud Storage that knows generations, on which TensorStore relies."""
+"""An emulator of Google Cloud Storage with object generations, on which TensorStore relies."""
 
 import contextlib
 import http.server
@@ -13,7 +13,7 @@ from gcp_storage_emulator import exceptions, server
 
 
 class _Handler(server.RequestHandler):
-    """Adds what the emulator leaves out: preconditions, the generation of what is read, moving.
+    """Adds features that the emulator lacks: preconditions, generations of read objects, moving.
 
     https://cloud.google.com/storage/docs/request-preconditions
     """

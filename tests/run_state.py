@@ -1,4 +1,4 @@
-"""What a run has left in its workdir, as values that compare."""
+"""The state that a run left in its workdir, as comparable values."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The teacher that comes with the package: diffusers runs it, and what is exported from it, as a user would."""
+"""The packaged teacher: diffusers runs it and models exported from it, as a user would."""
 
 import pathlib
 
@@ -40,7 +40,7 @@ def test_diffusers_runs_it_without_being_told_a_dtype(config):
 
 
 def test_diffusers_runs_what_is_exported_from_it(config, tmp_path):
-    """A float32 UNet stands beside the teacher's float16 text encoder here."""
+    """The folder has a float32 UNet and the teacher's float16 text encoder."""
     from diffusers import LatentConsistencyModelPipeline
 
     folder = read_folder(config.model.folder)
@@ -52,7 +52,7 @@ def test_diffusers_runs_what_is_exported_from_it(config, tmp_path):
 
 
 def test_its_evaluation_is_its_own(config):
-    """The rows that come with the package were measured with the files that come with it."""
+    """The packaged rows were measured with the packaged files."""
     rows, machine = teacher_rows.shipped()
     assert [(row.name, row.steps) for row in rows] == [
         (n, s) for n in teacher_rows.SAMPLERS.values() for s in teacher_rows.STEPS

@@ -73,7 +73,7 @@ def test_digits_fits_into_eight_megabytes_of_float16():
 
 
 def test_diffusers_loads_and_runs_it(micro):
-    """Every tensor finds its place in the peer's classes, and the pipeline draws a picture of the right size."""
+    """diffusers and transformers load every tensor, and the pipeline samples an image of the right size."""
     import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel

@@ -1,4 +1,4 @@
-"""What every command does with a mistake, a warning and Ctrl-C."""
+"""Errors, warnings and Ctrl-C in every command."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ def test_other_errors_keep_their_traceback():
         (["--steps=1", "--step=1"], "there is no option --step=1; did you mean '--steps'?"),
         (["--step=1"], "there is no option --step=1; did you mean '--steps'?"),
         (["--steps=four"], "argument --steps: invalid int value: 'four'"),
-        (["--steps=--"], "--steps=--: -- is no value of an option"),
+        (["--steps=--"], "--steps=--: -- is not a value of an option"),
         ([], "the following arguments are required: --steps"),
     ],
 )

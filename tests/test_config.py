@@ -1,4 +1,4 @@
-"""A run's options: files, overrides, and what a user reads after a slip."""
+"""A run's options: files, overrides, and error messages."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def test_the_command_line_overrides(override, path, value):
         ("--config.steps=1.5", "steps"),
         ("--config.steps=-1", "config.steps is -1; it must be positive"),
         ("--config.steps", "a value is missing"),
-        ("--confg.steps=1", "no option of this command"),
+        ("--confg.steps=1", "not an option of this command"),
         ("--config.seed=-1", "config.seed is -1; it must be in 0 … 4294967295"),
         ("--config.seed=4294967296", "config.seed is 4294967296; it must be in 0 … 4294967295"),
         ("--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate is nan; it must be positive"),

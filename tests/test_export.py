@@ -19,7 +19,8 @@ from lcm_jax.training import checkpoint
 
 @pytest.fixture
 def run(tmp_path, teacher_folder, lcm_folder, monkeypatch):
-    """Makes a workdir whose checkpoint at step 70 holds the micro consistency model, its student all one larger."""
+    """Makes a workdir whose checkpoint at step 70 holds the micro consistency model, its student's "
+    "weights all larger by one."""
     unet = read_folder(lcm_folder, only=("unet",)).components["unet"].params
 
     def make(objective="lcd", **changes):
@@ -56,7 +57,7 @@ def test_consistency_model(run, tmp_path, teacher_folder, capsys):
     assert pipe.default_guidance == 5.0
     assert pipe("a red seven", steps=1).shape == (1, 16, 16, 3)
     lines = capsys.readouterr().out.splitlines()
-    assert "differ from ours by" in lines[-4 if len(lines) > 3 else 0]
+    assert "differ from those of lcm_jax by" in lines[-4 if len(lines) > 3 else 0]
     assert str(out) in lines[-2]
     assert f"python -m lcm_jax.sample --model={out}" in lines[-1]
 
@@ -96,7 +97,7 @@ def test_diffusion_model(run, tmp_path, teacher_folder, monkeypatch):
 
 @pytest.mark.parametrize("latent_std", [1.0, 4.0])
 def test_autoencoder(run, tmp_path, teacher_folder, teacher_pipeline, monkeypatch, latent_std):
-    """scaling_factor is latent_std over the deviation of the latents that the trained VAE draws."""
+    """scaling_factor is latent_std over the deviation of the latents sampled by the trained VAE."""
     monkeypatch.setattr(
         checkpoint, "restore_params", lambda *_: ({"vae": read_folder(teacher_folder).components["vae"].params}, 5)
     )
@@ -119,12 +120,12 @@ def test_autoencoder(run, tmp_path, teacher_folder, teacher_pipeline, monkeypatc
 
 def test_no_run(tmp_path, capsys):
     assert cli.run(export.main, [f"--workdir={tmp_path}/x", f"--out={tmp_path}/out"]) == 2
-    assert "x is no run of lcm_jax" in capsys.readouterr().err
+    assert "x is not a run of lcm_jax" in capsys.readouterr().err
 
 
 def test_target_that_is_no_model(run, tmp_path):
     workdir = run()
-    with pytest.raises(UserError, match="is no model folder"):
+    with pytest.raises(UserError, match="nor a model folder"):
         export.main([f"--workdir={workdir}", f"--out={workdir}"])
 
 

@@ -14,7 +14,7 @@ def test_one_prompt(lcm_folder, tmp_path, capsys):
     assert sample.main([f"--model={lcm_folder}", "--prompt=a red seven", "--steps=1", "--seed=3", f"--out={out}"]) == 0
     with PIL.Image.open(out) as picture:
         assert np.array_equal(picture, load_pipeline(lcm_folder)("a red seven", 1, seed=3)[0])
-    assert capsys.readouterr().out.splitlines()[-1] == f"The picture is in {out}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"The image is in {out}"
     assert [p.name for p in out.parent.iterdir()] == ["picture.png"]
 
 
@@ -31,7 +31,7 @@ def test_several_prompts_are_one_grid(lcm_folder, tmp_path, capsys):
     windows = np.lib.stride_tricks.sliding_window_view(found, (12, 16, 3))[:, :, 0]
     for picture in expected:
         assert (windows == picture).all(axis=(-1, -2, -3)).any()
-    assert capsys.readouterr().out.splitlines()[-1] == f"The 3 pictures are in {out}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"The 3 images are in {out}"
 
 
 def test_options_of_a_diffusion_model(teacher_folder, tmp_path):
@@ -48,7 +48,7 @@ def test_options_of_a_diffusion_model(teacher_folder, tmp_path):
     ("arguments", "message"),
     [
         (["--steps=0"], "steps"),
-        (["--timesteps=9,x"], "'9,x' is no list of whole numbers like 999,759"),
+        (["--timesteps=9,x"], "'9,x' is not a list of whole numbers like 999,759"),
         (["--negative_prompt=ugly"], "takes no negative_prompt"),
         (["--prompt=caf\udce9"], r"--prompt is 'caf.udce9', which is not UTF-8; give it in UTF-8"),
         (["--seed=18446744073709551616"], r"seed is 18446744073709551616; it must be in 0 … 18446744073709551615"),

@@ -134,7 +134,7 @@ def choose(shapes: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Ta
         try:
             pattern = re.compile(rf"(.*\.)?({target.modules})")
         except re.error as error:
-            raise UserError(f"the LoRA target {target.modules!r} is no regular expression: {error}") from None
+            raise UserError(f"the LoRA target {target.modules!r} is not a regular expression: {error}") from None
         matched = [module for module in modules if pattern.fullmatch(module)]
         if not matched:
             ends = {module.rpartition(".")[2] for module in modules}

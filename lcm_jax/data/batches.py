@@ -52,7 +52,7 @@ class DataConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("image_key", "caption_key", "max_pixels", "resize", "crop", "flip"):
             if self.latents and getattr(self, name) != getattr(DataConfig, name):
-                raise UserError(f"{name} has no effect: latents is true, and these pictures are encoded already")
+                raise UserError(f"{name} has no effect: latents is true, so the images are already encoded")
         one_of("resize", self.resize, images.RESAMPLING)
         one_of("crop", self.crop, ("center", "random"))
 

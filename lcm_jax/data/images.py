@@ -57,7 +57,7 @@ def decode(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
             if width * height > max_pixels:
                 raise BadImage(
                     f"it has {width} x {height} pixels, more than config.data.max_pixels={max_pixels};"
-                    " reduce the image, or allow more"
+                    " reduce the image, or raise the limit"
                 )
             if file.format in ("JPEG", "MPO") and width * height > _LARGE_JPEG:
                 file.draft(None, (2 * size, 2 * size))  # never smaller than this
@@ -68,7 +68,7 @@ def decode(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise many types
         reason = plain(error, 200) or type(error).__name__
-        raise BadImage(f"Pillow reads no image from it: {reason}; the file may be damaged or cut short") from None
+        raise BadImage(f"Pillow can't decode it: {reason}; the file may be damaged or truncated") from None
 
 
 def square(
@@ -106,8 +106,8 @@ def _open(encoded: bytes) -> ImageFile.ImageFile:
                 Image.MAX_IMAGE_PIXELS = limit
     except Image.UnidentifiedImageError:
         raise BadImage(
-            f"Pillow finds no header of {', '.join(known)} in it; the file may be damaged, or of a kind that"
-            " must be converted first"
+            f"Pillow finds no header of {', '.join(known)} in it; the file may be damaged, or in a format that must "
+            "be converted first"
         ) from None
     if file.format == "PNG" and file.mode == "RGB" and encoded[24] == 16 and "transparency" in file.info:
         file.info["transparency"] = tuple(value >> 8 for value in file.info["transparency"])  # 8 bits, like the pixels
@@ -124,7 +124,7 @@ def _white(file: ImageFile.ImageFile) -> tuple[float, bool, bool]:
     tags: Any = file.tag_v2  # pyright: ignore[reportAttributeAccessIssue]
     bits, kind = tags.get(_BITS, (1,))[0], tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0]
     if kind == _SIGNED and file.mode not in _WIDE:
-        raise BadImage("its samples are signed 8-bit numbers, not brightness; store it as unsigned ones")
+        raise BadImage("its samples are signed 8-bit integers, not brightness; store them unsigned")
     white = {_SIGNED: 2.0 ** (bits - 1) - 1, _FLOAT: 1.0}.get(kind, 2.0**bits - 1)
     return white, tags.get(_PHOTOMETRIC) == 0, kind == _SIGNED or (kind == _UNSIGNED and bits > 16)
 
@@ -148,8 +148,8 @@ def _rgb(image: Image.Image, white: float, inverted: bool, doubted: bool) -> Ima
         converted.paste(band.convert("RGB"), (left, top))
     if doubted and largest < white / 255:
         raise BadImage(
-            f"its largest sample is {largest:g}, and white is {white:g} by the file: it would be black all over;"
-            " store it with 8 or 16 bits"
+            f"its largest sample is {largest:g}, but the file's white is {white:g}: it would be all black; store it "
+            "with 8 or 16 bits"
         )
     return converted
 
@@ -161,8 +161,8 @@ def _samples(band: Image.Image, white: float) -> np.ndarray:
         samples = samples.view(np.uint32)  # Pillow has no unsigned 32-bit mode
     if not (samples.min() >= 0 and samples.max() <= white):  # also true for NaN
         raise BadImage(
-            f"it has samples from {samples.min():g} to {samples.max():g}, and black is 0 and white {white:g} by the"
-            " file; scale it, and store it with 8 or 16 bits"
+            f"its samples are in {samples.min():g} … {samples.max():g}, but the file's black is 0 and its white "
+            f"{white:g}; rescale it, and store it with 8 or 16 bits"
         )
     return samples
 

@@ -44,9 +44,9 @@ def check(
     """Raises UserError unless the data set was encoded by this VAE (and config, if both known) at this image size."""
     made = dict(metadata or {})
     if not {"image_size", "vae"} <= made.keys():
-        raise UserError(f"{where} does not say what encoded it (metadata.json); run lcm_jax.encode again")
+        raise UserError(f"{where} does not record what encoded it (metadata.json); run lcm_jax.encode again")
     if made.get("image_size") != image_size:
-        raise UserError(f"{where} is of {made.get('image_size')} px, config.data.image_size is {image_size}")
+        raise UserError(f"{where} was encoded at {made.get('image_size')} px, config.data.image_size is {image_size}")
     if made.get("vae") != fingerprint(vae):
         raise UserError(f"{where} was encoded by another VAE than this folder's; run lcm_jax.encode with this one")
     if config is not None and made.get("vae_config", config_fingerprint(config)) != config_fingerprint(config):

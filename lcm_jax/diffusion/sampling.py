@@ -76,7 +76,7 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int = 1000) -
             raise UserError(f"timesteps has {t}; each must be in 0 … {num_train_timesteps - 1}")
     for t, s in itertools.pairwise(checked):
         if s >= t:
-            raise UserError(f"timesteps has {s} after {t}; they must be strictly falling")
+            raise UserError(f"timesteps has {s} after {t}; they must strictly decrease")
     return np.array(checked, np.int32)
 
 

@@ -58,15 +58,15 @@ class Schedule:
             raise UserError(f"beta_start is {self.beta_start}, beta_end {self.beta_end}; needed: 0 < start <= end < 1")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UserError(
-                "prediction_type is 'epsilon' with rescale_betas_zero_snr: at zero terminal SNR z_t is noise only, "
-                "which tells nothing of x0; it must be 'v_prediction' or 'sample'"
+                "prediction_type is 'epsilon' with rescale_betas_zero_snr: at zero terminal SNR z_t is pure noise, "
+                "from which x0 can't be computed; it must be 'v_prediction' or 'sample'"
             )
         alpha = np.sqrt(self.alphas_cumprod).astype(np.float32)[: T - 1 if self.rescale_betas_zero_snr else T]
         falls = (np.diff(self.alphas_cumprod) < 0).all() and self.alphas_cumprod[0] < 1
         if not falls or (alpha < np.finfo(np.float32).tiny).any():
             raise UserError(
                 f"beta_start {self.beta_start}, beta_end {self.beta_end} and num_train_timesteps {T} give a schedule "
-                "that does not fall from one timestep to the next to a positive number"
+                "that does not strictly decrease to a positive number"
             )
 
     # ---- tables

@@ -35,8 +35,8 @@ def dpm(denoise: Denoise, process: Process, z_t: Latent, t: Time, s: Time) -> La
     """
     if process.has_zero_terminal_snr:
         raise UserError(
-            "the solver 'dpm' needs a positive terminal SNR, and the schedule has rescale_betas_zero_snr; "
-            "take 'ddim' or 'dpmpp'"
+            "the solver 'dpm' needs a positive terminal SNR, but the schedule has rescale_betas_zero_snr; use 'ddim' "
+            "or 'dpmpp'"
         )
     h, _, eps = _midpoint(denoise, process, z_t, t, s)
     alpha_t, alpha_s, sigma_s = process.alpha(t), process.alpha(s), process.sigma(s)

@@ -121,8 +121,8 @@ def load_classifier(path: pathlib.Path = WEIGHTS) -> Classifier:
         params = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"{path} can't be read: {error}; it comes with lcm_jax, install that again or train it: "
-            f"python -m lcm_jax.digits.classifier --out={path}"
+            f"{path} can't be read: {error}; reinstall lcm_jax, which contains it, or train it: python -m "
+            f"lcm_jax.digits.classifier --out={path}"
         ) from None
     _network(styles="style.kernel" in params).check(params, str(path))
     return Classifier({name: jnp.asarray(array) for name, array in params.items()})
@@ -216,22 +216,27 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("classifier", __doc__)
     parser.add_argument("--out", required=True, type=pathlib.Path, help="the safetensors file to write")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--styles", action="store_true", help="upright and italic digits, and which of them it is")
+    parser.add_argument(
+        "--styles", action="store_true", help="train on upright and italic digits, and classify the style too"
+    )
     args = parser.parse_args(argv)
     if args.steps < 1:
         raise UserError(f"--steps={args.steps} must be at least 1")
     if args.out.is_dir():
-        raise UserError(f"--out={args.out} is a folder; give a file's name in it")
+        raise UserError(f"--out={args.out} is a folder; give a file name")
     files.make_folder("--out", args.out.parent)
     compile_cache.enable()
     classifier = train_classifier(args.steps, styles=args.styles)
     with files.new_file(args.out) as new:
         weights.save(new, {name: np.asarray(array) for name, array in classifier.params.items()}, None)
-    print(f"{args.out}: reads {100 * real_accuracy(classifier):.2f} % of the real test digits")
+    print(f"{args.out}: {100 * real_accuracy(classifier):.2f} % of the real test digits classified correctly")
     if args.styles:
         italic = real_accuracy(classifier, "italic")
         upright_style, italic_style = (style_accuracy(classifier, style) for style in STYLES)
-        print(f"italic {100 * italic:.2f} %; the style of {100 * upright_style:.2f} % and {100 * italic_style:.2f} %")
+        print(
+            f"italic digits {100 * italic:.2f} %; style of upright ones {100 * upright_style:.2f} %, of "
+            f"italic ones {100 * italic_style:.2f} %"
+        )
     return 0
 
 

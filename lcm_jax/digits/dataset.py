@@ -140,7 +140,9 @@ def load_grids() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("captioned_digits reads its pictures from scikit-learn: pip install 'lcm_jax[demo]'") from None
+        raise UserError(
+            "captioned_digits needs scikit-learn, which contains its images: pip install 'lcm_jax[demo]'"
+        ) from None
     digits = load_digits()
     return digits.images, digits.target  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -50,8 +50,8 @@ def trained_range(pipe: Pipeline) -> list[float]:
         return [pipe.default_guidance]
     if not pipe.recipe:
         warnings.warn(
-            f"{pipe.folder.path} has no {RECIPE_FILE}, which tells for which guidance it was trained: "
-            f"{pipe.default_guidance:g} is taken, as diffusers does; give --guidance_scale if that is wrong",
+            f"{pipe.folder.path} has no {RECIPE_FILE}, which records its guidance range: using "
+            f"{pipe.default_guidance:g}, as diffusers does; if that is wrong, give --guidance_scale",
             UserWarning,
             stacklevel=2,
         )

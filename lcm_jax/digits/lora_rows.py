@@ -60,7 +60,7 @@ class Measured:
 
     def sheet(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> dict[str, UInt8[np.ndarray, "n 32 32 3"]]:
         """Returns row name -> images for the prompts, sampled with each row's settings; real test images come first."""
-        drawn = {"real test pictures": real_pictures(prompts, "test", self.style)}
+        drawn = {"real test images": real_pictures(prompts, "test", self.style)}
         for row in rows:
             lora = row.name == WITH
             self._attach(self._lcm[1] if lora else 0.0)
@@ -100,7 +100,7 @@ def weight_curves(rows: Sequence[Row], weights: Sequence[float], base: Row) -> n
     frechet.axhline(base.score.frechet, color="0.6", ls=":")
     share.set_ylabel("%")
     share.legend(fontsize=7)
-    frechet.set_ylabel("Fréchet distance to real pictures")
+    frechet.set_ylabel("Fréchet distance to real images")
     frechet.set_ylim(bottom=0)
     for axes in (share, frechet):
         axes.set_xlabel(f"weight of the LCM-LoRA, {rows[0].steps} steps")

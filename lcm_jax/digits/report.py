@@ -17,7 +17,7 @@ class Row:
     """One row of the table.
 
     Attributes:
-      name: "teacher, DDIM", "student", "real test pictures", …
+      name: "teacher, DDIM", "student", "real test images", …
       score: score of its images.
       steps, guidance_scale, images_per_second: None for real images.
     """
@@ -130,7 +130,7 @@ def curves(rows: Sequence[Row]) -> np.ndarray:
                 row.score.frechet, color="0.6", lw=0.8, ls="--" if "VAE" in row.name else ":", label=row.name
             )
     accuracy.set_ylabel("digit and colours right, %")
-    frechet.set_ylabel("Fréchet distance to real pictures")
+    frechet.set_ylabel("Fréchet distance to real images")
     frechet.set_yscale("log")
     frechet.legend(fontsize=7)
     for axes in (accuracy, frechet):

@@ -61,12 +61,12 @@ def shipped(folder: pathlib.Path = TEACHER, path: pathlib.Path = ROWS) -> tuple[
     for key, value in hashes(folder).items():
         if values.get(key) != value:
             what = folder if key == "folder_sha256" else WEIGHTS
-            raise UserError(f"{path} was measured with other files than those of {what}; measure again with --teacher")
+            raise UserError(f"{path} was not measured with the present files of {what}; measure again with --teacher")
     try:
         return [Row.from_dict(row) for row in values["rows"]], values["machine"]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no table of rows ({type(error).__name__}: {error}); measure again with --teacher"
+            f"{path} is not a table of rows ({type(error).__name__}: {error}); measure again with --teacher"
         ) from None
 
 

@@ -47,7 +47,7 @@ def warn(error: UserError) -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(f"{error}; what is not kept is compiled again at the next start", stacklevel=2)
+        warnings.warn(f"{error}; programs that are not cached are compiled again at the next start", stacklevel=2)
 
 
 class Entries(CacheInterface):

@@ -51,7 +51,7 @@ TEXT = Kind("a text", lambda value: isinstance(value, str))
 LIST = Kind("a list", lambda value: isinstance(value, list))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 TEXTS = Kind(
-    "an object of texts", lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+    "an object of strings", lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 )
 NUMBERS = Kind("a list of numbers", lambda value: isinstance(value, list) and all(_is_number(item) for item in value))
 
@@ -106,7 +106,7 @@ def parse(
     try:
         value = json.loads(data, parse_int=_bounded)
     except RecursionError:
-        raise UserError(f"{where} can't be read as JSON: brackets in brackets, deeper than {DEEPEST}") from None
+        raise UserError(f"{where} can't be read as JSON: brackets nested deeper than {DEEPEST}") from None
     except ValueError as error:  # includes UnicodeDecodeError
         raise UserError(f"{where} can't be read as JSON: {error}") from None
     if not isinstance(value, dict):
@@ -138,4 +138,4 @@ def _check_depth(value: Any, where: str) -> None:
         ]
         if not level:
             return
-    raise UserError(f"{where} can't be read as JSON: brackets in brackets, deeper than {DEEPEST}")
+    raise UserError(f"{where} can't be read as JSON: brackets nested deeper than {DEEPEST}")

@@ -140,8 +140,8 @@ class Pipeline:
         negatives = _negatives(negative_prompt, len(prompts))
         if any(negatives) and self.w_embedding_dim:
             raise UserError(
-                "a consistency model with a w-embedding takes no negative_prompt: it has learnt guidance away from the "
-                "empty prompt; leave it out"
+                "a consistency model with a w-embedding takes no negative_prompt: its guidance was distilled with "
+                "the empty prompt; leave it out"
             )
         if any(negatives) and not guided:
             raise UserError(f"negative_prompt has no effect at guidance_scale {scale:g}; choose one above 1")
@@ -188,8 +188,8 @@ class Pipeline:
             ) from None
         if not np.isfinite(drawn).all():
             raise UserError(
-                f"{self.folder.path} draws values that are not finite at guidance_scale {scale:g}: its weights, or "
-                "what was given, are not finite or too large"
+                f"{self.folder.path} samples values that are not finite at guidance_scale {scale:g}: its weights or "
+                "the inputs are not finite or too large"
             )
         if output == "latents":
             return drawn
@@ -295,8 +295,7 @@ class Pipeline:
             low, high = self.recipe.guidance_min, self.recipe.guidance_max
             if not low <= guidance_scale <= high:
                 warnings.warn(
-                    f"guidance_scale {guidance_scale:g} is outside the range that this model was trained for, "
-                    f"{low:g} to {high:g}",
+                    f"guidance_scale {guidance_scale:g} is outside this model's trained range, {low:g} to {high:g}",
                     UserWarning,
                     stacklevel=3,
                 )

@@ -91,13 +91,13 @@ def verify(
 
     differences = {
         "latents": _difference(ours, theirs),
-        "pictures of the same latents": _difference(pipe.vae(theirs, method="to_images"), decoded),
+        "images of the same latents": _difference(pipe.vae(theirs, method="to_images"), decoded),
     }
     for what, difference in differences.items():
         if not difference <= TOLERANCE:
             raise UserError(
-                f"{lora or path}: diffusers' {what} differ from ours by {difference:.1e} of their maximum; "
-                f"rounding explains {TOLERANCE:g}"
+                f"{lora or path}: diffusers' {what} differ from those of lcm_jax by {difference:.1e} of their "
+                f"maximum; rounding explains {TOLERANCE:g}"
             )
     return max(of_weights, *differences.values())
 
@@ -117,13 +117,15 @@ def _lora_difference(file: str | os.PathLike[str], pipe: Pipeline, peer: Any) ->
         if hasattr(module, "get_delta_weight")
     }
     if other := sorted(ours.keys() ^ theirs.keys()):
-        who = "diffusers does, we don't" if other[0] in theirs else "we do, diffusers doesn't"
-        raise UserError(f"{file}: of its modules {len(other)} are not adapted in both, as {other[0]}: {who}")
+        who = "only diffusers adapts it" if other[0] in theirs else "only lcm_jax adapts it"
+        raise UserError(
+            f"{file}: diffusers and lcm_jax disagree about {len(other)} of its modules, for example {other[0]}: {who}"
+        )
     worst = max(ours, key=lambda path: _difference(ours[path], theirs[path]))
     if not (difference := _difference(ours[worst], theirs[worst])) <= TOLERANCE:
         raise UserError(
-            f"{file}: diffusers' weight difference of {worst} is not ours, by {difference:.1e} of its maximum: it "
-            "takes another alpha, or another tensor"
+            f"{file}: diffusers' weight difference of {worst} differs from that of lcm_jax by {difference:.1e} of its "
+            "maximum: it uses another alpha or tensor"
         )
     return difference
 
@@ -145,7 +147,7 @@ def lcm_drawer(pipe: Pipeline, steps: int) -> Callable[..., np.ndarray]:
         import torch
         import transformers
     except ImportError as error:
-        raise UserError(f"drawing in diffusers needs {error.name}: pip install lcm_jax[diffusers]") from None
+        raise UserError(f"sampling in diffusers needs {error.name}: pip install lcm_jax[diffusers]") from None
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     peer = getattr(diffusers, pipe.folder.pipeline_class).from_pretrained(str(pipe.folder.path), **load_networks(pipe))

@@ -48,21 +48,21 @@ def lcm_card(teacher: pathlib.Path, recipe: Recipe) -> str:
         tags=["latent-consistency-model", "text-to-image", "lcm_jax"],
     )
     if licence:
-        terms = f"The teacher's licence, `{licence.get('license', 'see above')}`, holds for this model too."
+        terms = f"The teacher's licence, `{licence.get('license', 'see above')}`, also applies to this model."
     else:
-        terms = "The teacher's folder names no licence; find its terms before you pass this model on."
+        terms = "The teacher's folder names no licence; look up its terms before you distribute this model."
     middle = (recipe.guidance_min + recipe.guidance_max) / 2
     if recipe.w_embedding_dim:
         pipeline, scale = "LatentConsistencyModelPipeline", middle
         guidance = (
-            f"The UNet is told the guidance: `guidance_scale` from {recipe.guidance_min:g} to {recipe.guidance_max:g}, "
-            "at no extra cost. A negative prompt has no effect."
+            f"The UNet takes the guidance as an input: `guidance_scale` from {recipe.guidance_min:g} to "
+            f"{recipe.guidance_max:g}, at no extra cost. A negative prompt has no effect."
         )
     else:
         pipeline, scale = "StableDiffusionPipeline", 1.0
         guidance = (
-            f"The UNet has learnt the mean over `guidance_scale` {recipe.guidance_min:g} to {recipe.guidance_max:g} "
-            "and isn't told any: use 1 (off); slightly above it, real guidance is added at twice the cost."
+            f"The UNet has learnt the mean over `guidance_scale` {recipe.guidance_min:g} to {recipe.guidance_max:g}, "
+            "which is not an input: use 1 (off); slightly higher values add real guidance at twice the cost."
         )
     rows = {
         "teacher": f"`{recipe.teacher}`",
@@ -82,7 +82,7 @@ def lcm_card(teacher: pathlib.Path, recipe: Recipe) -> str:
 
 # A latent consistency model of `{recipe.teacher}`
 
-Draws in 1 to 8 network steps. Distilled with lcm_jax by latent consistency distillation
+Samples images in 1 to 8 network steps. Distilled with lcm_jax by latent consistency distillation
 ([arXiv:2310.04378](https://arxiv.org/abs/2310.04378)).
 
 {terms}

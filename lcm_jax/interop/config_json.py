@@ -55,8 +55,7 @@ def warn_of_unknown(config: Mapping[str, Any], known: Collection[str], where: st
     ]
     if unknown:
         warnings.warn(
-            f"{where} has keys that are not known here, perhaps of a newer diffusers, and that are ignored: "
-            f"{few(unknown)}",
+            f"{where} has unknown keys, perhaps from a newer diffusers, which are ignored: {few(unknown)}",
             UserWarning,
             stacklevel=2,
         )

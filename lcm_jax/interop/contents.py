@@ -108,7 +108,7 @@ def check_copied(directory: pathlib.Path, part_class: str, source: pathlib.Path,
         if ".index." in name:
             shards = json_file.read(directory / name, {"weight_map": json_file.TEXTS}).get("weight_map", {}).values()
             if lost := sorted(set(shards) - set(there)):
-                raise UserError(f"{source / name} names {few(lost)}, missing there")
+                raise UserError(f"{source / name} names missing files: {few(lost)}")
         if name.endswith(".safetensors"):
             try:
                 weights.read_header(directory / name)

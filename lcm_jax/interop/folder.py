@@ -172,7 +172,7 @@ def _warn_of_copied(path: pathlib.Path, classes: dict[str, str]) -> None:
             faults.append(str(error))
     if faults:
         more = f" (and {len(faults) - 1} more such parts)" if len(faults) > 1 else ""
-        warnings.warn(f"this model can be read but not exported: {faults[0]}{more}", UserWarning, stacklevel=3)
+        warnings.warn(f"this model can be loaded but not exported: {faults[0]}{more}", UserWarning, stacklevel=3)
 
 
 def _read_scheduler(path: pathlib.Path, pipeline_class: str) -> dict[str, Any]:
@@ -180,12 +180,12 @@ def _read_scheduler(path: pathlib.Path, pipeline_class: str) -> dict[str, Any]:
     scheduler = json_file.read(where, largest=json_file.CONFIG)
     warn_of_unknown(scheduler, SCHEDULER_KEYS, str(where))
     if pipeline_class == "LatentConsistencyModelPipeline" and scheduler.get("clip_sample"):
-        raise UserError(f"{where}: clip_sample is on, and {pipeline_class} would clip latents; supported: false")
+        raise UserError(f"{where}: clip_sample is true, so {pipeline_class} would clip latents; supported: false")
     return scheduler
 
 
 _LENGTH = json_file.Kind(  # at least a start and an end token; 10^30, also as 1e30, means "no limit"
-    "a whole number from 2 on",
+    "a whole number, at least 2",
     lambda value: json_file.NUMBER.test(value) and (value >= 1e20 or (json_file.INTEGER.test(value) and value > 1)),
 )
 

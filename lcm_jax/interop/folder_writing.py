@@ -46,7 +46,7 @@ def write_parts(folder: Folder, to: pathlib.Path, *, recipe_holds: bool = True) 
       OSError: the files can't be written.
     """
     if not folder.path.is_dir():
-        raise UserError(f"{folder.path} is missing; what is only copied is read from there")
+        raise UserError(f"{folder.path} is missing; parts that are only copied are read from it")
     parts = contents.parts(folder.model_index, f"{folder.path}/model_index.json")
     write_json(to / "model_index.json", folder.model_index)
     _copy_documents(folder.path, to, also=(RECIPE_FILE,) if recipe_holds else ())
@@ -160,7 +160,7 @@ def _check_written(component: Component, to: pathlib.Path) -> None:
     try:
         _check_fit(component, to / component.name)
     except UserError as error:
-        raise UserError(f"what was written can't be loaded: {str(error).replace(f'{to}/', '')}") from None
+        raise UserError(f"the written folder can't be loaded: {str(error).replace(f'{to}/', '')}") from None
 
 
 def _check_fit(component: Component, directory: pathlib.Path) -> None:

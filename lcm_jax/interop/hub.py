@@ -44,5 +44,5 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
     except Exception as error:  # hub errors, and those of an HTTP library that depends on the hub's version
         reason = " ".join(str(error).split()).split(". ")[0]
         raise UserError(
-            f"there is no folder {name}, and no model of that name could be fetched from the hub: {reason}"
+            f"there is no folder {name}, and no model of that name could be downloaded from the hub: {reason}"
         ) from None

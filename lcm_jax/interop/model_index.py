@@ -56,10 +56,10 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
                 classes[name] = value[1]
     for name in _REQUIRED:
         if name not in classes:
-            raise UserError(f"{where} names no {name}{nearest(name, classes)}")
+            raise UserError(f"{where} does not name a {name}{nearest(name, classes)}")
     for name, part_class in classes.items():
         if name not in (*_REQUIRED, *COPIED):
-            raise UserError(f"{where} names {name}, of the class {part_class}, which no {pipeline_class} has")
+            raise UserError(f"{where} names {name}, a {part_class}, which {pipeline_class} does not have")
         if name in _SUPPORTED and part_class not in _SUPPORTED[name]:
             raise UserError(
                 f"{where}: the class of {name} is {plain(part_class, 100)}; supported: {', '.join(_SUPPORTED[name])}"

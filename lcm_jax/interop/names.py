@@ -79,7 +79,7 @@ def match(library_class: str, found: Mapping[str, Shape], wanted: Mapping[str, S
       UserError: tensors are missing, unexpected, duplicated or of the wrong shape; lists the first few and the count.
     """
     expected = {file_key(path): path for path in wanted}
-    assert len(expected) == len(wanted), "two parameters of the network have one key in the file"
+    assert len(expected) == len(wanted), "two parameters of the network have the same key in the file"
     keys: dict[str, str] = {}
     buffers, unexpected, doubled, misshapen = [], [], [], []
     for key, shape in found.items():

@@ -129,7 +129,7 @@ _CLIP_FIXED: dict[str, Any] = {
 def read_unet(config: Mapping[str, Any]) -> UNetConfig:
     """Reads a config.json; raises UserError for unsupported values."""
     if config.get("num_attention_heads") is not None:  # diffusers raises an error too
-        raise UserError("num_attention_heads is set; the format gives the number of heads as attention_head_dim")
+        raise UserError("num_attention_heads is set; diffusers stores the number of heads as attention_head_dim")
     check_fixed({key: value for key, value in config.items() if key != "only_cross_attention"}, _UNET_FIXED)
     values = read_values(config, _UNET_KINDS)
     values.pop("sample_size", None)
@@ -158,7 +158,7 @@ def read_unet(config: Mapping[str, Any]) -> UNetConfig:
     groups = values.get("norm_num_groups", UNetConfig.norm_num_groups)
     for c, heads in zip(channels, values["heads"], strict=True):
         if c % heads or c % groups:
-            raise UserError(f"block_out_channels has {c}, no multiple of {heads} heads and of {groups} norm groups")
+            raise UserError(f"block_out_channels has {c}, not a multiple of {heads} heads and {groups} norm groups")
     read = UNetConfig(**values)
     check_size(read.least_tensors)
     return read
@@ -184,7 +184,7 @@ def read_vae(config: Mapping[str, Any]) -> VAEConfig:
     groups = values.get("norm_num_groups", VAEConfig.norm_num_groups)
     for c in channels:
         if c % groups:
-            raise UserError(f"block_out_channels has {c}, no multiple of {groups} norm groups")
+            raise UserError(f"block_out_channels has {c}, not a multiple of {groups} norm groups")
     for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         values[name] = per_level(values.get(name, (block,)), levels, name)
         for value in values[name]:
@@ -209,7 +209,7 @@ def read_clip_text(config: Mapping[str, Any]) -> CLIPTextConfig:
     one_of("hidden_act", values.get("hidden_act", CLIPTextConfig.hidden_act), ACTIVATIONS)
     read = CLIPTextConfig(**values)
     if read.hidden_size % read.num_attention_heads:
-        raise UserError(f"hidden_size is {read.hidden_size}, no multiple of {read.num_attention_heads} heads")
+        raise UserError(f"hidden_size is {read.hidden_size}, not a multiple of {read.num_attention_heads} heads")
     check_size(read.least_tensors)
     return read
 

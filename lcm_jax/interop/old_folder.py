@@ -32,7 +32,7 @@ def check_replaceable(target: pathlib.Path, source: pathlib.Path | None, out: st
     if not any(target.iterdir()):
         return
     if inside := source and _first_inside(source, target):
-        raise UserError(f"{inside} lies in {out}, which would be replaced, and the model is read from it; {_ADVICE}")
+        raise UserError(f"the model is read from {inside}, inside {out}, which would be replaced; {_ADVICE}")
     index = json_file.read(target / "model_index.json", largest=json_file.CONFIG)
     parts = {name for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     for path in sorted(target.iterdir()):
@@ -44,7 +44,7 @@ def check_replaceable(target: pathlib.Path, source: pathlib.Path | None, out: st
             name = found.relative_to(target)
             if found.is_dir() or source is None or not (source / name).is_file():
                 raise UserError(
-                    f"{out} holds {plain(str(name), 150)}, which no export writes and which would be lost; {_ADVICE}"
+                    f"{out} holds {plain(str(name), 150)}, which is not from an export and would be lost; {_ADVICE}"
                 )
 
 

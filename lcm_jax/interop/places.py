@@ -43,7 +43,7 @@ def plain_name(name: Any, where: str) -> str:
         or any(c in "/\\:" or not c.isprintable() for c in name)
         or len(os.fsencode(name)) > _LONGEST_NAME
     ):
-        raise UserError(f"{where} {plain(repr(name), 100)}, which is no plain name of something in the same folder")
+        raise UserError(f"{where} {plain(repr(name), 100)}, which is not a plain name in the same folder")
     return name
 
 
@@ -85,12 +85,12 @@ def check_file(path: pathlib.Path, within: pathlib.Path) -> None:
         if not target.is_relative_to(os.path.realpath(within)) and not _is_blob(target, path):
             raise UserError(
                 f"{path} is a link to {target}, outside of {within}: a link to a file must stay within its folder or "
-                "lead into a hub cache; put the file itself there"
+                "lead into a hub cache; replace it with the file itself"
             )
         if not target.exists():
             raise UserError(f"{path} is a broken link: {target} is missing")
     if target.exists() and not target.is_file():
-        raise UserError(f"{path} is no regular file")
+        raise UserError(f"{path} is not a regular file")
 
 
 def _check_part(root: pathlib.Path, part: pathlib.Path) -> None:
@@ -98,9 +98,9 @@ def _check_part(root: pathlib.Path, part: pathlib.Path) -> None:
     if part.is_symlink() and not target.exists():
         raise UserError(f"{part} is a broken link: {target} is missing")
     if not target.is_dir():
-        raise UserError(f"{part} is no folder")
+        raise UserError(f"{part} is not a folder")
     if not target.is_relative_to(os.path.realpath(root)) and not _is_part(target):
-        raise UserError(f"{part} is a link to {target}, which is no part of a model: it holds no configuration of one")
+        raise UserError(f"{part} is a link to {target}, which is not a part of a model: it has no configuration")
 
 
 def _is_part(folder: pathlib.Path) -> bool:

@@ -35,9 +35,7 @@ def replacing(out: str | os.PathLike[str], source: pathlib.Path | None = None) -
         if not target.is_dir():
             raise UserError(f"{out} is a file; choose a folder")
         if any(target.iterdir()) and not (target / "model_index.json").is_file():
-            raise UserError(
-                f"{out} has something in it and is no model folder (no model_index.json); choose another one"
-            )
+            raise UserError(f"{out} is neither empty nor a model folder (no model_index.json); choose another one")
         with files.one_line(out):
             check_replaceable(target, source, str(out))
     with files.one_line(out):

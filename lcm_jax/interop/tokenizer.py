@@ -111,7 +111,7 @@ def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = 
     directory = folder.path / name
     tokenizer = read_tokenizer(directory)
     if tokenizer.pad_token_id is None:
-        raise UserError(f"{directory} names no pad_token that its vocabulary has, which fills short prompts up")
+        raise UserError(f"{directory} names no pad_token in its vocabulary; it is needed to pad short prompts")
     where = folder.path / text_encoder
     try:
         config = read_clip_text(json_file.read(where / "config.json"))
@@ -123,8 +123,8 @@ def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = 
     loaded([""])  # raises if the start, end or pad token has no row
     if beyond := sorted((i, word) for word, i in backend.get_vocab().items() if i >= config.vocab_size):
         warnings.warn(
-            f"{where} has no rows for words of the tokenizer (vocab_size is {config.vocab_size}), so prompts can't "
-            f"have them: {few(word for _, word in beyond)}",
+            f"{where} has no rows for some words of the tokenizer (vocab_size is {config.vocab_size}), so prompts "
+            f"can't use them: {few(word for _, word in beyond)}",
             UserWarning,
             stacklevel=2,
         )

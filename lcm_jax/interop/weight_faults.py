@@ -71,9 +71,9 @@ def unreadable(path: pathlib.Path, error: Exception) -> str:
         return "is JSON, not safetensors"
     header = int.from_bytes(start[:8], "little")
     if size < 8:
-        return f"can't be read as safetensors: it is cut short, {size} bytes"
+        return f"can't be read as safetensors: it is truncated, {size} bytes"
     if start[8:9] not in (b"{", b""):
-        return "can't be read as safetensors: it has no header of such a file"
+        return "can't be read as safetensors: it has no safetensors header"
     if 8 + header > size:
-        return f"can't be read as safetensors: it is cut short, {size} bytes of at least {8 + header}"
-    return f"can't be read as safetensors, it may be cut short: {error}"
+        return f"can't be read as safetensors: it is truncated, {size} bytes of at least {8 + header}"
+    return f"can't be read as safetensors, it may be truncated: {error}"

@@ -118,8 +118,8 @@ def _find(directory: pathlib.Path) -> pathlib.Path | None:
     pickles = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLES)
     if pickles:
         raise UserError(
-            f"{directory} holds its weights only as {pickles[0]}, a pickle: reading one can run any code that is in "
-            "it, so it is refused; save the model again with save_pretrained(…, safe_serialization=True)"
+            f"{directory} holds its weights only as {pickles[0]}, a pickle, which is not loaded, since it can run any "
+            "code in it; save the model again with save_pretrained(…, safe_serialization=True)"
         )
     return None
 
@@ -205,7 +205,7 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except AttributeError as error:  # numpy lacks the dtype
-        raise UserError(f"{path} holds a dtype that is not read: {str(error).rpartition(' ')[2]}") from None
+        raise UserError(f"{path} holds an unsupported dtype: {str(error).rpartition(' ')[2]}") from None
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path} {unreadable(path, error)}") from None
 
@@ -222,8 +222,8 @@ def _read_shards(index_path: pathlib.Path) -> tuple[Tensors, Arrangement]:
         _check(index_path.parent / name)
         shard, metadata[name] = read_file(index_path.parent / name)
         if strangers := [key for key in shard if weight_map.get(key) != name]:
-            raise UserError(f"{index_path}: {name} holds {few(strangers)}, which it doesn't list there")
+            raise UserError(f"{index_path}: {name} holds {few(strangers)}, which the index doesn't list")
         tensors.update(shard)
     if lost := [key for key in weight_map if key not in tensors]:
-        raise UserError(f"{index_path.parent / weight_map[lost[0]]}: it lacks {few(lost)}")
+        raise UserError(f"{index_path.parent / weight_map[lost[0]]} lacks {few(lost)}")
     return tensors, Arrangement(dict(weight_map), metadata, index_path.name, index.get("metadata") or {})

@@ -42,7 +42,7 @@ class VAEConfig:
         """Returns a square image's latent shape (h, w, C); raises UserError unless 2^(levels - 1) divides its size."""
         factor = 2 ** (len(self.block_out_channels) - 1)
         if image_size % factor:
-            raise UserError(f"config.data.image_size={image_size} is no multiple of {factor}, as this VAE needs")
+            raise UserError(f"config.data.image_size={image_size} is not a multiple of {factor}, which this VAE needs")
         return image_size // factor, image_size // factor, self.latent_channels
 
 

@@ -99,8 +99,8 @@ class Metrics:
             there = False
         if not there:
             raise UserError(
-                f"{self._path} was deleted or moved away in mid-run, with the curves that this run wrote; "
-                "give the same command again: it resumes from the last checkpoint"
+                f"{self._path} was deleted or moved during the run, with the curves in it; run the same command "
+                "again: it resumes from the last checkpoint"
             )
 
     def _write(self, *events: Event) -> None:

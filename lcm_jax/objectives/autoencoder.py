@@ -86,7 +86,7 @@ def _updates(config: AutoencoderConfig, process: Any) -> dict[str, Update]:
 
 def _check(config: AutoencoderConfig, adapters: bool) -> None:
     if adapters:
-        raise UserError("lora.rank has no effect: objective is 'autoencoder', which LoRA files have no place for")
+        raise UserError("lora.rank has no effect: objective is 'autoencoder', which LoRA files can't store")
 
 
 AUTOENCODER = Objective(

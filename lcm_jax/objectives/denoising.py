@@ -33,7 +33,7 @@ class DenoisingConfig:
         if not 0 < self.timestep_shift < float("inf"):
             raise UserError(f"timestep_shift is {self.timestep_shift}; it must be positive")
         if not 0 <= self.min_snr_gamma < float("inf"):
-            raise UserError(f"min_snr_gamma is {self.min_snr_gamma}; it must be positive, or 0 for none")
+            raise UserError(f"min_snr_gamma is {self.min_snr_gamma}; it must be positive, or 0 to turn it off")
 
 
 class Draws(NamedTuple):

@@ -47,7 +47,7 @@ class LCDConfig:
         if self.skip < 1:
             raise UserError(f"skip is {self.skip}; it must be at least 1")
         if not self.guidance_min >= 1:
-            raise UserError(f"guidance_min is {self.guidance_min}; it must be at least 1, which is no guidance")
+            raise UserError(f"guidance_min is {self.guidance_min}; it must be at least 1 (no guidance)")
         if not self.guidance_min <= self.guidance_max < float("inf"):
             raise UserError(f"guidance_max is {self.guidance_max}; it can't be below guidance_min {self.guidance_min}")
         for name in ("huber_c", "timestep_scaling"):
@@ -73,7 +73,7 @@ class LCDConfig:
             raise UserError(f"skip is {self.skip}; the schedule has only {num_train_timesteps} timesteps")
         if (nearest := num_train_timesteps // N) != self.skip:
             raise UserError(
-                f"skip is {self.skip}: its {N} steps are {nearest} timesteps apart to a sampler; take skip={nearest}"
+                f"skip is {self.skip}, but a sampler's {N} steps are {nearest} timesteps apart; use skip={nearest}"
             )
         return N
 
@@ -177,16 +177,16 @@ def _updates(config: LCDConfig, process: Process) -> dict[str, Update]:
 def _check(config: LCDConfig, adapters: bool) -> None:
     if adapters and config.w_embedding_dim:
         raise UserError(
-            f"lcd.w_embedding_dim is {config.w_embedding_dim}; with lora.rank it must be 0: a LoRA file has no "
-            "place for the projection of the w-embedding"
+            f"lcd.w_embedding_dim is {config.w_embedding_dim}; with lora.rank it must be 0: a LoRA file can't store "
+            "the projection of the w-embedding"
         )
 
 
 def _network_config(role: str, config: LCDConfig, component: Any, family: Any) -> Any:
     if dim := family.w_embedding_dim(component):
         raise UserError(
-            f"its {family.denoiser} takes a w-embedding of {dim}, so it is a consistency model already; give the "
-            "folder of the diffusion model as config.model.folder"
+            f"its {family.denoiser} takes a w-embedding of {dim}, so it is already a consistency model; set "
+            "config.model.folder to a diffusion model"
         )
     return family.with_w_embedding(component, config.w_embedding_dim) if role == "student" else component
 

@@ -93,8 +93,8 @@ def of_devices(devices: Sequence[Any]) -> dict[str, str]:
     local = [device for device in devices if device.process_index == jax.process_index()]
     kinds = sorted({f"{device.device_kind} ({device.platform})" for device in local})
     return {
-        "devices of a process": f"{len(local)} {', '.join(kinds)}",
-        "version of the devices' runtime": local[0].client.platform_version if local else "none",
+        "devices per process": f"{len(local)} {', '.join(kinds)}",
+        "runtime version of the devices": local[0].client.platform_version if local else "none",
     }
 
 
@@ -123,7 +123,7 @@ def _verdict(reports: list[dict[str, Any]]) -> tuple[str, bool]:
         return why if of_all else f"{problems[0]['process']}: {why}", problems[0]["later"]
     if differences := [report["difference"] for report in reports if report["difference"]]:
         more = f"; {len(differences) - 1} more processes differ" if len(differences) > 1 else ""
-        return f"{differences[0]}{more}; start all with the same options, code, model and data", False
+        return f"{differences[0]}{more}; start all processes with the same options, code, model and data", False
     return "", False
 
 

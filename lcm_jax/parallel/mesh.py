@@ -38,7 +38,7 @@ class MeshConfig:
         for name in AXES:
             size = getattr(self, name)
             if size < 1 and size != -1:
-                raise UserError(f"{name} is {size}; it must be positive, or -1 for whatever is left")
+                raise UserError(f"{name} is {size}; it must be positive, or -1 for all remaining devices")
         if self.cpu_devices < 0:
             raise UserError(f"cpu_devices is {self.cpu_devices}; it can't be negative")
         if self.data == self.fsdp == -1:
@@ -59,7 +59,7 @@ def split_cpu(devices: int) -> None:
             jax.config.update("jax_num_cpu_devices", devices)
         except RuntimeError:
             raise UserError(
-                f"config.mesh.cpu_devices={devices} comes too late: JAX runs already in this process"
+                f"config.mesh.cpu_devices={devices} comes too late: JAX is already initialized in this process"
             ) from None
 
 
@@ -70,14 +70,14 @@ def found_devices() -> list[Any]:
     """
     wanted = (jax.config.jax_platforms or "").split(",")[0]  # pyright: ignore[reportAttributeAccessIssue]
     extra = {"cuda": "cuda", "tpu": "tpu"}.get(wanted, "")
-    hint = f"does its driver run, and is lcm_jax installed with the extra {extra!r}?" if extra else "is it there?"
+    hint = f"does its driver run, and is lcm_jax installed with the extra {extra!r}?" if extra else "is it installed?"
     try:
         devices = jax.devices()
     except RuntimeError as error:
         raise Unavailable(f"JAX finds no {wanted or 'device'}: {str(error).splitlines()[0]}; {hint}") from None
     if extra and devices[0].platform != {"cuda": "gpu"}.get(wanted, wanted):
         found = devices[0].platform.upper()
-        raise Unavailable(f"JAX_PLATFORMS asks for {wanted}, and JAX finds a {found} only; {hint}")
+        raise Unavailable(f"JAX_PLATFORMS requests {wanted}, but JAX finds only a {found}; {hint}")
     return devices
 
 
@@ -89,7 +89,7 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int]:
         sizes = {name: devices // known if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != devices:
         given = ", ".join(f"config.mesh.{name}={size}" for name, size in sizes.items())
-        raise UserError(f"{given} do not multiply to the {devices} devices; -1 takes whatever is left")
+        raise UserError(f"{given} do not multiply to the {devices} devices; -1 stands for all remaining devices")
     return sizes["data"], sizes["fsdp"]
 
 
@@ -106,7 +106,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     data, fsdp = mesh_shape(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if data % slices:
-        raise UserError(f"config.mesh.data={data} is no multiple of the {slices} slices; fsdp stays inside a slice")
+        raise UserError(f"config.mesh.data={data} is not a multiple of the {slices} slices; fsdp stays inside a slice")
     if slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh(
             (data // slices, fsdp), (slices, 1), devices, allow_split_physical_axes=True
@@ -119,9 +119,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises UserError unless `batch_size` divides evenly by devices and micro-batches."""
     if batch_size % mesh.size:
-        raise UserError(f"config.batch_size={batch_size} does not divide by the {mesh.size} devices")
+        raise UserError(f"config.batch_size={batch_size} is not divisible by the {mesh.size} devices")
     if batch_size % (mesh.size * accumulate):
         raise UserError(
-            f"config.batch_size={batch_size} does not divide by the {mesh.size} devices times "
+            f"config.batch_size={batch_size} is not divisible by the {mesh.size} devices times "
             f"config.accumulate={accumulate}"
         )

@@ -42,16 +42,17 @@ class Place(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that give this process's place, for machines on which it can't be detected."""
-    group = parser.add_argument_group("several processes (known by itself on TPU pods, under GKE, SLURM and mpirun)")
+    group = parser.add_argument_group("several processes (detected on TPU pods and under GKE, SLURM and mpirun)")
     group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help=f"of process 0; PORT - {ROLL_CALL} must be free there too, from {JOBS} on PORT - {BELOW_JOBS}",
+        help=f"address of process 0; PORT - {ROLL_CALL} must be free too (PORT - {BELOW_JOBS} if PORT is at "
+        f"least {JOBS})",
     )
-    group.add_argument("--num-processes", type=int, metavar="N", help="of the whole run")
-    group.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
+    group.add_argument("--num-processes", type=int, metavar="N", help="number of processes of the run")
+    group.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
     group.add_argument(
-        "--wait", type=float, default=WAIT, metavar="SECONDS", help=f"for processes that are missing ({WAIT:g})"
+        "--wait", type=float, default=WAIT, metavar="SECONDS", help=f"timeout for missing processes (default: {WAIT:g})"
     )
 
 
@@ -67,12 +68,12 @@ def find(coordinator: str | None, count: int | None, process: int | None, wait: 
         return _of_cluster(wait)
     if coordinator is None or count is None or process is None:
         missing = ", ".join(name for name, value in given.items() if value is None)
-        raise UserError(f"{missing} is missing; of {', '.join(given)} give all or none")
+        raise UserError(f"{missing} is missing; give all or none of {', '.join(given)}")
     _check_address(coordinator, f"--coordinator={coordinator}")
     if count < 1:
         raise UserError(f"--num-processes={count}; it must be at least 1")
     if not 0 <= process < count:
-        raise UserError(f"--process-id={process} is not in 0..{count - 1}, the numbers of {count} processes")
+        raise UserError(f"--process-id={process} must be in 0..{count - 1} for {count} processes")
     return Place(coordinator, process, count) if count > 1 else None
 
 
@@ -92,8 +93,8 @@ def _of_cluster(wait: float) -> Place | None:
     if not kinds:
         if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
             raise UserError(
-                "mpirun started several processes, but of a version that does not tell JAX where they are; "
-                "give --coordinator, --num-processes and --process-id=$OMPI_COMM_WORLD_RANK"
+                "mpirun started several processes, but this version does not tell JAX their addresses; give "
+                "--coordinator, --num-processes and --process-id=$OMPI_COMM_WORLD_RANK"
             )
         return None
     try:
@@ -105,11 +106,11 @@ def _of_cluster(wait: float) -> Place | None:
     except (ValueError, KeyError, IndexError, AttributeError) as error:
         raise UserError(
             f"JAX can't read the environment of {kinds[0].__name__.removesuffix('Cluster')}: {error}; "
-            "mend it, or give --coordinator, --num-processes and --process-id"
+            "fix it, or give --coordinator, --num-processes and --process-id"
         ) from None
     if coordinator is None or count is None or process is None:
-        raise UserError("JAX can't tell which process this is; give --coordinator, --num-processes and --process-id")
-    _check_address(coordinator, f"{coordinator}, by the environment of this cluster (JAX_COORDINATOR_PORT?),")
+        raise UserError("JAX can't detect this process's number; give --coordinator, --num-processes and --process-id")
+    _check_address(coordinator, f"{coordinator}, from this cluster's environment (JAX_COORDINATOR_PORT?),")
     return Place(coordinator, process, count, list(local) if local else None)
 
 
@@ -122,9 +123,9 @@ class Processes:
         if place is None:
             return
         host, _, port = place.coordinator.rpartition(":")
-        how = "Start the same command there"
+        how = "Start the same command for them"
         if place.local_devices is None:
-            how += f", with its own number where it is given (--coordinator={place.coordinator} --process-id=…)"
+            how += f", each with its own number if passed (--coordinator={place.coordinator} --process-id=…)"
         self._roll_call = RollCall(
             f"{host}:{roll_call_port(int(port))}",
             place.process,
@@ -172,7 +173,7 @@ class Processes:
     @staticmethod
     def _end(why: str) -> None:
         """Ends this process, whose main thread may wait forever inside JAX for a lost process."""
-        _say(f"error: {why}; all processes end. Start them again: the run goes on from its last checkpoint.")
+        _say(f"error: {why}; all processes end. Restart them: the run resumes from its last checkpoint.")
         _exit(1)
 
 
@@ -221,7 +222,7 @@ def _reach(host: str, port: int, wait: float) -> None:
         except OSError as error:
             if time.monotonic() >= deadline:
                 why = error.strerror or error
-                raise OSError(f"{why}; process 0 is there, so is its port {port} closed to this host?") from None
+                raise OSError(f"{why}; process 0 is running, so is its port {port} closed to this host?") from None
         time.sleep(0.2)
 
 

@@ -59,7 +59,7 @@ class RollCall:
         try:
             self._wait(time.monotonic() + wait, say)
         except BaseException:
-            self.leave("it waited no longer for others")
+            self.leave("it stopped waiting for other processes")
             self._close()
             raise
         self._socket.settimeout(None)
@@ -71,9 +71,9 @@ class RollCall:
             try:
                 answer = self._receive()
             except TimeoutError:
-                missing = self._list.missing() if self._list else "some of the processes; process 0 says which"
+                missing = self._list.missing() if self._list else "some of the processes; process 0 prints which"
                 if time.monotonic() >= deadline:
-                    raise Unavailable(f"waited in vain for {missing}") from None
+                    raise Unavailable(f"timed out waiting for {missing}") from None
                 say(f"Waiting for {missing}")
                 self._lines.close()  # unusable after a timeout; the list's lines are rare and come complete
                 self._lines = self._socket.makefile("rb")
@@ -85,7 +85,7 @@ class RollCall:
             elif "busy" in answer:
                 raise Unavailable(answer["busy"])
             else:
-                why = "process 0 ended while others were awaited, or something else answers at its port"
+                why = "process 0 ended while it waited for others, or another program answers at its port"
                 raise UserError(answer.get("refused") or answer.get("lost") or why)
 
     def _introduce(self, challenge: str) -> None:
@@ -132,7 +132,7 @@ class RollCall:
         message = self._receive()
         self._close()
         if not self._leaving:
-            self._on_loss(message.get("lost", "process 0 is gone, without a word (killed?)"))
+            self._on_loss(message.get("lost", "process 0 was lost without an error message (killed?)"))
 
 
 def _connect(address: tuple[str, int], wait: float, say: Say) -> socket.socket:
@@ -144,7 +144,7 @@ def _connect(address: tuple[str, int], wait: float, say: Say) -> socket.socket:
             reason = error.strerror or str(error)
             where = f"process 0 at {address[0]}, port {address[1]}"
             if time.monotonic() >= deadline:
-                raise Unavailable(f"{where} does not answer ({reason}); does it run, and is the port open?") from None
+                raise Unavailable(f"{where} does not answer ({reason}); is it running, and is the port open?") from None
             if time.monotonic() - said >= SAY_EVERY:
                 said = time.monotonic()
                 say(f"Waiting for {where} ({reason})")

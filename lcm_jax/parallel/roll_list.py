@@ -68,10 +68,10 @@ def listen(host: str, port: int) -> tuple[list[socket.socket], str]:
     try:
         found = {info[4][0]: info[0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except OSError:
-        return [_open("", port)], f"{host} has no address here"
+        return [_open("", port)], f"{host} can't be resolved on this machine"
     local = all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
     if local and host != "localhost" and host not in found:  # Debian's /etc/hosts maps the machine's name to loopback
-        return [_open("", port)], f"{host} is an address of this machine alone, by its own name service"
+        return [_open("", port)], f"{host} resolves to a loopback address on this machine"
     opened = []
     for address, family in found.items():
         try:
@@ -82,7 +82,7 @@ def listen(host: str, port: int) -> tuple[list[socket.socket], str]:
     if not opened or (len(opened) < len(found) and not local):
         for server in opened:
             server.close()
-        return [_open("", port)], f"{host} is no address of this machine (NAT, a container?)"
+        return [_open("", port)], f"{host} is not an address of this machine (NAT, a container?)"
     return opened, ""
 
 
@@ -93,7 +93,7 @@ def _open(address: str, port: int, family: int = socket.AF_INET) -> socket.socke
         if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
             raise
         why = os.strerror(error.errno or 0)
-        raise Unavailable(f"port {port} can't be opened here: {why}; is an old run alive?") from None
+        raise Unavailable(f"port {port} can't be opened here: {why}; is an old run still running?") from None
     server.setblocking(False)
     return server
 
@@ -128,7 +128,7 @@ class RollList(threading.Thread):
         here = ", ".join(f"{i} on {host}" for i, host in sorted(self._hosts.items())[:8])
         more = ", …" if len(self._hosts) > 8 else ""
         numbers = ", ".join(map(str, missing[:16])) + (", …" if len(missing) > 16 else "")
-        return f"{len(missing)} of {self._count} processes: {numbers} (here: {here}{more}). {self._how}"
+        return f"{len(missing)} of {self._count} processes: {numbers} (connected: {here}{more}). {self._how}"
 
     def run(self) -> None:
         """Serves until all processes have left, or process 0 has left before all had connected."""
@@ -179,9 +179,9 @@ class RollList(threading.Thread):
                 elif message.get("done"):
                     self._left.add(peer.process)
                 else:
-                    raise UserError("it says nothing that a process says")
+                    raise UserError("it is not a message of a process")
         except UserError as error:  # not a process of a run, perhaps a port scanner
-            peer.refuse(f"process 0 refuses what it was sent: {error}")
+            peer.refuse(f"process 0 received an invalid message: {error}")
         if not peer.open:
             self._close(peer)
 
@@ -196,7 +196,7 @@ class RollList(threading.Thread):
         self._over = peer.process == 0 and not self._called
         if self._called:
             self._left.add(peer.process)
-            why = f"has ended: {peer.reason}" if peer.reason else "is gone, without a word (killed?)"
+            why = f"has ended: {peer.reason}" if peer.reason else "was lost without an error message (killed?)"
             self._tell_all({"lost": f"process {peer.process} on {host} {why}"})
 
     def _tell_all(self, message: dict[str, Any]) -> None:
@@ -207,22 +207,22 @@ class RollList(threading.Thread):
     def _enter(self, peer: "_Peer", message: dict[str, Any]) -> bool:
         """Adds a process to the list, or refuses it; returns whether it was added."""
         if missing := {"process", "of", "host", "proof"} - message.keys():
-            raise UserError(f"an introduction lacks {min(missing)!r}")
+            raise UserError(f"the introduction lacks {min(missing)!r}")
         process, count, host = message["process"], message["of"], message["host"]
         shown, expected = plain(host, 64), proof(self._token, peer.challenge, process, count, host)
         answer, why = "refused", ""
         if not hmac.compare_digest(expected.encode(), message["proof"].encode(errors="replace")):
-            why = f"its {TOKEN} is not that of process 0; give all processes of a run the same, or none"
+            why = f"its {TOKEN} differs from that of process 0; set the same in all processes of a run, or none"
         elif count != self._count:
-            why = f"it is one of {count} processes, process 0 one of {self._count}; give all the same number"
+            why = f"it expects {count} processes, process 0 expects {self._count}; give all the same number"
         elif not 0 <= process < self._count:
-            why = f"the numbers of {self._count} processes are 0 to {self._count - 1}"
+            why = f"its number must be in 0..{self._count - 1}, since the run has {self._count} processes"
         elif process in self._hosts:
-            why = f"there is another one of that number, on {self._hosts[process]}; give each its own"
+            why = f"another process on {self._hosts[process]} has that number; give each its own"
         elif self._called:
-            answer, why = "busy", "the run has lost that process and is ending; start it again"
+            answer, why = "busy", "the run has lost that process and is ending; restart the run"
         if why:
-            peer.refuse(f"process {plain(process, 20)} on {shown} is refused by process 0: {why}", answer)
+            peer.refuse(f"process 0 refused process {plain(process, 20)} on {shown}: {why}", answer)
             return False
         peer.process = process
         self._strangers.pop(peer)

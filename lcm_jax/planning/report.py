@@ -16,9 +16,9 @@ def table(figures: Figures) -> str:
         "",
         *_memory(figures),
         "",
-        f"FLOPs a chip      {figures['flops_a_chip']['model'] / 1e12:10.3f} T counted from the model, "
+        f"FLOPs per chip    {figures['flops_a_chip']['model'] / 1e12:10.3f} T counted from the model, "
         f"{figures['flops_a_chip']['xla'] / 1e12:.3f} T by XLA (a loop's body once)",
-        f"bytes a chip      {figures['bytes_a_chip'] / 1e9:10.3f} GB by XLA",
+        f"bytes per chip    {figures['bytes_a_chip'] / 1e9:10.3f} GB by XLA",
         "",
         *_collectives(figures),
         *_seconds(figures),
@@ -37,12 +37,12 @@ def no_fit_table(figures: Figures) -> str:
         "config.model.remat=block": figures["remat"] == "none",
         "a larger config.mesh.fsdp": figures["mesh"]["fsdp"] < figures["chips"],
         "config.mesh.frozen=sharded": figures["chips"] > 1 and figures["frozen"] == "replicated",
-        "adapters in place of weights (config.lora.rank)": True,
+        "LoRA instead of full weights (config.lora.rank)": True,
     }
     lines = [
         *_head(figures),
         "",
-        f"memory a chip     it does NOT fit{f' into {_gib(limit)}' if limit else ''}",
+        f"memory per chip   it does NOT fit{f' into {_gib(limit)}' if limit else ''}",
         *_parts(figures["memory_bytes"]),
         "",
         f"The compiler: {figures['why_not']}",
@@ -58,9 +58,9 @@ def _head(figures: Figures) -> list[str]:
     mesh = " × ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
     return [
         f"{name}: {figures['chips']} chips, mesh {mesh}",
-        f"batch {figures['batch_size']}, {figures['batch_a_chip']} a chip, in {figures['accumulate']} micro-batches; "
-        f"remat {figures['remat']}, attention {figures['attention']}, weights gathered a {figures['gather']}, "
-        f"frozen ones {figures['frozen']}",
+        f"batch {figures['batch_size']}, {figures['batch_a_chip']} per chip, in {figures['accumulate']} "
+        f"micro-batches; remat {figures['remat']}, attention {figures['attention']}, weights gathered per "
+        f"{figures['gather']}, frozen ones {figures['frozen']}",
     ]
 
 
@@ -69,7 +69,8 @@ def _few(figures: Figures) -> list[str]:
     if figures["chip_memory_bytes"] is None or at_once >= ABREAST:
         return []
     return [
-        f"{at_once} at once on a chip; with {ABREAST} or more, most convolutions take less than half the time an image"
+        f"{at_once} per chip and micro-batch; with {ABREAST} or more, most convolutions take less than "
+        "half the time per image"
     ]
 
 
@@ -78,7 +79,7 @@ def _memory(figures: Figures) -> list[str]:
     verdict = ""
     if limit:
         verdict = f" of {_gib(limit)}: " + ("it fits" if figures["fits"] else "it does NOT fit")
-    return [f"memory a chip     {_gib(memory['total']):>10}{verdict}", *_parts(memory)]
+    return [f"memory per chip   {_gib(memory['total']):>10}{verdict}", *_parts(memory)]
 
 
 def _parts(memory: Mapping[str, float]) -> list[str]:
@@ -87,10 +88,10 @@ def _parts(memory: Mapping[str, float]) -> list[str]:
 
 def _collectives(figures: Figures) -> list[str]:
     used = {kind: each for kind, each in figures["collectives"].items() if each["count"]}
-    lines = [f"{kind:<18}{each['count']:6d} times, {_gib(each['bytes'])} a chip" for kind, each in used.items()]
+    lines = [f"{kind:<18}{each['count']:6d} times, {_gib(each['bytes'])} per chip" for kind, each in used.items()]
     if figures["to_explain"]:
-        lines += ["to be explained:", *(f"  {line}" for line in figures["to_explain"][:8])]
-    return [*(lines or ["nothing is exchanged between chips"]), ""]
+        lines += ["unusual, to be explained:", *(f"  {line}" for line in figures["to_explain"][:8])]
+    return [*(lines or ["no communication between chips"]), ""]
 
 
 def _seconds(figures: Figures) -> list[str]:
@@ -103,15 +104,17 @@ def _seconds(figures: Figures) -> list[str]:
         return f"{name:<18}{'-' if value is None else f'{1e3 * value:.2f} ms':>10}  {said}"
 
     return [
-        line("step", "step", "computation, and what of the exchange it does not hide"),
-        line("  computation", "compute", "the compiler's cycles, loops multiplied, kernels by their declared cost"),
-        line("  exchange", "exchange", "our model of links and hops"),
+        line("step", "step", "computation, plus the part of the exchange that it does not hide"),
+        line(
+            "  computation", "compute", "the compiler's cycles, times loop iterations; kernels by their declared cost"
+        ),
+        line("  exchange", "exchange", "lcm_jax's model of links and hops"),
         line("  not hidden", "exposed", ""),
         line("roofline", "roofline", "FLOPs over peak or bytes over bandwidth, by XLA (a loop's body once)"),
-        line("XLA's estimate", "xla", "knows little of large groups"),
+        line("XLA's estimate", "xla", "not accurate for large groups"),
         line("FLOP floor", "floor", "the model's FLOPs at peak"),
         f"{'fraction of peak':<18}{100 * seconds['fraction_of_peak']:>8.1f} %",
-        f"{'images/s':<18}{figures['images_per_second']:>10.1f}  of all chips",
+        f"{'images/s':<18}{figures['images_per_second']:>10.1f}  over all chips",
         "",
     ]
 
@@ -130,7 +133,7 @@ def _profile(figures: Figures, lines: int = 12) -> list[str]:
 
 def search_table(found: Sequence[Figures]) -> str:
     """Formats the results of `--search` in the given order, and the options of the first one."""
-    lines = ["batch a chip  fsdp  remat                 images/s  GiB a chip  "]
+    lines = ["batch / chip  fsdp  remat                 images/s  GiB / chip  "]
     for each in found:
         rate, memory = each.get("images_per_second"), each.get("memory_bytes")
         lines.append(
@@ -139,10 +142,10 @@ def search_table(found: Sequence[Figures]) -> str:
         )
     best = found[0]
     if best["why_not"]:
-        return "\n".join([*lines, "", "Nothing that was tried fits."])
+        return "\n".join([*lines, "", "None of these combinations fits."])
     given = {"batch_size": best["batch_size"], "mesh.fsdp": best["fsdp"], "model.remat": best["remat"]}
     options = " ".join(f"--config.{name}={value}" for name, value in given.items())
-    return "\n".join([*lines, "", f"Take {options}"])
+    return "\n".join([*lines, "", f"Use {options}"])
 
 
 def _gib(size: float) -> str:

@@ -64,14 +64,14 @@ def parse(name: str, slices: int = 1) -> Topology:
     match = re.fullmatch(r"(v\d+\w*?)(?:litepod)?(?:-(\d+)|:(\d+(?:x\d+)*))", name.replace("v5litepod", "v5e"))
     chip = CHIPS.get(match[1]) if match else None
     if not match or not chip:
-        raise UserError(f"--topology={name} is not known; {_known()}")
+        raise UserError(f"--topology={name} is unknown; {_known()}")
     table = _CUBES if chip.dimensions == 3 else _SQUARES
     if match[2]:
         size, cores = int(match[2]), CORES[chip.kind]
         shape = table.get(size // cores)
         if size % cores or not shape or math.prod(shape) > chip.largest:
             sizes = ", ".join(f"{chip.kind}-{n * cores}" for n in table if n <= chip.largest)
-            raise UserError(f"--topology={name} is not rented; there are {sizes}, and shapes like {_example(chip)}")
+            raise UserError(f"--topology={name} is not offered; use {sizes}, or a shape like {_example(chip)}")
     else:
         shape = tuple(map(int, match[3].split("x")))
         if len(shape) != chip.dimensions or 0 in shape or math.prod(shape) > chip.largest:
@@ -88,7 +88,7 @@ def _example(chip: Chip) -> str:
 
 def _known() -> str:
     examples = ", ".join(f"{kind}-{64} or {_example(chip)}" for kind, chip in CHIPS.items())
-    return f"there are {examples}, and local (the devices of this machine)"
+    return f"use {examples}, or local (the devices of this machine)"
 
 
 def devices(topology: Topology) -> list[Any]:

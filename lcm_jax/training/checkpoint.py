@@ -124,8 +124,8 @@ class Checkpoints:
         """Raises UserError, in the first process, unless the checkpoint of this step is on disk and finalized."""
         if is_first() and step not in good_steps(self.folder):
             raise UserError(
-                f"the checkpoint of step {step} was deleted from {self.folder} in mid-run; put it back, or give the "
-                "same command again: it resumes from the last checkpoint that is there"
+                f"the checkpoint of step {step} was deleted from {self.folder} during the run; put it back, or run "
+                "the same command again: it resumes from the last remaining checkpoint"
             )
 
     def wait(self) -> None:
@@ -167,7 +167,7 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> UserError:
         good = good_steps(self.folder)
-        rest = f"the checkpoint of step {good[0]} is good" if good else "there is no older one"
+        rest = f"the checkpoint of step {good[0]} is good" if good else "there is no earlier one"
         kind = Unavailable if files.in_bucket(self.folder) else UserError  # a restart may succeed with a bucket
         return kind(f"a checkpoint could not be written to {self.folder}: {_line(error)}; {rest}")
 
@@ -192,8 +192,8 @@ class Checkpoints:
             if is_first():
                 for bad, why in damaged.items():
                     say(
-                        f"warning: the checkpoint of step {bad} is damaged ({why}); going on from step {step}; "
-                        f"it is kept as {self._set_aside(bad)}",
+                        f"warning: the checkpoint of step {bad} is damaged ({why}); resuming from step {step}; the "
+                        f"damaged one is kept as {self._set_aside(bad)}",
                         file=sys.stderr,
                     )
             meet("damaged checkpoints set aside")
@@ -202,7 +202,7 @@ class Checkpoints:
         if damaged:
             tried = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
             raise UserError(
-                f"{self.folder}: no checkpoint is whole ({tried}); start in a new workdir, or move the folder away"
+                f"{self.folder}: all checkpoints are damaged ({tried}); start in a new workdir, or move the folder away"
             )
         return None
 
@@ -283,7 +283,7 @@ def _read(path: epath.Path, like: dict[str, Any]) -> tuple[dict[str, Any], dict[
 def _read_meta(path: epath.Path) -> dict[str, Any]:
     meta = _restore(path, {"meta": ocp.args.JsonRestore()})["meta"]
     if not isinstance(meta, dict) or _crc(meta.get("content")) != meta.get("crc"):
-        raise Damaged("its description does not have its checksum")
+        raise Damaged("its metadata does not match its checksum")
     return meta["content"]
 
 
@@ -291,7 +291,7 @@ def _read_items(path: epath.Path, like: dict[str, Any], content: dict[str, Any])
     items = _restore(path, {name: ocp.args.StandardRestore(item) for name, item in like.items()})
     for leaf, found in zip(_leaves(items), checksums(items), strict=True):
         if content["leaves"][leaf][2] != found:
-            raise Damaged(f"{leaf} does not have its checksum")
+            raise Damaged(f"{leaf} does not match its checksum")
     return items
 
 
@@ -321,8 +321,8 @@ def _check_same_model(path: epath.Path, stored: Leaves, wanted: Leaves) -> None:
         found, expected = stored.get(name), wanted.get(name)
         if found != expected:
             raise UserError(
-                f"{path} is the checkpoint of another model: {name} is {_describe(found)} there, "
-                f"{_describe(expected)} in this run"
+                f"{path} is a checkpoint of another model: {name} is {_describe(found)}, but {_describe(expected)} in "
+                "this run"
             )
 
 

@@ -171,7 +171,7 @@ def changed(workdir: epath.PathLike, now: Mapping[str, Identity]) -> str:
     if not found:
         return ""
     return (
-        f"{' and '.join(found)} changed since the run in {workdir} began; put back what was there, or choose another "
+        f"{' and '.join(found)} changed since the run in {workdir} began; restore the original, or choose another "
         f"--workdir (to accept the change, delete {epath.Path(workdir) / RECORD})"
     )
 

@@ -102,7 +102,9 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
     profiled = config.profile
     if profiled.steps and profiled.steps[1] <= start:
         if is_first():
-            warnings.warn(f"config.profile.steps={profiled.steps} are over: step {start} is done", stacklevel=2)
+            warnings.warn(
+                f"config.profile.steps={profiled.steps} has no effect: the run resumes after step {start}", stacklevel=2
+            )
         profiled = ProfileConfig()
     frozen = place(frozen_params(config, parts, folder), program.frozen)
 
@@ -207,8 +209,8 @@ def _claim(workdir: epath.Path, config: Config) -> bool:
             there = config_path.exists()
         if not there:
             raise UserError(
-                f"--workdir={workdir} has checkpoints, but no config.json to say of which run; put it back (the "
-                "command that began this run writes the same one when it begins in a new --workdir), or choose another"
+                f"--workdir={workdir} has checkpoints, but no config.json; put it back (the run's original command "
+                "writes the same file to a new --workdir), or choose another --workdir"
             )
         stored = config_lib.load_resolved(workdir)
         config_lib.check_same_run(config, stored, workdir, places=not identity.recorded(workdir))
@@ -243,7 +245,7 @@ def _check_inputs(workdir: epath.Path, config: Config, folder: Folder, source: S
     if begun:
         _write_config(workdir, config)
     meet("config.json written")
-    agreement.agree({"what is in --workdir (config.json)": identity.of_config(workdir)})
+    agreement.agree({"content of config.json in --workdir": identity.of_config(workdir)})
     return now
 
 
@@ -262,7 +264,7 @@ def _put_back(workdir: epath.Path, config: Config, inputs: Inputs) -> None:
         with files.one_line(workdir / name, "read"):
             there = (workdir / name).exists()
         if not there:
-            warnings.warn(f"{workdir / name} was deleted in mid-run; it is written again", stacklevel=2)
+            warnings.warn(f"{workdir / name} was deleted during the run; writing it again", stacklevel=2)
             write()
 
 

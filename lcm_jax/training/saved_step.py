@@ -87,7 +87,7 @@ def _executable_in(step: bytes) -> tuple[int, int]:
 def given(text: str) -> None:
     """Raises UserError if the file of --compiled does not exist."""
     if not (epath.Path(text).is_file() if files.in_bucket(text) else os.path.isfile(text)):
-        raise UserError(f"--compiled={text}: there is no such file; plan --save={text} writes it")
+        raise UserError(f"--compiled={text}: the file does not exist; plan --save={text} writes it")
 
 
 class Ahead:
@@ -120,11 +120,13 @@ class Ahead:
             try:
                 saved = self._read.result()
                 if saved.header["program"] != _hash(lowered.as_text()):
-                    raise UserError("it is another step: the options, the folder's configurations or the code differ")
+                    raise UserError(
+                        "it is a different step: the options, the folder's configuration or the code changed"
+                    )
                 compiled = saved.load(list(self._mesh.devices.flat))
             except UserError as error:
                 if (self._given or isinstance(error, _Damaged)) and jax.process_index() == 0:
-                    which = f"--compiled={self._given}" if self._given else f"the kept step {self._own}"
+                    which = f"--compiled={self._given}" if self._given else f"the cached step {self._own}"
                     say(f"{which} is not used: {error}", sys.stderr)
                 if not self._given and isinstance(error, _Damaged):
                     with contextlib.suppress(OSError):  # another user's file
@@ -201,9 +203,9 @@ def _read(path: epath.Path, mesh: Mesh, *, kept: bool) -> _Saved:
 def _checked(data: bytes, here: dict[str, Any]) -> _Saved:
     first, _, rest = data.partition(b"\n")
     if not first.startswith(_BEGIN):
-        raise _Damaged("it holds no step, or another version of lcm_jax wrote it")
+        raise _Damaged("it holds no step, or was written by another version of lcm_jax")
     if first.removeprefix(_BEGIN) != hashlib.sha256(rest).hexdigest().encode():
-        raise _Damaged("it is damaged: its content does not have its checksum")
+        raise _Damaged("it is damaged: its content does not match its checksum")
     line, _, content = rest.partition(b"\n")
     header = json_file.parse(line, "its header", _KINDS)
     if missing := _KINDS.keys() - header.keys():
@@ -213,7 +215,7 @@ def _checked(data: bytes, here: dict[str, Any]) -> _Saved:
         f"{name} {made_for.get(name)!r}, here {value!r}" for name, value in here.items() if made_for.get(name) != value
     ]
     if differing:
-        raise UserError(f"it was compiled elsewhere: {', '.join(differing)}")
+        raise UserError(f"it was compiled for another environment: {', '.join(differing)}")
     return _Saved(header, content[: header["step"]], content[header["step"] :])
 
 

@@ -68,12 +68,12 @@ class Held:
             return
         what = f"{self._workdir} is no longer this run's folder: "
         if found:
-            raise UserError(f"{what}{_owner(found[0])} has taken it; what this run wrote there before stays")
+            raise UserError(f"{what}{_owner(found[0])} has taken it over; files that this run wrote remain")
         # the folder may exist even so: a pending write may have recreated it
         raise UserError(
-            f"{what}{LOCK} is not there; it was removed, or the folder deleted, moved away or replaced in mid-run. Put "
-            "the folder back, or choose another --workdir, and give the same command again: it resumes from the last "
-            "checkpoint that is there"
+            f"{what}{LOCK} is missing; it was removed, or the folder was deleted, moved or replaced during the run. "
+            "Put the folder back, or choose another --workdir, and run the same command again: it resumes from the "
+            "last remaining checkpoint"
         )
 
     def release(self) -> None:
@@ -136,12 +136,14 @@ def _take(lock: "_FileLock | _BucketLock", content: bytes, place: Mapping[str, s
             return  # created by an earlier request whose response was lost
         alive = _alive(found[0])
         if alive and not _copied(found[0], place):
-            raise UserError(f"{_owner(found[0])} trains there; wait for its end or stop it, or choose another folder")
+            raise UserError(
+                f"{_owner(found[0])} is training in it; wait until it ends, stop it, or choose another folder"
+            )
         if alive is None and (not last or last[0] != found[0]):
             last, since = found, time.monotonic()
-            say(f"waiting up to {PATIENCE:g} s for a sign of life of {_owner(found[0])}", sys.stderr)
+            say(f"waiting up to {PATIENCE:g} s for a heartbeat of {_owner(found[0])}", sys.stderr)
         elif alive is None and last and last[1] != found[1]:
-            raise Unavailable(f"{_owner(found[0])} trains there; wait for its end, or choose another folder")
+            raise Unavailable(f"{_owner(found[0])} is training in it; wait until it ends, or choose another folder")
         elif alive is not None or time.monotonic() - since >= PATIENCE:
             lock.remove(*found)
             continue

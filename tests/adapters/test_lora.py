@@ -42,7 +42,7 @@ SHAPES = {
     ("config", "modules", "millions"), [(SD15, 278, 67.25), (SDXL, 788, 196.75)], ids=["SD 1.5", "SDXL"]
 )
 def test_published_counts(config, modules, millions):
-    """LCM-LoRAs of rank 64; no weights are made."""
+    """LCM-LoRAs of rank 64, by shapes only."""
     network = make_network("UNet2DConditionModel", config, where="test")
     chosen = lora.choose(network.shapes, [lora.Target()])
     assert len(chosen) == modules
@@ -77,7 +77,7 @@ def test_first_target_that_matches():
         (lora.Target("to_queue"), "'to_queue' matches no linear layer or convolution; did you mean 'to_q'"),
         (lora.Target("o_q"), "'o_q' matches no"),  # not in the middle of a name
         (lora.Target("norm"), "'norm' matches no"),
-        (lora.Target("(to_q"), r"'\(to_q' is no regular expression: "),
+        (lora.Target("(to_q"), r"'\(to_q' is not a regular expression: "),
         (lora.Target("to_q", rank=0), "the LoRA rank of 'to_q' is 0"),
         (lora.Target("to_q", alpha=-1.0), "the LoRA alpha of 'to_q' is -1.0"),
     ],
@@ -149,7 +149,7 @@ def test_half_precision_is_added_in_float32(unet):
 
 
 def test_side_branch_keeps_what_bfloat16_rounds_away():
-    """A difference of a thousandth of the weight: W + dW is W in bfloat16, the branch isn't lost."""
+    """A thousandth of the weight: W + dW rounds to W in bfloat16, but the side branch keeps it."""
     from lcm_jax.models import Policy
 
     config = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}

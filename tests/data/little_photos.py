@@ -1,4 +1,4 @@
-"""A data set as users have them: pictures that are not square, several captions nested in features, other images."""
+"""A realistic data set: images that are not square, several captions nested in features, other images."""
 
 import io
 

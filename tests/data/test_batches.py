@@ -11,7 +11,7 @@ from lcm_jax.errors import UserError
 
 
 def tokenize(captions):
-    """Ids that say which caption it was: its characters."""
+    """Encodes a caption as its characters, so that ids identify it."""
     return np.asarray([np.frombuffer(c.encode().ljust(64)[:64], np.uint8) for c in captions], np.int32)
 
 
@@ -146,7 +146,7 @@ def test_threads_change_no_batch(config):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_work_at_the_same_time(photo_config, threads):
-    """As many batches as there are threads wait for each other; one more would wait in vain."""
+    """As many batches as there are threads wait for each other; one more would never be released."""
     together = threading.Barrier(threads)
 
     def wait(captions):

@@ -1,4 +1,4 @@
-"""Pictures that were encoded once: what is written, what training reads of it, and what is refused."""
+"""Pre-encoded images: the written data set, training on it, and errors."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def options(teacher, digits_data_dir):
 
 @pytest.fixture(scope="module")
 def encoded(options, tmp_path_factory):
-    """The version directory of the encoded pictures."""
+    """The version directory of the encoded images."""
     out = tmp_path_factory.mktemp("encoded")
     assert cli.run(encode.main, [*options, f"--out={out}"]) == 0
     return out / "encoded" / "1.0.0"
@@ -92,7 +92,7 @@ def test_the_loss_is_that_of_the_pictures(encoded, teacher, digits_data_dir):
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--config.data.image_size=64", "is of 32 px, config.data.image_size is 64"),
+        ("--config.data.image_size=64", "was encoded at 32 px, config.data.image_size is 64"),
         ("--config.data.flip=True", "config.data.flip has no effect: latents is true"),
         ("--config.data.image_key=photo", "config.data.image_key has no effect"),
         ("--config.data.max_pixels=9", "config.data.max_pixels has no effect"),
@@ -132,7 +132,7 @@ def test_another_vae(encoded, teacher, tmp_path):
         batches(DataConfig(directory=str(other), latents=True), vae=vae, **given)
     batches(DataConfig(directory=str(encoded), latents=True), vae=vae, **given).close()
     for content, said in (
-        ('{"vae": "0", "x": 1}', "does not say what encoded it"),
+        ('{"vae": "0", "x": 1}', "does not record what encoded it"),
         ('{"va', "description cannot be read"),
     ):
         (other / "metadata.json").write_text(content)
@@ -141,16 +141,16 @@ def test_another_vae(encoded, teacher, tmp_path):
 
 
 def test_pictures_and_encoded_ones_are_not_confused(encoded, digits_data_dir):
-    with pytest.raises(UserError, match=r"holds encoded pictures; read them with data.latents=True"):
+    with pytest.raises(UserError, match=r"holds encoded images; read them with data.latents=True"):
         open_source(directory=str(encoded))
-    with pytest.raises(UserError, match="holds no encoded pictures"):
+    with pytest.raises(UserError, match="holds no encoded images"):
         open_source("captioned_digits", data_dir=digits_data_dir, encoded=True)
 
 
 def test_what_is_there_already_stays(encoded, options, capsys):
     before = {file.name: file.read_bytes() for file in encoded.iterdir()}
     assert cli.run(encode.main, [*options, f"--out={encoded.parent.parent}"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in encoded.iterdir()} == before
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_picture_is_named_and_nothing_is_left_that_looks_whole(photos,
         f"--out={tmp_path}",
     ]
     assert cli.run(encode.main, [*given, "--config.data.split=damaged"]) == 2
-    assert "cannot be decoded: Pillow reads no image from it: image file is truncated;" in capsys.readouterr().err
+    assert "cannot be decoded: Pillow can't decode it: image file is truncated;" in capsys.readouterr().err
     assert not (tmp_path / "encoded" / "1.0.0").exists()
     assert cli.run(encode.main, given) == 0
     assert len(open_source(directory=str(tmp_path / "encoded" / "1.0.0"), encoded=True)) == 12
@@ -176,9 +176,9 @@ def test_a_damaged_picture_is_named_and_nothing_is_left_that_looks_whole(photos,
     ("option", "said"),
     [
         ("--batch=0", "--batch=0; it must be at least 1"),
-        ("--batch=9", "--batch=9 does not divide by the 8 devices"),
-        ("--config.data.latents=True", "give the data set that holds the pictures"),
-        ("--config.data.image_size=33", "config.data.image_size=33 is no multiple of 4"),
+        ("--batch=9", "--batch=9 is not divisible by the 8 devices"),
+        ("--config.data.latents=True", "pass the data set that holds the images"),
+        ("--config.data.image_size=33", "config.data.image_size=33 is not a multiple of 4"),
     ],
 )
 def test_bad_input_is_one_line(options, option, said, tmp_path, capsys):

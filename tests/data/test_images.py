@@ -1,4 +1,4 @@
-"""How one image file becomes pixels: kinds of samples, limits, damage, resizing."""
+"""Decoding of image files: sample types, limits, damage, resizing."""
 
 import io
 import zlib
@@ -40,12 +40,15 @@ NAN = np.where(RAMP > 0.9, np.nan, RAMP)
 @pytest.mark.parametrize(
     ("samples", "what"),
     [
-        (RAMP.astype("<f4") * 255, "samples from 0 to 255, and black is 0 and white 1 by the file; scale it"),
-        (RAMP.astype("<f4") - 0.5, "samples from -0.5 to 0.5"),
-        (NAN.astype("<f4"), "samples from nan to nan"),
-        (samples("<i4", 255), "its largest sample is 255, and white is 2.14748e+09 by the file"),
-        (samples("<u4", 65535), "its largest sample is 65535, and white is 4.29497e+09"),
-        (samples("<i2", 1000) - np.int16(500), "samples from -500 to 500, and black is 0 and white 32767"),
+        (RAMP.astype("<f4") * 255, "samples are in 0 … 255, but the file's black is 0 and its white 1; rescale it"),
+        (RAMP.astype("<f4") - 0.5, "samples are in -0.5 … 0.5"),
+        (NAN.astype("<f4"), "samples are in nan … nan"),
+        (samples("<i4", 255), "its largest sample is 255, but the file's white is 2.14748e+09"),
+        (samples("<u4", 65535), "its largest sample is 65535, but the file's white is 4.29497e+09"),
+        (
+            samples("<i2", 1000) - np.int16(500),
+            "samples are in -500 … 500, but the file's black is 0 and its white 32767",
+        ),
         (samples("<i1", 127), "signed 8-bit"),
         (RAMP.astype("<f8"), "Pillow finds no header"),
     ],
@@ -57,7 +60,7 @@ def test_samples_without_a_range(samples, what):
 
 
 def test_a_color_that_stands_for_transparency():
-    """It is white, and only it; in 16 bits Pillow compares the lower 8 of a color file with the upper 8."""
+    """Only this color becomes white; for 16 bits Pillow compares the lower 8 of a color with the upper 8."""
     config, key = DataConfig(image_size=SIZE), (40 * 256 + 3).to_bytes(2)
     values = np.full((SIZE, SIZE), 40 * 256 + 3, ">u2")
     values[:, SIZE // 2 :] = 3 * 256 + 40
@@ -69,7 +72,7 @@ def test_a_color_that_stands_for_transparency():
 
 
 def test_only_the_first_frame_is_read():
-    """What follows it may be missing; a page of a TIFF, too."""
+    """Later frames, or pages of a TIFF, may be missing."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     first, others = Image.new("L", (64, 64), 77), [Image.fromarray(noise)] * 2
     for form in ("GIF", "WEBP", "TIFF", "PNG", "MPO"):
@@ -92,7 +95,7 @@ def test_the_limit_is_checked_before_anything_is_decoded(width, height):
     with pytest.raises(BadImage, match=f"it has {width} x {height} pixels, more than config.data.max_pixels=64000000"):
         prepare_image(png(width, height), DataConfig())
     assert Image.MAX_IMAGE_PIXELS
-    with pytest.raises(BadImage, match="Pillow reads no image from it"):
+    with pytest.raises(BadImage, match="Pillow can't decode it"):
         prepare_image(png(*min((width, height), (15_000, 15_000))), DataConfig(max_pixels=10**9))
 
 

@@ -113,7 +113,7 @@ def test_splits(photos):
 
 
 def edited(photos, tmp_path, **changes):
-    """A copy of the data set with other values in dataset_info.json."""
+    """Returns a copy of the data set with changed values in dataset_info.json."""
     copy = tmp_path / "2.0.0"
     shutil.copytree(photos, copy)
     file = copy / "dataset_info.json"
@@ -180,7 +180,8 @@ print(len(open_source("captioned_digits", data_dir=sys.argv[1])))
 
 
 def test_killed_then_two_at_once(tmp_path):
-    """What a killed process left is cleared, and of two that start together one prepares while the other waits."""
+    """Leftovers of a killed process are removed; of two processes that start together, one "
+    "prepares, the other waits."""
 
     def start():
         command = [sys.executable, "-c", PREPARE, str(tmp_path)]

@@ -1,4 +1,4 @@
-"""Guidance: the mix, what the student is told of it, and the one batched call."""
+"""Guidance: the formula, the student's w input, and the single batched call."""
 
 import copy
 import re

@@ -107,8 +107,8 @@ def test_trailing_timesteps_are_the_peers(total):
         (lambda: sampling.trailing_timesteps(0), "steps is 0; it must be in 1 … 1000"),
         (lambda: sampling.trailing_timesteps(1001), "steps is 1001"),
         (lambda: sampling.check_timesteps([]), "timesteps is empty"),
-        (lambda: sampling.check_timesteps([999, 999]), "timesteps has 999 after 999; they must be strictly falling"),
-        (lambda: sampling.check_timesteps([499, 999]), "strictly falling"),
+        (lambda: sampling.check_timesteps([999, 999]), "timesteps has 999 after 999; they must strictly decrease"),
+        (lambda: sampling.check_timesteps([499, 999]), "strictly decrease"),
         (lambda: sampling.check_timesteps([1000, 3]), "timesteps has 1000; each must be in 0 … 999"),
         (lambda: sampling.check_timesteps([3, -1]), "timesteps has -1"),
         (lambda: sampling.check_timesteps([3.5, 1]), "whole numbers"),
@@ -131,7 +131,7 @@ def test_right_timesteps_pass():
 
 
 def peer_denoised(peer, z_T, noise, monkeypatch):
-    """Each step's `denoised` of an LCMScheduler whose timesteps are set."""
+    """Returns `denoised` of each step of an LCMScheduler whose timesteps are set."""
     drawn = iter(noise)
     monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda shape, **_: torch.from_numpy(next(drawn)))
     z, denoised = torch.from_numpy(z_T), []
@@ -144,7 +144,7 @@ def peer_denoised(peer, z_T, noise, monkeypatch):
 
 
 def check_trajectory(schedule, peer, timesteps, monkeypatch):
-    """Sampling along the first j timesteps ends at the peer's j-th prediction."""
+    """Sampling along the first j timesteps ends at diffusers' j-th prediction."""
     np.testing.assert_array_equal(timesteps, peer.timesteps)
     z_T, noise = normal(0, *SHAPE), normal(1, len(timesteps) - 1, *SHAPE)
     denoised = peer_denoised(peer, z_T, noise, monkeypatch)
@@ -239,7 +239,7 @@ def test_dpmpp_is_the_peers(prediction_type, steps):
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_samplers_from_zero_snr(prediction_type):
-    """The peer's DPM-Solver++ takes abar = 2^-24 in the network's conversion too, so it is near only."""
+    """diffusers' DPM-Solver++ uses abar = 2^-24 in the network's conversion too, so the results are only close."""
     z_T, steps = normal(0, *SHAPE), sampling.trailing_timesteps(8)
     config = {**BETAS, "prediction_type": prediction_type, "rescale_betas_zero_snr": True}
     schedule = Schedule(**config)
@@ -275,7 +275,7 @@ def test_the_program_does_not_grow_with_the_steps(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_timesteps_may_be_an_argument(name):
-    """Jitted with traced timesteps it is what it is with constant ones."""
+    """The jitted result with traced timesteps equals that with constant ones."""
     schedule, z_T, t = Schedule(), normal(0, *SHAPE), sampling.trailing_timesteps(4)
     constant = SAMPLERS[name](schedule, z_T, t)
     traced = jax.jit(lambda z, t: SAMPLERS[name](schedule, z, t))(z_T, t)

@@ -52,7 +52,7 @@ def test_a_missing_key_means_what_it_means_to_the_class(name):
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # torch and numpy, in diffusers
 @pytest.mark.parametrize("name", SCHEDULER_CLASSES)
 def test_what_diffusers_saves_is_read(name, tmp_path):
-    """With all that its class writes by default, such as the -Infinity of DPM-Solver's classes."""
+    """With all defaults that its class writes, such as the -Infinity of DPM-Solver's classes."""
     peer = getattr(diffusers, name)(**SD)
     peer.save_pretrained(tmp_path)
     ours = read_schedule(json_file.read(tmp_path / "scheduler_config.json"))
@@ -99,7 +99,7 @@ def test_where_ddim_ends(to_one, final):
         ({"num_train_timesteps": 10**7}, "num_train_timesteps is 10000000"),
         ({"num_train_timesteps": None}, "num_train_timesteps is None"),
         ({"num_train_timesteps": 10**5}, "beta_end 0.012 and num_train_timesteps 100000 give a schedule that does not"),
-        ({"beta_start": 1e-20}, "beta_start 1e-20, .* give a schedule that does not fall"),
+        ({"beta_start": 1e-20}, "beta_start 1e-20, .* give a schedule that does not strictly decrease"),
         ({"beta_start": "0.00085"}, "beta_start is '0.00085'; supported: a positive number"),
         ({"beta_start": [0.1]}, r"beta_start is \[0.1\]; supported: a positive number"),
         ({"beta_end": None}, "beta_end is None; supported: a positive number"),

@@ -119,5 +119,5 @@ def test_from_zero_terminal_snr(name):
 
 def test_dpm_refuses_zero_terminal_snr():
     schedule = Schedule(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    with pytest.raises(UserError, match=r"'dpm' needs a positive terminal SNR.*take 'ddim' or 'dpmpp'"):
+    with pytest.raises(UserError, match=r"'dpm' needs a positive terminal SNR.*use 'ddim' or 'dpmpp'"):
         SOLVERS["dpm"](gaussian_denoiser(schedule), schedule, jnp.ones((1, 3)), jnp.array([999]), jnp.array([979]))

@@ -137,7 +137,7 @@ def test_command(tmp_path, monkeypatch, classifier, capsys):
         (["--out=x", "--steps=0"], "--steps=0 must be at least 1"),
         (["--out=x", "--steps=many"], "argument --steps: invalid int value: 'many'"),
         ([], "the following arguments are required: --out"),
-        (["--out=."], r"--out=\. is a folder; give a file's name in it"),
+        (["--out=."], r"--out=\. is a folder; give a file name"),
         (["--out=/proc/nowhere/x"], "--out: /proc/nowhere can't be written: No such file or directory"),
         (["--out=file/x"], "--out: file is a file; choose a folder"),
     ],

@@ -92,7 +92,7 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
     assert (values["prompts"], values["model"]) == (len(PROMPTS), str(micro_student))
     rows = [Row.from_dict(row) for row in values["rows"]]
     assert [(row.name, row.steps) for row in rows] == [
-        ("real test pictures", None),
+        ("real test images", None),
         ("the same through the VAE", None),
         ("teacher, DDIM", 4),
         ("student", 2),
@@ -165,7 +165,7 @@ def test_rows_that_come_with_the_package(shipped, micro_student, tmp_path, capsy
     with PIL.Image.open(out / "sheet.png") as image:
         assert image.height == HEAD + 5 * (64 + GAP) - GAP
     assert values["teacher_machine"] == "a slide rule"
-    assert f"the teacher's on a slide rule; the others here, on {values['machine']}" in capsys.readouterr().out
+    assert f"teacher on a slide rule; other rows on this machine, {values['machine']}" in capsys.readouterr().out
 
 
 class Model:
@@ -204,22 +204,25 @@ def nothing_is_drawn(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --model=FOLDER, or --teacher to measure the teacher alone"),
+        ([], "give --model=FOLDER, or --teacher to measure only the teacher"),
         (["--model=", "--teacher"], "--model= is empty; give a folder"),
-        (["--teacher", "--diffusers"], "--diffusers draws with the model; give --model=FOLDER as well"),
+        (["--teacher", "--diffusers"], "--diffusers needs a model; add --model=FOLDER"),
         (["--model=nowhere"], "there is no folder nowhere"),
         (["--model=TEACHER"], "TEACHER holds a diffusion model; a consistency model is needed here"),
         (
             ["--model=STUDENT", "--teacher=STUDENT"],
             "STUDENT holds a consistency model; a diffusion model is needed here",
         ),
-        (["--model=SMALL", "--teacher"], r"SMALL draws 16 x 16; only .* captioned digits are evaluated \(32 x 32\)"),
+        (
+            ["--model=SMALL", "--teacher"],
+            r"SMALL samples 16 x 16 pixels; only .* captioned digits \(32 x 32\) can be evaluated",
+        ),
         (["--model=STUDENT", "--steps=0"], "argument --steps: '0' has 0; each must be at least 1"),
         (["--model=STUDENT", "--steps=4,-1"], "argument --steps: '4,-1' has -1; each must be at least 1"),
-        (["--model=STUDENT", "--steps=x"], "argument --steps: 'x' is no list of whole numbers like 1,2,4"),
+        (["--model=STUDENT", "--steps=x"], "argument --steps: 'x' is not a list of whole numbers like 1,2,4"),
         (["--model=STUDENT", "--steps=4,60"], "steps is 60; it must be in 1 … 50, the steps of the trained grid"),
         (["--model=STUDENT", "--guidance_scale=much"], "argument --guidance_scale: invalid float value: 'much'"),
-        (["--model=STUDENT", "--guidance_scale=nan"], "--guidance_scale=nan is no finite number"),
+        (["--model=STUDENT", "--guidance_scale=nan"], "--guidance_scale=nan is not a finite number"),
         (["--model=STUDENT", "--step=4"], "there is no option --step=4; did you mean '--steps'.*"),
         (["--model=STUDENT", "--out=file"], "--out: file is a file; choose a folder"),
         (["--teacher", "--out=file/x"], "--out: file/x can't be written: Not a directory"),
@@ -262,7 +265,7 @@ def test_a_student_of_another_teacher(shipped, tmp_path, monkeypatch):
     ("module", "argument", "message"),
     [
         ("matplotlib.figure", "--steps=1", r"the curves need matplotlib: pip install 'lcm_jax\[demo\]'"),
-        ("diffusers", "--diffusers", r"drawing in diffusers needs diffusers: pip install lcm_jax\[diffusers\]"),
+        ("diffusers", "--diffusers", r"sampling in diffusers needs diffusers: pip install lcm_jax\[diffusers\]"),
     ],
 )
 def test_what_is_not_installed(shipped, tmp_path, monkeypatch, module, argument, message):

@@ -56,7 +56,7 @@ def test_rows_are_those_of_what_is_attached(micro_teacher, files, tmp_path, caps
     assert table(rows) in capsys.readouterr().out
     assert "style right" in (out / "table.md").read_text()
     assert [(row.name, row.steps) for row in rows] == [
-        ("real test pictures", None),
+        ("real test images", None),
         ("the same through the VAE", None),
         *((lora_rows.WITHOUT, n) for n in (2, 3)),
         (lora_rows.WITH, 2),
@@ -77,7 +77,7 @@ def test_rows_are_those_of_what_is_attached(micro_teacher, files, tmp_path, caps
     assert rows[5].score == expected({style: 0.8}, 2, 1.0, "lcm")
     assert rows[6].score == expected({style: 0.8, lcm: 1.0}, 2, 1.0, "lcm")
     assert len({row.score.frechet for row in rows[2:]}) == 5
-    assert "lcm.safetensors doesn't say that it is an LCM-LoRA" in str(recwarn.list[0].message)
+    assert "lcm.safetensors doesn't record that it is an LCM-LoRA" in str(recwarn.list[0].message)
 
 
 @pytest.mark.usefixtures("few")
@@ -99,7 +99,7 @@ def test_the_sheet_shows_the_rows(micro_teacher, files):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--teacher", "--lora=LCM"], "--lora draws with the model; give --model=FOLDER as well"),
+        (["--teacher", "--lora=LCM"], "--lora needs a model; add --model=FOLDER"),
         (["--model=TEACHER", "--lora=LCM", "--teacher"], "--teacher has no effect with --lora; leave it out"),
         (["--model=TEACHER", "--lora=LCM", "--diffusers"], "--diffusers has no effect with --lora; leave it out"),
         (["--model=TEACHER", "--style=italic"], "--style has no effect without --lora; leave it out"),
@@ -110,7 +110,7 @@ def test_the_sheet_shows_the_rows(micro_teacher, files):
         (["--model=TEACHER", "--lora=nowhere"], "there is no LoRA file nowhere"),
         (
             ["--model=TEACHER", "--lora=LCM", "--weights=a"],
-            "argument --weights: 'a' is no list of numbers like 0,0.5,1",
+            "argument --weights: 'a' is not a list of numbers like 0,0.5,1",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -97,7 +97,7 @@ def test_a_student_is_asked_for_what_it_was_trained_for():
     assert candidates(2.0, 3.5) == [2.0, 3.0]
     assert candidates(7.0, 9.0) == [7.0]  # no candidate in range: the default
     assert candidates(1.0, 4.0, w_embedding=False) == [7.0]
-    with pytest.warns(UserWarning, match=r"a folder has no lcm_jax.json, .*: 7 is taken, as diffusers does"):
+    with pytest.warns(UserWarning, match=r"a folder has no lcm_jax.json, .*: using 7, as diffusers does"):
         assert candidates(None, None) == [7.0]
 
 
@@ -161,7 +161,7 @@ def test_shipped_rows_there_and_back(folder, rows_file):
 @pytest.mark.parametrize("change", CHANGES)
 def test_rows_of_another_folder(folder, rows_file, change):
     CHANGES[change](folder)
-    with pytest.raises(UserError, match=f"^{rows_file} was measured with other files than those of {folder}; .*--teac"):
+    with pytest.raises(UserError, match=f"^{rows_file} was not measured with the present files of {folder}; .*--teac"):
         shipped(folder, rows_file)
 
 
@@ -169,7 +169,9 @@ def test_rows_of_another_classifier(folder, rows_file, tmp_path, monkeypatch):
     other = tmp_path / "classifier.safetensors"
     other.write_bytes(teacher_rows.WEIGHTS.read_bytes() + b" ")
     monkeypatch.setattr(teacher_rows, "WEIGHTS", other)
-    with pytest.raises(UserError, match=f"other files than those of {other}; measure again with --teacher"):
+    with pytest.raises(
+        UserError, match=f"not measured with the present files of {other}; measure again with --teacher"
+    ):
         shipped(folder, rows_file)
 
 
@@ -177,7 +179,7 @@ def test_damaged_rows(folder, rows_file):
     values = json.loads(rows_file.read_text())
     for damaged in ({**values, "rows": [{"name": "x"}]}, {k: v for k, v in values.items() if k != "rows"}):
         rows_file.write_text(json.dumps(damaged))
-        with pytest.raises(UserError, match=f"^{rows_file} is no table of rows .*; measure again with --teacher$"):
+        with pytest.raises(UserError, match=f"^{rows_file} is not a table of rows .*; measure again with --teacher$"):
             shipped(folder, rows_file)
 
 

@@ -1,9 +1,9 @@
-"""A loop that damages something, reads it, and collects what ends otherwise than the promise says:
+"""Damages an input, reads it, and collects the cases that do not end as promised:
 
 a UserError, or a right result, within ten seconds and one GB of memory.
 
 python -m pytest tests/fuzz --fuzz-cases=10000 --fuzz-seed=1
-python -m pytest tests/fuzz/test_fuzz_loras.py --fuzz-only=57      that case alone, as a failure names it
+python -m pytest tests/fuzz/test_fuzz_loras.py --fuzz-only=57      only this case, as named in a failure
 """
 
 import collections
@@ -34,8 +34,8 @@ Case = Callable[[np.random.Generator, pathlib.Path], Iterator[str]]
 def fuzz(request, tmp_path):
     """Returns a function that runs a share of the cases.
 
-    A case is a generator of (rng, empty folder): it yields what it has damaged, in words, and then reads that.
-    It raises AssertionError for what was taken and should not have been.
+    A case is a generator function of (rng, empty folder): it yields a description of the damage, then reads the input.
+    It raises AssertionError if an invalid input was accepted.
     """
 
     def run(case: Case, share: float) -> None:
@@ -68,7 +68,7 @@ def _failure(steps: Iterator[str]) -> tuple[str, str] | None:
     except UserError as error:
         text = str(error)
         if not text.isprintable() or len(text) > LONGEST:
-            return "UserError that is no plain line", repr(text)
+            return "UserError that is not a plain line", repr(text)
     except (Exception, SystemExit) as error:  # whatever there is: that is what is looked for
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/lcm_jax/" in frame.filename]
         where = f" in {pathlib.Path(own[-1].filename).name}:{own[-1].name}" if own else ""

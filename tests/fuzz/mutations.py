@@ -1,5 +1,5 @@
-"""Damage for files of every kind that is read here, by structure where there is one. Each function does one thing to
-what it is given, chosen by `rng`, and returns what it did in words."""
+"""Random damage for files of all kinds, structured if possible. Each function makes one change to its input, chosen by
+`rng`, and returns a description."""
 
 import copy
 import json

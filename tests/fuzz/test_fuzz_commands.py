@@ -1,4 +1,4 @@
-"""Odd options of the commands: taken, or refused in one line with exit code 2 (or 1: worth another try)."""
+"""Odd options of the commands: accepted, or one error line with exit code 2 (or 1: a retry may succeed)."""
 
 import contextlib
 import inspect
@@ -38,7 +38,7 @@ def options(command) -> list[str]:
 
 @pytest.fixture
 def nothing_runs(monkeypatch, pipe):
-    """The commands read their options; those that are right then find nothing to do."""
+    """The commands read their options; valid ones then have nothing to do."""
     monkeypatch.setattr(train, "train", lambda config, *_: loop.Result(config.steps, 0))
     monkeypatch.setattr(train.processes, "Processes", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(sample, "load_pipeline", lambda *_, **__: pipe)

@@ -1,4 +1,4 @@
-"""Damaged model folders: read, or refused in one line; what is read has finite weights in a dtype of weights."""
+"""Damaged model folders: read with finite weights in a supported dtype, or one error line."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from lcm_jax.interop.tokenizer import load_tokenizer
 
 
 def read(folder):
-    """Reads all that sampling and training read of a folder before they compile."""
+    """Reads everything that sampling and training read from a folder before they compile."""
     found = read_folder(folder)
     tokenizer = load_tokenizer(found)
     assert tokenizer(["a red seven", "…"]).shape == (2, tokenizer.max_length)

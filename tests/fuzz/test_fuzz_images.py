@@ -25,7 +25,7 @@ SIZES = [(1, 1), (32, 32), (17, 40), (1, 300), (300, 2)]
 
 
 def image(rng) -> tuple[bytes, str]:
-    """An image of some format, mode and size; or a PNG that says that it is large, and holds little."""
+    """Returns an image of random format, mode and size, or a small PNG whose header declares a large size."""
     if rng.random() < 0.1:
         width, height = (int(2 ** rng.uniform(10, 31)) for _ in range(2))
         chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, pick(rng, [0, 2, 6]), 0, 0, 0)]

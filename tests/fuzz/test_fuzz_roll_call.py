@@ -1,4 +1,4 @@
-"""Bytes of strangers at the roll call's port: its processes find each other all the same."""
+"""Random bytes at the roll call's port: the processes still find each other."""
 
 import socket
 import threading

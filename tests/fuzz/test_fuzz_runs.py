@@ -1,4 +1,4 @@
-"""What a run writes for itself, damaged: its config, the record of its inputs, checkpoints and its compiled step."""
+"""Damaged files of a run: its config, the record of its inputs, checkpoints and its compiled step."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Values that users pass: what is plainly meant is taken, anything else is one line that names the argument."""
+"""Arguments from users: clear values are accepted, others raise one line that names the argument."""
 
 import pathlib
 

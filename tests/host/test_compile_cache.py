@@ -39,7 +39,7 @@ def cache(tmp_path_factory):
 
 
 def summary(cache, *arguments):
-    """Runs a command in its own process on one device; returns the hits and the misses that it prints at its end."""
+    """Runs a command in its own process on one device; returns the hits and misses that it prints."""
     environment = {**os.environ, "XLA_FLAGS": QUICK_FLAGS, "JAX_COMPILATION_CACHE_DIR": str(cache)}
     command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -90,7 +90,7 @@ def test_nothing_is_said_before_the_cache_is_on(monkeypatch):
 
 @pytest.fixture
 def entries(tmp_path, monkeypatch):
-    """JAX's cache as `enable` sets it up, in a folder of one test's own that is not there yet; the folder."""
+    """Sets up JAX's cache like `enable`, in a folder that does not exist yet; returns the folder."""
     folder, before = tmp_path / "entries", jax.config.jax_compilation_cache_dir
     monkeypatch.setattr(cache_entries, "_warned", False)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
@@ -120,7 +120,7 @@ def flip(file):
 
 
 def plain(file):
-    """An entry as JAX itself writes it."""
+    """Returns an entry as JAX itself writes it."""
     file.write_bytes(file.read_bytes()[:-40])
 
 
@@ -153,7 +153,7 @@ def test_on_a_full_disk_nothing_is_left_but_one_line(entries, limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, old[1]))
     try:
         with pytest.warns(
-            UserWarning, match=f"{entries}.*File too large; what is not kept is compiled again"
+            UserWarning, match=f"{entries}.*File too large; programs that are not cached are compiled again"
         ) as warned:
             compile_two(5)
     finally:
@@ -167,6 +167,8 @@ def test_on_a_full_disk_nothing_is_left_but_one_line(entries, limit):
 
 def test_a_cache_in_a_bad_place_is_one_line(entries):
     entries.write_text("in the way")
-    with pytest.warns(UserWarning, match=f"{entries} can't be written: it is a file; what is not kept") as warned:
+    with pytest.warns(
+        UserWarning, match=f"{entries} can't be written: it is a file; programs that are not cached"
+    ) as warned:
         compile_two(7)
     assert len(warned) == 1

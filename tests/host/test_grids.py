@@ -1,4 +1,4 @@
-"""Sheets of pictures, and PNG files that are whole or not there."""
+"""Image grids, and PNG files that are written completely or not at all."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ from lcm_jax.host.images import GAP, LABEL, grid, write_png
 
 
 def pictures(n, h=6, w=40):
-    """Pictures that differ in every pixel, without white."""
+    """Images that differ in every pixel, without white."""
     return np.random.default_rng(0).integers(0, 255, (n, h, w, 3), dtype=np.uint8)
 
 

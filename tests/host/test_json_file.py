@@ -1,4 +1,4 @@
-"""JSON from outside: what is refused, each in one line that names the file."""
+"""Untrusted JSON: each error is one line that names the file."""
 
 import json
 
@@ -22,8 +22,8 @@ def test_an_object_is_returned_as_it_is(tmp_path):
         (b'{"a": "caf\xe9"}', "can't be read as JSON"),
         (b"[1]", "should hold a JSON object, found list"),
         (b'{"a": %s}' % (b"9" * 5000), "a number of 5000 digits is too large"),
-        (b'{"a": %s' % (b"[" * 100_000), "brackets in brackets, deeper than 64"),
-        (b'{"a": %s%s}' % (b"[" * 100, b"]" * 100), "brackets in brackets, deeper than 64"),
+        (b'{"a": %s' % (b"[" * 100_000), "brackets nested deeper than 64"),
+        (b'{"a": %s%s}' % (b"[" * 100, b"]" * 100), "brackets nested deeper than 64"),
     ],
 )
 def test_what_is_refused(tmp_path, text, why):

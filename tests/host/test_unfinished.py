@@ -1,4 +1,4 @@
-"""Temporary folders: those of dead processes are removed, all others stay."""
+"""Temporary folders of dead processes are removed, all others are kept."""
 
 import os
 import pathlib
@@ -24,7 +24,7 @@ def dead_pid() -> int:
 
 
 def left(target: pathlib.Path, pid: int, kind: str = "tmp", host: str | None = None) -> pathlib.Path:
-    """Makes what a killed process leaves of `target`."""
+    """Creates the leftovers of a process that was killed while it wrote `target`."""
     host = host or "".join(c if c.isalnum() else "_" for c in socket.gethostname())
     folder = target.with_name(f".{target.name}.{host}-{pid}.0123abcd.{kind}")
     (folder / "unet").mkdir(parents=True)

@@ -266,7 +266,7 @@ def test_saved_pipeline_draws_the_same(lcm, tmp_path):
         ({"latents": "noise"}, "latents is 'noise'; supported: an array of real numbers"),
         ({"steps": 51}, "50"),
         ({"steps": 4, "timesteps": [999]}, "steps or timesteps, not both"),
-        ({"timesteps": [499, 999]}, "must be strictly falling"),
+        ({"timesteps": [499, 999]}, "must strictly decrease"),
         ({"timesteps": [1000, 499]}, "1000|999"),
         ({"timesteps": []}, "timesteps"),
         ({"negative_prompt": "ugly"}, "takes no negative_prompt"),
@@ -304,7 +304,7 @@ def test_wrong_arguments_of_a_diffusion_model(teacher, arguments, message):
 
 
 def test_values_that_are_not_finite_are_an_error(lcm):
-    with pytest.raises(UserError, match=r"draws values that are not finite at guidance_scale 4: its weights, or what "):
+    with pytest.raises(UserError, match=r"samples values that are not finite at guidance_scale 4: its weights or the "):
         lcm("a red seven", steps=2, guidance_scale=4.0, latents=np.full((1, *SHAPE[1:]), np.nan, np.float32))
 
 

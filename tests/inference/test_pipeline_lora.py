@@ -185,8 +185,8 @@ def test_option_given_twice():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("a.safetensors:abc", "--lora=a.safetensors:abc: the weight of a.safetensors is 'abc', no number"),
-        ("a.safetensors:", "the weight of a.safetensors is '', no number"),
+        ("a.safetensors:abc", "--lora=a.safetensors:abc: the weight of a.safetensors is 'abc', not a number"),
+        ("a.safetensors:", "the weight of a.safetensors is '', not a number"),
         ("", "--lora= names no file; give FILE or FILE:WEIGHT"),
         (":1", "--lora=:1 names no file"),
     ],
@@ -232,9 +232,9 @@ def test_export(pipe, teacher_folder, files, tmp_path, capsys):
         (["--workdir=x", "--model=y"], "give --workdir, .* or --model"),
         (["--workdir=x", "--lora=y"], "--lora has no effect with --workdir"),
         (["--model=x", "--lora=y", "--which=ema"], "--which has no effect with --model"),
-        (["--model=x"], "would be a copy; give --lora"),
+        (["--model=x"], "would only copy the folder; give --lora"),
         (["--model=x", "--lora=y", "--step=0"], "--step has no effect with --model"),
-        (["--model=x", "--lora=y", "--out=z.safetensors"], "with --model a folder is written"),
+        (["--model=x", "--lora=y", "--out=z.safetensors"], "--model writes a folder"),
     ],
 )
 def test_export_mistakes(arguments, message, tmp_path):

@@ -1,6 +1,6 @@
-"""Kills exports at each place where they touch the file system, in processes of their own; run by test_killed_exports.
+"""Kills exports, in separate processes, at each of their file system events; run by test_killed_exports.
 
-python killed_exports.py MODEL FOLDER MOMENTS: prints how many moments it tried, then what was wrong, or "ok".
+python killed_exports.py MODEL FOLDER MOMENTS: prints the number of moments it tried, then the failures, or "ok".
 """
 
 import os
@@ -24,7 +24,7 @@ Content = dict[str, bytes]
 
 
 def content(out: pathlib.Path) -> Content:
-    """Returns all files of a folder, or the tensors of a file; {} for what is not there."""
+    """Returns all files of a folder, or the tensors of a file; {} if it does not exist."""
     if out.is_file():  # the order in a header varies, so its bytes do
         return {key: array.tobytes() for key, array in load_file(out).items()}
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -42,7 +42,7 @@ def write_adapter(source: Folder, out: pathlib.Path, value: float) -> None:
 
 
 def in_process(write, *arguments, at: int = -1, kill: signal.Signals = signal.SIGKILL) -> int:
-    """Runs `write` in a process that is killed at its file system event number `at`; returns how many there were."""
+    """Runs `write` in a process that is killed at its file system event number `at`; returns the number of events."""
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""Exported folders: what is in them, and that diffusers loads them with nothing missing or left over."""
+"""Exported folders: their content, and that diffusers loads them without missing or unexpected keys."""
 
 import dataclasses
 import json
@@ -120,7 +120,7 @@ def test_scheduler_keeps_the_trained_grid(teacher, student_params, tmp_path):
     ids=str,
 )
 def test_keys_that_the_teachers_scheduler_leaves_out_are_its_classs(teacher, student_params, tmp_path, config):
-    """Defaults differ from class to class, so what is missing is written out."""
+    """Defaults differ between classes, so missing values are written explicitly."""
     config = {"clip_sample": False, **config} if config["_class_name"] == "DDIMScheduler" else config
     index = {**teacher.model_index, "scheduler": ["diffusers", config["_class_name"]]}
     other = dataclasses.replace(teacher, model_index=index, scheduler=config)
@@ -290,7 +290,7 @@ def test_default_guidance_is_the_middle_of_the_trained_range(exported):
 @pytest.mark.parametrize("scale", [2.9, 9.1])
 def test_guidance_outside_the_trained_range_warns(exported, scale):
     pipe = lcm_jax.load_pipeline(exported)
-    with pytest.warns(UserWarning, match=f"guidance_scale {scale} is outside the range .* 3 to 9"):
+    with pytest.warns(UserWarning, match=f"guidance_scale {scale} is outside this model's trained range, 3 to 9"):
         pipe("x", 1, scale)
 
 
@@ -319,7 +319,7 @@ def test_trained_folder(teacher, teacher_folder, tmp_path):
 # ---- verify
 
 
-@pytest.mark.parametrize(("name", "what"), [("unet", "latents"), ("vae", "pictures of the same latents")])
+@pytest.mark.parametrize(("name", "what"), [("unet", "latents"), ("vae", "images of the same latents")])
 def test_verify_reports_a_difference(exported, monkeypatch, name, what):
     real = verify_module.load_networks
 
@@ -329,7 +329,7 @@ def test_verify_reports_a_difference(exported, monkeypatch, name, what):
         return networks
 
     monkeypatch.setattr(verify_module, "load_networks", disturbed)
-    with pytest.raises(UserError, match=f"diffusers' {what} differ from ours by"):
+    with pytest.raises(UserError, match=f"diffusers' {what} differ from those of lcm_jax by"):
         verify(exported)
 
 
@@ -351,5 +351,5 @@ def test_verify_without_diffusers(exported, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(UserError, match=r"pip install lcm_jax\[diffusers\]"):
         verify(exported)
-    with pytest.raises(UserError, match=r"drawing in diffusers needs diffusers: pip install lcm_jax\[diffusers\]"):
+    with pytest.raises(UserError, match=r"sampling in diffusers needs diffusers: pip install lcm_jax\[diffusers\]"):
         verify_module.lcm_drawer(pipe, 2)

@@ -1,4 +1,4 @@
-"""Folders: read and written again they are the same; what is wrong with one is said in one line."""
+"""Folders: reading and writing keeps them equal; each error is one line."""
 
 import json
 import os
@@ -273,15 +273,15 @@ def test_unknown_scheduler(copy, name):
         ({"_class_name": ["pipeline", "Mine"]}, r"_class_name is \['pipeline', 'Mine'\]; supported: a text"),
         (
             {"controlnet": ["diffusers", "ControlNetModel"]},
-            "names controlnet, of the class ControlNetModel, which no Sta",
+            "names controlnet, a ControlNetModel, which Sta",
         ),
         (
             {"unet_2": ["diffusers", "UNet2DConditionModel"]},
-            "names unet_2, of the class UNet2DConditionModel, which no",
+            "names unet_2, a UNet2DConditionModel, which Sta",
         ),
-        ({"../evil": ["diffusers", "UNet2DConditionModel"]}, r"names '\.\./evil', which is no plain name"),
-        ({"/tmp/evil": ["transformers", "CLIPImageProcessor"]}, "names '/tmp/evil', which is no plain name"),
-        ({"a\x1b[2J": [None, None]}, r"names 'a\\x1b\[2J', which is no plain name"),
+        ({"../evil": ["diffusers", "UNet2DConditionModel"]}, r"names '\.\./evil', which is not a plain name"),
+        ({"/tmp/evil": ["transformers", "CLIPImageProcessor"]}, "names '/tmp/evil', which is not a plain name"),
+        ({"a\x1b[2J": [None, None]}, r"names 'a\\x1b\[2J', which is not a plain name"),
         (
             {"text_encoder": ["transformers", "CLIPTextModelWithProjection"]},
             "the class of text_encoder is CLIPTextModelW",
@@ -327,7 +327,7 @@ def test_null_is_no_part(copy, tmp_path):
 
 
 def test_copied_parts_that_can_not_be_exported_are_a_warning(copy):
-    """Better known before a training than when it is exported."""
+    """The warning comes before training, not at export."""
     checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     edit(copy / "model_index.json", safety_checker=checker, feature_extractor=["transformers", "CLIPImageProcessor"])
     with pytest.warns(
@@ -350,7 +350,7 @@ def test_copied_parts_that_can_not_be_exported_are_a_warning(copy):
 
 def test_absent_component(copy):
     edit(copy / "model_index.json", vae=[None, None])
-    fails(copy, "names no vae")
+    fails(copy, "does not name a vae")
 
 
 def test_unsupported_configuration(copy):
@@ -360,19 +360,19 @@ def test_unsupported_configuration(copy):
 
 def test_keys_of_newer_versions_are_a_warning(copy):
     edit(copy / "unet/config.json", option_of_tomorrow=3, another=None)
-    with pytest.warns(UserWarning, match=r"unet/config\.json has keys .* ignored: option_of_tomorrow$") as seen:
+    with pytest.warns(UserWarning, match=r"unet/config\.json has unknown keys.* ignored: option_of_tomorrow$") as seen:
         read_folder(copy, only=())
     assert len(seen) == 1
     edit(copy / "unet/config.json", option_of_tomorrow=None)
     edit(copy / "scheduler/scheduler_config.json", a=1, b=[2], c="3", d={})
-    with pytest.warns(UserWarning, match=r"scheduler_config\.json has keys .* ignored: a, b, c and 1 more$"):
+    with pytest.warns(UserWarning, match=r"scheduler_config\.json has unknown keys.* ignored: a, b, c and 1 more$"):
         read_folder(copy, only=())
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json", "vae/config.json"])
 def test_json_that_is_nested_too_deep(copy, name):
     (copy / name).write_text("[" * 100_000)
-    fails(copy, f"{name} can't be read as JSON: brackets in brackets")
+    fails(copy, f"{name} can't be read as JSON: brackets nested")
 
 
 def test_a_configuration_of_many_megabytes_is_not_parsed(copy):
@@ -410,7 +410,7 @@ def test_clipping_of_latents(copy, lcm_folder, tmp_path):
     read_folder(copy, only=())
     folder = pathlib.Path(shutil.copytree(lcm_folder, tmp_path / "lcm"))
     edit(folder / "scheduler/scheduler_config.json", clip_sample=True)
-    fails(folder, r"scheduler_config\.json: clip_sample is on, and LatentConsistencyModelPipeline would clip")
+    fails(folder, r"scheduler_config\.json: clip_sample is true, so LatentConsistencyModelPipeline would clip")
 
 
 @pytest.mark.parametrize(
@@ -516,7 +516,7 @@ def test_file_in_place_of_a_folder(tmp_path):
 def test_hub_id_without_network():
     fails(
         "someone/no-such-model",
-        "no folder someone/no-such-model, and no model of that name could be fetched from the hub: ",
+        "no folder someone/no-such-model, and no model of that name could be downloaded from the hub: ",
     )
 
 
@@ -567,7 +567,7 @@ def test_empty_folder_is_used(copy, tmp_path):
 def test_other_folder_is_not_overwritten(copy, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="is no model folder"):
+    with pytest.raises(UserError, match="nor a model folder"):
         write_folder(read_folder(copy), tmp_path / "out")
     assert (tmp_path / "out/thesis.txt").read_text() == "mine"
 
@@ -610,7 +610,7 @@ def test_hidden_folders_are_left_behind(copy, tmp_path):
 
 @pytest.mark.parametrize("moved", ["", "blobs", "."])
 def test_links_of_a_hub_cache_are_followed(copy, tmp_path, moved):
-    """Also of one that was moved, as a whole or its blobs, to another disk."""
+    """Also if the cache, or only its blobs, was moved to another disk."""
     cache = tmp_path / "hub/models--someone--model"
     (cache / "blobs").mkdir(parents=True)
     (cache / "snapshots").mkdir()

@@ -1,4 +1,4 @@
-"""Written folders: what is in them, who may read them, and that what can't be written or loaded leaves nothing."""
+"""Written folders: content, permissions, and that a folder that can't be written or loaded leaves nothing behind."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def test_parts_are_not_written_elsewhere(copy, tmp_path, name):
     evil = dataclasses.replace(folder.components["vae"], name=name)
     folder.model_index[name] = ["diffusers", "AutoencoderKL"]
     folder.components[name] = evil
-    with pytest.raises(UserError, match=r"model_index\.json names .* no plain name"):
+    with pytest.raises(UserError, match=r"model_index\.json names .* not a plain name"):
         write_folder(folder, tmp_path / "new/out")
     assert sorted(os.listdir(tmp_path)) == ["model", "new"]
     assert not os.listdir(tmp_path / "new")
@@ -64,7 +64,7 @@ def test_weights_are_not_written_elsewhere(copy, tmp_path):
     folder.components["unet"] = dataclasses.replace(
         unet, source=dataclasses.replace(unet.source, arrangement=arrangement)
     )
-    fails(folder, tmp_path, r"the weights for unet name '\.\./evil\.safetensors', which is no plain name")
+    fails(folder, tmp_path, r"the weights for unet name '\.\./evil\.safetensors', which is not a plain name")
 
 
 def test_parts_may_be_links_to_folders(copy, tmp_path):
@@ -158,7 +158,7 @@ def test_what_no_export_writes_is_not_lost(copy, tmp_path, name, named):
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).write_text("mine")
     before = files(out)
-    with pytest.raises(UserError, match=f"^{out} holds {named}, which no export writes and .* another --out$"):
+    with pytest.raises(UserError, match=f"^{out} holds {named}, which is not from an export and .* another --out$"):
         write_folder(read_folder(copy), out)
     assert files(out) == before
 
@@ -179,12 +179,12 @@ def test_models_are_replaced_with_all_that_came_from_the_source(copy, tmp_path):
 def test_the_source_is_not_in_what_is_replaced(copy, tmp_path):
     out = write_folder(read_folder(copy), tmp_path / "out")
     inner = write_folder(read_folder(copy), out / "merged")
-    with pytest.raises(UserError, match=f"^{inner} lies in {out}, which would be replaced, and the model is read"):
+    with pytest.raises(UserError, match=f"^the model is read from {inner}, inside {out}, which would be replaced"):
         write_folder(read_folder(inner), out)
     shutil.rmtree(inner)
     shutil.rmtree(copy / "vae")
     (copy / "vae").symlink_to(out / "vae")  # the copy would lose its VAE
-    with pytest.raises(UserError, match=f"^{copy}/vae lies in {out}, which"):
+    with pytest.raises(UserError, match=f"^the model is read from {copy}/vae, inside {out}, which"):
         write_folder(read_folder(copy), out)
 
 
@@ -245,14 +245,14 @@ def fails(folder, tmp_path, message: str) -> None:
 
 def test_parts_that_are_not_there(copy, tmp_path):
     add(copy, safety_checker="StableDiffusionSafetyChecker", feature_extractor="CLIPImageProcessor")
-    with pytest.warns(UserWarning, match="can be read but not exported: .*model/safety_checker holds no weights"):
+    with pytest.warns(UserWarning, match="can be loaded but not exported: .*model/safety_checker holds no weights"):
         folder = read_folder(copy)
     fails(folder, tmp_path, "model/safety_checker holds no weights, but model_index.json names safety_checker")
     (copy / "safety_checker/model.safetensors").write_bytes(b"cut")
     fails(folder, tmp_path, "model/safety_checker/model.safetensors can't be read")
     (copy / "safety_checker/model.safetensors").unlink()
     (copy / "safety_checker/model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}')
-    fails(folder, tmp_path, "model/safety_checker/model.safetensors.index.json names a.safetensors, missing there")
+    fails(folder, tmp_path, "model/safety_checker/model.safetensors.index.json names missing files: a.safetensors")
     shutil.rmtree(copy / "safety_checker")
     fails(folder, tmp_path, "model/safety_checker holds no config.json")
     folder.model_index["safety_checker"] = [None, None]
@@ -276,10 +276,10 @@ def test_networks_that_would_not_load(copy, tmp_path, monkeypatch):
             save_file({key: array for key, array in load_file(path).items() if key != "conv_in.bias"}, path)
 
     monkeypatch.setattr(weights, "write_weights", lossy)
-    fails(folder, tmp_path, r"^what was written can't be loaded: unet: .* 1 missing \(conv_in.bias\)$")
+    fails(folder, tmp_path, r"^the written folder can't be loaded: unet: .* 1 missing \(conv_in.bias\)$")
     monkeypatch.undo()
     folder.components["vae"].config["latent_channels"] = 5
-    fails(folder, tmp_path, r"^what was written can't be loaded: vae: .* of the wrong shape")
+    fails(folder, tmp_path, r"^the written folder can't be loaded: vae: .* of the wrong shape")
 
 
 # ---- power and processes that end

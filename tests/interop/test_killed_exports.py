@@ -1,4 +1,4 @@
-"""Exports that are killed leave the old model or the new one, or nothing where there was none; never a part of one."""
+"""A killed export leaves the old model, the new model, or nothing if there was none, but never a partial one."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Names and links of a model folder: what leaves the folder is refused by name."""
+"""Names and links of a model folder: those that lead out of it are rejected by name."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_plain_names(name):
     ids=repr,
 )
 def test_other_names_are_refused(name):
-    with pytest.raises(UserError, match=r"^index\.json names .*no plain name"):
+    with pytest.raises(UserError, match=r"^index\.json names .*not a plain name"):
         places.plain_name(name, "index.json names")
 
 
@@ -61,7 +61,7 @@ def test_link_to_a_file_elsewhere(model, tmp_path, relative):
 
 
 def test_link_to_another_part(model):
-    """The boundary is the model; of a part that is a link to a folder elsewhere, that folder."""
+    """Links must stay in the model folder or, for a part that is a link to another folder, in that folder."""
     (model / "vae").mkdir()
     (model / "vae/config.json").symlink_to("../unet/config.json")
     assert checked(model, "vae") == ["config.json"]
@@ -91,7 +91,7 @@ def test_links_of_a_hub_cache(model, tmp_path):
 
 
 def test_a_moved_hub_cache_opens_no_other_folder(model, tmp_path):
-    """`blobs` of a model from elsewhere may be a link to anything; what is no blob by its name is refused."""
+    """`blobs` of an untrusted model may link to anything; files that are not named like blobs are rejected."""
     snapshot = tmp_path / "models--me--tiny/snapshots/0123"
     snapshot.parent.mkdir(parents=True)
     model.rename(snapshot)
@@ -123,7 +123,7 @@ def test_part_that_is_a_link_to_something_else(model, tmp_path, content):
     for name, value in content.items():
         (tmp_path / ".ssh" / name).write_text(json.dumps(value))
     (model / "extra").symlink_to(tmp_path / ".ssh")
-    with pytest.raises(UserError, match=r"extra is a link to .*ssh, which is no part of a model"):
+    with pytest.raises(UserError, match=r"extra is a link to .*ssh, which is not a part of a model"):
         places.file_names(model, "extra")
 
 
@@ -132,11 +132,11 @@ def test_broken_part(model, tmp_path):
     with pytest.raises(UserError, match="extra is a broken link: .*nowhere is missing"):
         places.file_names(model, "extra")
     (model / "file").write_text("")
-    with pytest.raises(UserError, match="file is no folder"):
+    with pytest.raises(UserError, match="file is not a folder"):
         places.file_names(model, "file")
 
 
 def test_named_pipe(model):
     os.mkfifo(model / "unet/pipe.json")
-    with pytest.raises(UserError, match=r"pipe\.json is no regular file"):
+    with pytest.raises(UserError, match=r"pipe\.json is not a regular file"):
         checked(model)

@@ -1,6 +1,6 @@
-"""The scripts of launch/ run here against stand-ins for gcloud, kubectl, srun and the like, which write down each call.
+"""Runs the scripts of launch/ against stand-ins for gcloud, kubectl, srun and the like, which record each call.
 
-The PATH holds these stand-ins and a few plain tools, and nothing else: no test can reach a real cloud.
+The PATH has only these stand-ins and a few basic tools, so no test can reach a real cloud.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ STAND_INS = ("gcloud", "kubectl", "nvidia-smi", "python3", "sbatch", "scontrol",
 
 @dataclasses.dataclass
 class Result:
-    """How a script ended, and the calls it made as lists of words, the tool's name first."""
+    """A script's exit code, output, and calls as lists of words that start with the tool's name."""
 
     code: int
     out: str
@@ -34,23 +34,23 @@ class Result:
     calls: list[list[str]]
 
     def calls_of(self, *words: str) -> list[list[str]]:
-        """The calls in which all these words stand."""
+        """The calls that contain all these words."""
         return [call for call in self.calls if set(words) <= set(call)]
 
     def error(self) -> str:
-        """The one line that an error is; fails where there is none, or a second one."""
+        """The single error line; fails if there is none or more than one."""
         [line] = [line for line in self.err.splitlines() if ": error: " in line]
         return line
 
 
 @dataclasses.dataclass
 class Bench:
-    """A checkout's launch folder, and a folder of files that say what the stand-ins answer."""
+    """A checkout's launch folder, and a folder of files that set the stand-ins' answers."""
 
     folder: pathlib.Path
 
     def say(self, name: str, text: str | int) -> None:
-        """What a stand-in answers; see stand_in.py."""
+        """Sets a stand-in's answer; see stand_in.py."""
         (self.folder / name).write_text(f"{text}\n")
 
     def home(self, worker: str) -> pathlib.Path:
@@ -80,7 +80,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path):
-    """A Bench; whatever training the stand-ins of its workers still run is ended with it."""
+    """A Bench; at its end, trainings that still run on its workers are stopped."""
     checkout, tools = tmp_path / "checkout", tmp_path / "bin"
     shutil.copytree(ROOT / "launch", checkout / "launch")
     (checkout / "constraints.txt").write_text("")
@@ -105,7 +105,7 @@ def bench(tmp_path):
 
 @pytest.fixture
 def until():
-    """until(test) waits for the test to be true, a minute at most."""
+    """until(test) waits until the test is true, at most a minute."""
 
     def wait(test) -> None:
         end = time.monotonic() + 60

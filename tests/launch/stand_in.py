@@ -1,14 +1,14 @@
 """python stand_in.py TOOL WORD…: plays gcloud, kubectl, srun and the like from the files in the folder $FAKE.
 
-Each call is a line of `calls`. What is answered:
-  state     what the queued resource is: the first line of several is used up; create writes ACTIVE, delete empties it
+Each call is recorded as a line of `calls`. Files that set the answers:
+  state     state of the queued resource; each call uses up one of several lines; create writes ACTIVE, delete clears it
   nodes     names of the pod's nodes (default "pod"); each has two workers, with a home each in workers/NODE-NUMBER
   type      accelerator type (default v5p-16)
-  fail_X    that many calls that have the word X in them fail first (X is ssh, scp, create, apply …)
-  mute      a worker that ssh does not reach, of which gcloud says nothing
-  tokens    here srun writes down the job's token of its environment
-  codes     exit codes of srun, one a call
-  codes-X   those of the training on worker X, one a start; "run", or no file: it runs until it gets SIGTERM
+  fail_X    number of calls with the word X that fail first (X is ssh, scp, create, apply …)
+  mute      a worker that ssh does not reach, without an error from gcloud
+  tokens    written by srun: the job's token in its environment
+  codes     exit codes of srun, one per call
+  codes-X   exit codes of the training on worker X, one per start; "run", or no file: it runs until SIGTERM
 """
 
 import json

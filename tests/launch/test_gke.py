@@ -179,7 +179,7 @@ def test_tail_status_delete(bench):
         (["create", "sd15", "--type=v4", *TRAIN], "v5e, v5p or v6e"),
         (["create", "sd15", "--type=v5e", "--topology=3x4", *TRAIN], "8x16"),
         (["create", "sd15", "--type=v5p", "--topology=4x4", *TRAIN], "as in 2x2x4"),
-        (["create", "sd15", "--type=v5p", "--topology=2x4x2", *TRAIN], "multiple of 4"),
+        (["create", "sd15", "--type=v5p", "--topology=2x4x2", *TRAIN], "multiples of 4"),
         (["create", "sd15", "--type=v5p", "--topology=4x4x8", "--chips=8", *TRAIN], "4 chips"),
         (["create", "sd15", "--type=v5e", "--topology=2x2", "--slices=2", "--image=i", *TRAIN], "several nodes"),
         (["create", "sd15", "--type=v5e", "--topology=4x4", *TRAIN], "--image is missing"),

@@ -1,4 +1,4 @@
-"""launch/gpus.sh and launch/slurm.sh: the processes they start, with which environment, and when again."""
+"""launch/gpus.sh and launch/slurm.sh: the processes that they start, their environment, and restarts."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def test_the_compile_cache_is_beside_the_workdir(bench, workdir, cache):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--gpus=0,7", *TRAIN], "no GPU 7 here, but 0, 1"),
+        (["--gpus=0,7", *TRAIN], "no GPU 7 on this machine, only 0, 1"),
         (["--gpus=all", *TRAIN], "--gpus=0,1"),
         ([], "-- python -m lcm_jax.train"),
         (["--config=c.py"], "no option --config=c.py"),

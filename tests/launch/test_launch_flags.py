@@ -1,4 +1,4 @@
-"""What all scripts of launch/ have in common: flags that the compilers know, and help that names every option."""
+"""Common to all scripts of launch/: flags that the compilers know, and help that names every option."""
 
 import os
 import pathlib

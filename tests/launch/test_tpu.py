@@ -1,4 +1,4 @@
-"""launch/tpu.sh: what it asks gcloud for, what it leaves on the workers, and how it comes back after a preemption."""
+"""launch/tpu.sh: its requests to gcloud, the state of the workers, and the restart after a preemption."""
 
 import subprocess
 
@@ -230,7 +230,7 @@ def test_resume_starts_again_what_broke_off_and_ends_the_others_first(bench):
     bench.say("codes-pod-1", "run\n0")  # it waits for the first, which died
     result = bench.run("tpu.sh", "resume", "pod", ZONE, "--type=v5p-16", *TRAIN)
     assert result.code == 0, result.err
-    assert "ended with 134; start 1 of at most 20 more" in result.err
+    assert "ended with 134; restart 1 of at most 20" in result.err
     assert len(result.calls_of("scp")) == 1
     assert (bench.home("pod-1") / "saved").exists()
 
@@ -249,7 +249,7 @@ def test_resume_does_not_repeat_a_mistake(bench):
         bench.say(f"codes-{worker}", 2)
     result = bench.run("tpu.sh", "resume", "pod", ZONE, "--type=v5p-16", *TRAIN)
     assert result.code == 1
-    assert "an error that another start does not mend" in result.error()
+    assert "an error that a restart does not fix" in result.error()
 
 
 def test_resume_does_not_repeat_a_refusal(bench):
@@ -277,8 +277,8 @@ def test_a_dry_status_claims_nothing(bench):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "which command"),
-        (["crate", "pod"], "no command crate: one of create install"),
+        ([], "a command is missing"),
+        (["crate", "pod"], "no command crate; use one of create install"),
         (["create"], "NAME"),
         (["create", "Pod", ZONE, "--type=v5p-16"], "lower-case"),
         (["create", "pod", "--type=v5p-16"], "--zone is missing"),

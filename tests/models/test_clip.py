@@ -80,7 +80,7 @@ def test_bfloat16_is_close():
 
 
 def test_the_config_of_a_text_encoder_in_a_larger_one():
-    """transformers reads the inner object, whatever stands around it."""
+    """transformers reads the inner object, whatever is around it."""
     whole = {"model_type": "clip", "hidden_size": 99, "use_attention_mask": True, "text_config": CONFIG}
     assert read_clip_text(whole) == read_clip_text(CONFIG)
 

@@ -124,7 +124,7 @@ def test_blocks_are_the_largest_that_divide(tokens, most, size):
 
 def test_tokens_that_no_block_divides_are_refused():
     x = normal(0, 1, 40, 1, 8)
-    with pytest.raises(ValueError, match="40 tokens are no multiple of the block of 16"):
+    with pytest.raises(ValueError, match="40 tokens are not a multiple of the block size 16"):
         flash_attention(x, x, x, block=16)
 
 
@@ -162,7 +162,7 @@ def test_each_layer_takes_the_program_that_can(monkeypatch, implementation, quer
 
 @pytest.mark.parametrize(("queries", "keys"), [(16, 16), (16, 7), (9, 7), (9, 9)])
 def test_cudnn_is_given_even_numbers_of_tokens(monkeypatch, queries, keys):
-    """By XLA's attention in its place: what was added for it is in no output and in no gradient."""
+    """With XLA instead of cuDNN: the padding appears in no output and in no gradient."""
     xla, seen = jax.nn.dot_product_attention, []
 
     def stand_in(q, k, v, *, implementation, **lengths):

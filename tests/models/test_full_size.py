@@ -1,4 +1,5 @@
-"""The published models: names and shapes of all parameters and eps of all norms are the peer's. No weights are made."""
+"""The published models: all parameter names and shapes and all norms' eps equal the library's. "
+"No weights are created."""
 
 import diffusers
 import pytest

@@ -1,4 +1,4 @@
-"""Gradients that are written out by hand: against those that JAX derives from the plain formulas."""
+"""Hand-written gradients against those that JAX derives from the plain formulas."""
 
 import math
 import re
@@ -143,7 +143,7 @@ def test_which_convolutions_are_taken_by_taps(out, side, stride, padding, by_tap
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, save_attention], ids=["plain", "remat", "save"])
 def test_a_cpu_takes_large_tables_by_rows(wrap):
-    """The largest array of forward and gradient is TABLE numbers, not the whole table of 2 heads."""
+    """The largest array of forward and backward has TABLE elements, not the attention scores of 2 heads."""
     n = 2 * int(row_attention.TABLE**0.5)
     x = jax.ShapeDtypeStruct((1, n, 2, 4), jnp.float32)
     step = jax.jit(jax.grad(wrap(lambda q, k, v: jnp.sin(plain_attention(q, k, v)).sum()), argnums=(0, 1, 2)))

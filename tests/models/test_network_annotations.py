@@ -1,4 +1,4 @@
-"""The shapes and dtypes that the networks declare are those that they see, in both policies and with remat."""
+"""Checks the networks' declared shapes and dtypes at run time, in both policies and with remat."""
 
 import subprocess
 import sys

@@ -111,7 +111,7 @@ def test_equals_the_peer(options, size):
 
 @pytest.fixture(scope="module")
 def micro():
-    """The peer, our parameters and inputs of one LCM form."""
+    """diffusers' UNet, and the parameters and inputs in our layout, for one LCM form."""
     peer = build({**SD, "time_cond_proj_dim": W_DIM})
     params = random_weights(peer, seed=3)
     return peer, params, inputs(network(peer).config, (8, 8), seed=4)
@@ -182,7 +182,7 @@ def test_remat_recomputes_blocks_and_changes_no_value(micro, remat):
 
 
 def test_remat_keeps_what_it_says(micro):
-    """Softmax is recomputed either way; its product with the values is not where the outputs of attention are kept."""
+    """Softmax is always recomputed; its product with the values is not if attention outputs are saved."""
     peer, params, given = micro
 
     def products(remat):

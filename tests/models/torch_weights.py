@@ -1,4 +1,4 @@
-"""Fresh random weights for a torch module, the same as our flat parameters, and how far two outputs are apart."""
+"""Random weights for a torch module and the same as flat parameters, and a comparison of two outputs."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ CLIP_PREFIX = "text_model."  # which the peer's class with a projection has, and
 
 
 def network(peer: torch.nn.Module, **options) -> Network:
-    """Our network of the configuration of a diffusers or transformers model, as its config.json would give it."""
+    """Returns our network with the configuration of a diffusers or transformers model, as in its config.json."""
     config = peer.config.to_dict() if hasattr(peer.config, "to_dict") else dict(peer.config)
     known = MODEL_CLASSES[type(peer).__name__]
     return Network(known.model, known.read(config), **options)

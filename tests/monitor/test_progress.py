@@ -1,4 +1,4 @@
-"""The bar, the plain lines, and the speed they show, by a clock of our own."""
+"""The progress bar, the plain lines, and the speed they show, with a fake clock."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""Event files as TensorBoard reads them: the record format, the purge of stale steps, pictures."""
+"""Event files as TensorBoard reads them: the record format, the purge of stale steps, images."""
 
 import contextlib
 import io
@@ -111,5 +111,5 @@ def test_an_event_file_that_was_deleted_is_noticed(tmp_path, metrics, harm):
     metrics.scalars(1, {"loss": 1.0})
     (path,) = (tmp_path / "tensorboard").iterdir()
     harm(path)
-    with pytest.raises(UserError, match=f"^{path} was deleted or moved away in mid-run"):
+    with pytest.raises(UserError, match=f"^{path} was deleted or moved during the run"):
         metrics.scalars(2, {"loss": 1.0})

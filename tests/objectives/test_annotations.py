@@ -1,4 +1,4 @@
-"""The shapes and dtypes that the mathematics and the losses declare are those that they see."""
+"""Checks the declared shapes and dtypes of the formulas and losses at run time."""
 
 import subprocess
 import sys

@@ -25,7 +25,7 @@ def normal(seed, *shape):
 
 
 def make_params(seed, *, w=True):
-    """A two-layer network on each pixel, told of t, context and w."""
+    """A two-layer network on each pixel, with inputs t, context and w."""
     rng = np.random.default_rng(seed)
     shapes = {"z": (C, HIDDEN), "t": (2, HIDDEN), "condition": (D, HIDDEN), "out": (HIDDEN, C)}
     params = {name: rng.standard_normal(shape).astype(np.float32) * 0.5 for name, shape in shapes.items()}
@@ -195,7 +195,7 @@ def test_a_student_that_knows_the_answer_has_no_loss(solver):
 
 
 def test_the_last_step_ends_where_f_is_the_identity():
-    """i = 0: from t = 19 to s = 0, where the target's network has no say."""
+    """i = 0: from t = 19 to s = 0, where the target's network has no effect."""
     first, last = (DRAWS._replace(i=np.full(B, i)) for i in (0, 49))
     other = make_params(9)
     np.testing.assert_array_equal(loss_of(draws=first)[0], loss_of(target=other, draws=first)[0])
@@ -234,7 +234,7 @@ def test_what_the_networks_are_called_with():
 
 
 def test_a_dropped_prompt_is_not_guided():
-    """Conditioned on nothing, both halves are the same: the guidance has no effect on the teacher."""
+    """With the empty condition both halves are equal, so guidance has no effect on the teacher."""
     drop = DRAWS._replace(drop=np.full(B, True))
     student = {**STUDENT, "w": np.zeros((W_DIM, HIDDEN), np.float32)}
     losses = [loss_of(student, student, draws=drop._replace(w=np.full(B, w, np.float32)))[0] for w in (0, 9)]
@@ -320,7 +320,7 @@ def test_wrong_values_are_named(values, message):
 
 def test_the_trained_grid_is_the_samplers():
     assert [LCDConfig(skip=k).solver_steps(1000) for k in (1, 15, 20, 45, 1000)] == [1000, 66, 50, 22, 1]
-    with pytest.raises(UserError, match=r"skip is 60: its 16 steps are 62 timesteps apart to a sampler; take skip=62"):
+    with pytest.raises(UserError, match=r"skip is 60, but a sampler's 16 steps are 62 timesteps apart; use skip=62"):
         LCDConfig(skip=60).solver_steps(1000)
     with pytest.raises(UserError, match="skip is 1001"):
         LCDConfig(skip=1001).solver_steps(1000)

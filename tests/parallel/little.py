@@ -1,4 +1,4 @@
-"""What the tests of this room share: the sizes of little runs, their data, and what their programs exchange."""
+"""Shared by the tests of this folder: sizes of small runs, their data, and the collectives of their programs."""
 
 import numpy as np
 

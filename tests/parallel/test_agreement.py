@@ -1,4 +1,4 @@
-"""Processes that were started with different options, models or data: each ends, with one line that says which."""
+"""Processes started with different options, models or data: each ends with one line that names the difference."""
 
 import itertools
 import json
@@ -61,7 +61,7 @@ def other_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ended(quick, other_model, other_data, other_file, tmp_path_factory):
-    """{case: (exit codes, outputs)}: the last process of each run was started with one other option."""
+    """{case: (exit codes, outputs)}: the last process of each run was started with one different option."""
     cases = {
         "optimizer": (2, "--config.optimizer.learning_rate=1"),
         "split": (2, "--config.data.split=validation"),
@@ -113,12 +113,12 @@ def ended(quick, other_model, other_data, other_file, tmp_path_factory):
         ("no file", "process 1 on .*: --config=/nowhere.py: there is no file /nowhere.py$"),
         ("no option", "process 1 on .*: there is no option --nothing=1"),
         ("no number", "process 1 on .*: argument --wait: invalid float value: 'long'$"),
-        ("no step", "process 1 on .*: --compiled=/nowhere: there is no such file"),
-        ("held", "process 0 on .*: --workdir=.*: process .* trains there; wait for its end or stop it"),
+        ("no step", "process 1 on .*: --compiled=/nowhere: the file does not exist"),
+        ("held", "process 0 on .*: --workdir=.*: process .* is training in it; wait until it ends, stop it"),
         ("model", r"unet weights differs: process 1 on .* has \w{32}, process 0 on .* has \w{32};"),
         (
             "workdir",
-            r"what is in --workdir \(config.json\) differs: process 1 on .* has nothing, process 0 on .* has",
+            r"content of config.json in --workdir differs: process 1 on .* has nothing, process 0 on .* has",
         ),
         ("data", r"data records 0 to \d+ differs: process 3 on .* has \w{32}, process 0 on .* has \w{32};"),
     ],
@@ -133,7 +133,7 @@ def test_every_process_ends_with_the_line_that_names_the_difference(ended, case,
 
 
 def test_what_may_differ_from_host_to_host(quick, tmp_path):
-    """Where inputs lie and how many threads read them; their content is compared instead."""
+    """Paths of inputs and the number of threads may differ; the content of inputs is compared instead."""
 
     def config(**changes):
         tree = default_config().to_dict()
@@ -196,7 +196,9 @@ def test_a_thousand_processes_read_little(monkeypatch):
         {"process": f"process {i}", "problem": "", "later": False, "difference": "d" * (i > 1)} for i in range(count)
     ]
     store.content = {f"lcm_jax/agree/0/{i}": json.dumps(report) for i, report in enumerate(reports) if i}
-    with pytest.raises(agreement.Disagreement, match="^d; 997 more processes differ; start all with the same"):
+    with pytest.raises(
+        agreement.Disagreement, match="^d; 997 more processes differ; start all processes with the same"
+    ):
         agree(0, long)
     store.content = {"lcm_jax/agree/0/verdict": json.dumps(["why", True]), "lcm_jax/agree/0/hash": "x"}
     monkeypatch.setattr(run, "process_id", 1)
@@ -236,7 +238,7 @@ def test_flags_of_the_compiler_are_compared_without_places(monkeypatch, here, th
 
 def test_devices_are_compared_by_number_and_kind(monkeypatch):
     devices = jax.devices()
-    assert agreement.of_devices(devices)["devices of a process"] == "8 cpu (cpu)"
-    assert agreement.of_devices(devices[:4])["devices of a process"] == "4 cpu (cpu)"
+    assert agreement.of_devices(devices)["devices per process"] == "8 cpu (cpu)"
+    assert agreement.of_devices(devices[:4])["devices per process"] == "4 cpu (cpu)"
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert agreement.of_devices(devices)["devices of a process"] == "0 "
+    assert agreement.of_devices(devices)["devices per process"] == "0 "

@@ -1,4 +1,4 @@
-"""The sizes of a mesh, which devices lie where in it, and what a user reads after a slip."""
+"""The sizes of a mesh, the places of devices in it, and error messages."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -61,7 +61,7 @@ def asking():
 
 def test_an_accelerator_that_is_asked_for_and_not_found_is_one_line(asking, monkeypatch):
     asking("cuda,cpu")
-    with pytest.raises(Unavailable, match="asks for cuda, and JAX finds a CPU only; .* with the extra 'cuda'"):
+    with pytest.raises(Unavailable, match="requests cuda, but JAX finds only a CPU; .* with the extra 'cuda'"):
         make_mesh(MeshConfig())
     asking("tpu,cpu")
     monkeypatch.setattr("jax.devices", lambda: (_ for _ in ()).throw(RuntimeError("no TPU\nat length")))
@@ -72,9 +72,9 @@ def test_an_accelerator_that_is_asked_for_and_not_found_is_one_line(asking, monk
 def test_a_batch_divides_by_devices_and_micro_batches():
     mesh = make_mesh(MeshConfig())
     check_batch(16, 2, mesh)
-    with pytest.raises(UserError, match="config.batch_size=12 does not divide by the 8 devices$"):
+    with pytest.raises(UserError, match="config.batch_size=12 is not divisible by the 8 devices$"):
         check_batch(12, 1, mesh)
-    with pytest.raises(UserError, match="config.batch_size=24 does not divide by the 8 devices times config.accumul"):
+    with pytest.raises(UserError, match="config.batch_size=24 is not divisible by the 8 devices times config.accumul"):
         check_batch(24, 2, mesh)
 
 
@@ -96,5 +96,5 @@ def test_weights_stay_inside_a_slice(monkeypatch):
     grid = make_mesh(MeshConfig(data=-1, fsdp=2), devices)
     assert grid.shape == (4, 2)
     assert [{device.slice_index for device in row} for row in grid] == [{0}, {0}, {1}, {1}]
-    with pytest.raises(UserError, match="config.mesh.data=1 is no multiple of the 2 slices"):
+    with pytest.raises(UserError, match="config.mesh.data=1 is not a multiple of the 2 slices"):
         make_mesh(MeshConfig(data=1, fsdp=8), devices)

@@ -1,4 +1,4 @@
-"""A run of the train command that goes on over another mesh than it began on."""
+"""A run of the train command that resumes on a different mesh."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Where a process stands: by its options, by SLURM, by nothing."""
+"""The place of a process: from its options, from SLURM, or none."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_an_environment_that_can_not_be_read_is_one_line(monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "abc")
-    with pytest.raises(UserError, match="node007:abc, by the environment .* is not HOST:PORT"):
+    with pytest.raises(UserError, match="node007:abc, from this cluster's environment .* is not HOST:PORT"):
         find(None, None, None)
     monkeypatch.setenv("SLURM_NTASKS", "many")
     with pytest.raises(UserError, match="JAX can't read the environment of Slurm: .*many"):
@@ -64,15 +64,15 @@ def test_an_mpirun_that_tells_jax_nothing_is_no_lone_process(monkeypatch):
     [
         (
             ("host:8476", None, None),
-            "--num-processes, --process-id is missing; of --coordinator, --num-processes, --pr",
+            "--num-processes, --process-id is missing; give all or none of --coordinator, ",
         ),
         ((None, 2, 1), "--coordinator is missing"),
         (("host", 2, 1), "--coordinator=host is not HOST:PORT, as in 10.0.0.1:8476"),
         (("host:70000", 2, 1), "is not HOST:PORT"),
         ((":8476", 2, 1), "is not HOST:PORT"),
         (("host:2", 2, 1), "is not HOST:PORT"),  # the roll call has no port two below
-        (("host:8476", 2, 2), r"--process-id=2 is not in 0\.\.1, the numbers of 2 processes"),
-        (("host:8476", 2, -1), "--process-id=-1 is not in"),
+        (("host:8476", 2, 2), r"--process-id=2 must be in 0\.\.1 for 2 processes"),
+        (("host:8476", 2, -1), "--process-id=-1 must be in"),
     ],
 )
 def test_what_is_missing_or_wrong_is_named(given, said):

@@ -1,4 +1,4 @@
-"""The train command in several real processes: losses as in one; stopped, killed, and gone on with by others."""
+"""The train command in several real processes: losses as with one; stopped, killed, and resumed by others."""
 
 import os
 import pathlib
@@ -130,7 +130,7 @@ def test_killed_and_stopped_it_goes_on_with_any_number_of_processes(options, by_
     codes, outputs = group.end()
     assert codes == [1, -signal.SIGKILL], outputs
     assert re.search(
-        r"lcm-jax: error: process 1 on \S+ is gone, without a word \(killed\?\); all processes", outputs[0]
+        r"lcm-jax: error: process 1 on \S+ was lost without an error message \(killed\?\); all processes", outputs[0]
     )
 
     group = Group(options, workdir, 2)
@@ -138,7 +138,7 @@ def test_killed_and_stopped_it_goes_on_with_any_number_of_processes(options, by_
     group.processes[1].send_signal(signal.SIGTERM)
     codes, outputs = group.end()
     assert codes == [128 + signal.SIGTERM] * 2, outputs
-    stopped = int(re.search(rf"Stopped at step (\d+) of {STEPS}, saved", outputs[0])[1])
+    stopped = int(re.search(rf"Stopped and saved at step (\d+) of {STEPS}", outputs[0])[1])
     assert good_steps(workdir / "checkpoints")[0] == stopped < STEPS
 
     by_one = run(options, shutil.copytree(workdir, tmp_path / "by_one"), 1)
@@ -153,7 +153,7 @@ def test_the_first_process_killed_is_noticed_too(options, tmp_path):
     group.processes[0].kill()
     codes, outputs = group.end()
     assert codes == [-signal.SIGKILL, 1], outputs
-    assert "error: process 0 is gone, without a word (killed?)" in outputs[1]
+    assert "error: process 0 was lost without an error message (killed?)" in outputs[1]
 
 
 def test_why_one_ended_is_told_by_the_others(options, tmp_path):
@@ -165,7 +165,7 @@ def test_why_one_ended_is_told_by_the_others(options, tmp_path):
 
 
 def test_others_that_do_not_come_are_one_line(options, tmp_path):
-    for only, said in (((0,), "waited in vain for 1 of 2 processes: 1 (here: 0 on"), ((1,), "does not answer (")):
+    for only, said in (((0,), "timed out waiting for 1 of 2 processes: 1 (here: 0 on"), ((1,), "does not answer (")):
         codes, outputs = Group(options, tmp_path / "run", 2, wait=1, only=only).end()
         assert codes == [1], outputs  # worth another try
         assert said in outputs[0].splitlines()[-1]

@@ -1,4 +1,4 @@
-"""The step on eight devices against the same on one: whatever the mesh, the same weights come out."""
+"""The step on eight devices against one device: every mesh gives the same weights."""
 
 import re
 
@@ -95,7 +95,7 @@ def test_eight_devices_train_adapters_as_one_does(little, configure, adapters_al
 
 
 def test_the_reference_moves(little, configure, alone):
-    """Else two runs that both stand still would be equal."""
+    """Otherwise two runs that both change nothing would be equal."""
     config, parts = configure()
     moved = [
         np.abs(alone[0]["params"]["unet"][path] - array).max() / np.abs(array).max()
@@ -107,8 +107,8 @@ def test_the_reference_moves(little, configure, alone):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"mesh": MeshConfig(8, 1), "batch_size": 12}, "config.batch_size=12 does not divide by the 8 devices"),
-        ({"accumulate": 4}, "does not divide by the 8 devices times config.accumulate=4"),
+        ({"mesh": MeshConfig(8, 1), "batch_size": 12}, "config.batch_size=12 is not divisible by the 8 devices"),
+        ({"accumulate": 4}, "is not divisible by the 8 devices times config.accumulate=4"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_one_line(changes, said, configure):
@@ -150,7 +150,7 @@ def test_each_option_changes_what_is_exchanged(configure):
 
 
 def test_nothing_but_weights_and_sums_is_exchanged(configure):
-    """In the compiled program: no activation leaves its device, whatever XLA makes of the divided weights."""
+    """In the compiled program no activation leaves its device, however XLA handles the sharded weights."""
     config, parts = configure(mesh=MeshConfig(2, 4, frozen="sharded"))
     program = make_program(config, parts, make_mesh(config.mesh))
     found = collectives(program.lower().compile(compiler_options=QUICK).as_text())

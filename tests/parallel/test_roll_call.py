@@ -1,4 +1,4 @@
-"""Processes that wait for each other, refuse each other, and notice who is lost; here in threads."""
+"""Processes that wait for each other, reject each other, and detect lost ones; here as threads."""
 
 import contextlib
 import re
@@ -22,7 +22,7 @@ def address():
 
 
 class Member(threading.Thread):
-    """One process: what it said, how it got on, and what it heard of lost ones."""
+    """One process: its printed lines, its error, and the messages about lost processes."""
 
     def __init__(self, address, process, count, wait=20.0, token=""):
         super().__init__(daemon=True)
@@ -72,7 +72,7 @@ def test_all_come_and_leave_in_any_order(address):
 def test_a_coordinator_of_jax_that_can_not_be_reached_is_told_to_all(address):
     host, _, port = address.rpartition(":")
     first = Member(address, 0, 2)
-    said = "JAX can't connect to .*: Connection refused; process 0 is there, so is its port"
+    said = "JAX can't connect to .*: Connection refused; process 0 is running, so is its port"
     with pytest.raises(Unavailable, match=said):
         Processes(Place(f"{host}:{int(port) + ROLL_CALL}", 1, 2), wait=1)
     assert first.heard.wait(20)
@@ -84,10 +84,10 @@ def test_who_is_missing_is_said(address, monkeypatch):
     late = [Member(address, i, 4) for i in (3, 0)]
     time.sleep(1.5)
     said = late[1].said[-1]
-    assert said.startswith("Waiting for 2 of 4 processes: 1, 2 (here: 0 on ")
+    assert said.startswith("Waiting for 2 of 4 processes: 1, 2 (connected: 0 on ")
     assert ", 3 on " in said
     assert said.endswith("). Start it.")
-    assert "process 0 says which" in late[0].said[-1]
+    assert "process 0 prints which" in late[0].said[-1]
     late += [Member(address, i, 4) for i in (1, 2)]
     for member in late:
         member.join(20)
@@ -97,30 +97,30 @@ def test_who_is_missing_is_said(address, monkeypatch):
 def test_waiting_in_vain_ends_in_one_line(address):
     alone = Member(address, 0, 3, wait=0.5)
     alone.join(20)
-    assert alone.error.startswith("waited in vain for 2 of 3 processes: 1, 2 (here: 0 on ")
+    assert alone.error.startswith("timed out waiting for 2 of 3 processes: 1, 2 (connected: 0 on ")
 
 
 def test_a_list_that_does_not_answer_is_named(address):
     nobody = Member(address, 1, 2, wait=0.1)
     nobody.join(20)
     assert nobody.error.startswith("process 0 at 127.0.0.1, port ")
-    assert "does not answer (Connection refused); does it run, and is the port open?" in nobody.error
+    assert "does not answer (Connection refused); is it running, and is the port open?" in nobody.error
 
 
 def test_a_port_that_is_taken_is_one_line(address):
     with socket.create_server(("", int(address.rpartition(":")[2]))):
         first = Member(address, 0, 2, wait=0.1)
         first.join(20)
-    assert "can't be opened here: Address already in use; is an old run alive?" in first.error
+    assert "can't be opened here: Address already in use; is an old run still running?" in first.error
 
 
 @pytest.mark.parametrize(
     ("process", "count", "said"),
     [
-        (1, 3, "it is one of 3 processes, process 0 one of 2; give all the same number"),
-        (0, 2, "another one of that"),
-        (99, 2, "process 99 on .* is refused by process 0: the numbers of 2 processes are 0 to 1"),
-        (1.0, 2, "process 0 refuses what it was sent: a message: process is 1.0; supported: a whole number"),
+        (1, 3, "it expects 3 processes, process 0 expects 2; give all the same number"),
+        (0, 2, "has that number; give each its own"),
+        (99, 2, "process 0 refused process 99 on .*: its number must be in 0..1, since the run has 2 processes"),
+        (1.0, 2, "process 0 received an invalid message: a message: process is 1.0; supported: a whole number"),
         ("1", 2, "process is '1'; supported: a whole number"),
     ],
 )
@@ -178,7 +178,7 @@ def test_a_line_without_an_end_is_not_kept(address):
         connection.sendall(b"[" * (roll_list.LINE + 1))
         lines = connection.makefile("rb")
         assert b"challenge" in lines.readline()
-        assert b"process 0 refuses what it was sent: a message is longer than 8192 bytes" in lines.readline()
+        assert b"process 0 received an invalid message: a message is longer than 8192 bytes" in lines.readline()
 
 
 @pytest.mark.parametrize(("token", "its"), [("secret", ""), ("", "secret"), ("secret", "Secret")])
@@ -187,7 +187,9 @@ def test_one_without_the_token_of_the_job_is_refused(address, token, its):
     time.sleep(0.3)
     stranger = Member(address, 1, 2, token=its)
     stranger.join(20)
-    assert "its LCM_JAX_JOB_TOKEN is not that of process 0; give all processes of a run the same" in stranger.error
+    assert (
+        "its LCM_JAX_JOB_TOKEN differs from that of process 0; set the same in all processes of a run" in stranger.error
+    )
     assert "ecret" not in stranger.error
     second = Member(address, 1, 2, token=token)
     for member in (first, second):
@@ -205,9 +207,9 @@ def test_a_proof_is_good_for_one_challenge_and_one_introduction():
     ("host", "where", "why"),
     [
         ("127.0.0.1", ["127.0.0.1"], ""),
-        ("192.0.2.1", ["0.0.0.0"], "192.0.2.1 is no address of this machine (NAT, a container?)"),
-        ("no-such-host.invalid", ["0.0.0.0"], "no-such-host.invalid has no address here"),
-        ("me", ["0.0.0.0"], "me is an address of this machine alone, by its own name service"),
+        ("192.0.2.1", ["0.0.0.0"], "192.0.2.1 is not an address of this machine (NAT, a container?)"),
+        ("no-such-host.invalid", ["0.0.0.0"], "no-such-host.invalid can't be resolved on this machine"),
+        ("me", ["0.0.0.0"], "me resolves to a loopback address on this machine"),
     ],
 )
 def test_it_listens_where_the_coordinator_is(monkeypatch, host, where, why):
@@ -227,7 +229,7 @@ def test_a_lost_process_is_told_to_all_others(address):
     for i in (0, 2):
         assert members[i].heard.wait(20)
         assert members[i].lost[0].startswith("process 1 on ")
-        assert members[i].lost[0].endswith(" is gone, without a word (killed?)")
+        assert members[i].lost[0].endswith(" was lost without an error message (killed?)")
 
 
 def test_why_a_process_ended_is_told(address):

@@ -1,7 +1,7 @@
 """Runs the train command in real processes that share one import: forked from this one before JAX starts.
 
 Standard input: a JSON list of cases, each a list of the arguments of its processes. Standard output: for each case the
-exit codes and what was printed.
+exit codes and the output.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Reading a scheduled program: loops multiplied, sizes of types, exchanges in each of the forms that XLA gives them."""
+"""Parsing a scheduled program: loop counts, sizes of types, and collectives in each form that XLA emits."""
 
 import pathlib
 

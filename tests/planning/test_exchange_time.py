@@ -1,4 +1,4 @@
-"""The model of exchanges: formulas on small tori, and what has to grow when a group grows."""
+"""The model of communication time: formulas on small tori, and growth with the group size."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The plan command on a micro model: compiled for real topologies, read, printed and kept."""
+"""The plan command on a micro model: compiled for real topologies, parsed, printed and saved."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def used(figures):
 
 
 def test_weights_divided_over_a_v5p(denoising, tmp_path, capsys):
-    """All that is exchanged are weights and gradients; anything else that appears here is a mistake."""
+    """Only weights and gradients are communicated; anything else here is a bug."""
     figures, output = planned(
         denoising,
         tmp_path,
@@ -84,9 +84,9 @@ def test_weights_divided_over_a_v5p(denoising, tmp_path, capsys):
     assert any(row["module"].startswith("denoiser/down_blocks.0/attentions") for row in figures["profile"])
     for said in ("it fits", "all-gather", "fraction of peak", "where the time goes", "compiled in"):
         assert said in output.out
-    assert "2 at once on a chip" in output.out
-    assert "at once on a chip" in table({**figures, "batch_a_chip": 8, "accumulate": 2})
-    assert "at once on a chip" not in table({**figures, "batch_a_chip": 8})
+    assert "2 per chip and micro-batch" in output.out
+    assert "per chip and micro-batch" in table({**figures, "batch_a_chip": 8, "accumulate": 2})
+    assert "per chip and micro-batch" not in table({**figures, "batch_a_chip": 8})
     assert output.err == ""  # libtpu keeps quiet
     _, header, content = (tmp_path / "x").read_bytes().split(b"\n", 2)
     made = json.loads(header)
@@ -117,7 +117,7 @@ def test_this_machines_own_devices(autoencoder, tmp_path, capsys):
     assert figures["fits"] is None
     assert figures["flops_a_chip"]["model"] > 0
     assert "it fits" not in output.out
-    assert "at once on a chip" not in output.out
+    assert "per chip and micro-batch" not in output.out
 
 
 def test_a_lora_is_planned(options):
@@ -151,15 +151,15 @@ def test_a_batch_that_is_too_small_is_raised_and_said(options, capsys):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--topology=v7x-16"], "--topology=v7x-16 is not known; there are v4-64 or v4:4x4x4"),
+        (["--topology=v7x-16"], "--topology=v7x-16 is unknown; use v4-64 or v4:4x4x4"),
         (["--topology=v5p-16", "--config.mesh.fsdp=3"], "config.mesh.fsdp=3 do not multiply to the 8 devices"),
-        (["--topology=v5p-16", "--config.batch_size=12"], "config.batch_size=12 does not divide by the 8 devices"),
+        (["--topology=v5p-16", "--config.batch_size=12"], "config.batch_size=12 is not divisible by the 8 devices"),
         (["--topology=v5p-16", "--batch-a-chip=0"], "--batch-a-chip=0; it must be at least 1"),
         (["--topology=v5p-16", "--slices=0"], "--slices=0; it must be at least 1"),
         (["--topology=v5p-16", "--search", "--batch-a-chip=0"], "--batch-a-chip=0; it must be at least 1"),
         (["--topology=v5p-16", "--json=/"], "--json=/ is a folder"),
-        (["--topology=local", "--search"], "no times are known"),
-        (["--topology=v5p-16", "--search", "--save=x"], "--save keeps one step"),
+        (["--topology=local", "--search"], "local has no time estimates"),
+        (["--topology=v5p-16", "--search", "--save=x"], "--save writes one step"),
         (["--topology=v5p-16", "--jsn=x"], "there is no option --jsn=x; did you mean '--json'?"),
     ],
 )
@@ -171,7 +171,7 @@ def test_bad_input_is_one_line(options, given, said, capsys):
 
 
 def test_search_recommends_the_fastest_that_fits(options, monkeypatch, capsys, tmp_path):
-    """What the compiler says is given here: more a chip is faster, less recomputation too, and both take memory."""
+    """With fake compiler results: a larger batch per chip and less recomputation are faster, but need more memory."""
 
     def report(config, compiled):
         batch, fsdp = config.batch_size // 4, config.mesh.fsdp
@@ -205,11 +205,11 @@ def test_nothing_that_fits_is_told_by_the_exit_code(options, monkeypatch, capsys
     assert cli.run(plan.main, [*options, "--topology=v5p-8", "--search", "--batch-a-chip=2"], "plan") == 1
     output = capsys.readouterr().out
     assert "  out of memory" in output
-    assert "Nothing that was tried fits." in output
+    assert "None of these combinations fits." in output
 
 
 def test_what_does_not_fit_is_told_with_its_parts(autoencoder, monkeypatch, capsys, tmp_path):
-    """Any other mishap of the compiler is a mistake."""
+    """Any other compiler error is a UserError."""
     said = ["RESOURCE_EXHAUSTED: 23 of 16 GiB\nat length"]
 
     def give_up(self):
@@ -229,4 +229,4 @@ def test_what_does_not_fit_is_told_with_its_parts(autoencoder, monkeypatch, caps
         assert said_then in output
     said[0] = "INTERNAL: a mishap"
     assert cli.run(plan.main, [*autoencoder, "--topology=v5p-8"], "plan") == 2
-    assert "the compiler gives up: INTERNAL: a mishap" in capsys.readouterr().err
+    assert "the compiler failed: INTERNAL: a mishap" in capsys.readouterr().err

@@ -37,15 +37,15 @@ def test_products_and_shapes(name, shape, chips):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("v5p-17", r"--topology=v5p-17 is not rented; there are v5p-8, v5p-16, .*v5p-12288, and shapes like v5p:4x4x4"),
-        ("v5e-512", r"is not rented; there are v5e-1, .*v5e-256, and"),
+        ("v5p-17", r"--topology=v5p-17 is not offered; use v5p-8, v5p-16, .*v5p-12288, or a shape like v5p:4x4x4"),
+        ("v5e-512", r"is not offered; use v5e-1, .*v5e-256, or"),
         ("v5p:4x4", "v5p has 3 dimensions and at most 6144 chips, as in v5p:4x4x4"),
         ("v5e:32x32", "v5e has 2 dimensions and at most 256 chips"),
         ("v5e:0x4", "v5e has 2 dimensions"),
-        ("v7-64", r"--topology=v7-64 is not known; there are v4-64 or v4:4x4x4, .*, and local"),
-        ("tpu", "is not known"),
-        ("v5p", "is not known"),
-        ("v5p-", "is not known"),
+        ("v7-64", r"--topology=v7-64 is unknown; use v4-64 or v4:4x4x4, .*, or local"),
+        ("tpu", "is unknown"),
+        ("v5p", "is unknown"),
+        ("v5p-", "is unknown"),
     ],
 )
 def test_what_is_not_known_is_answered_with_what_is(name, said):
@@ -79,7 +79,7 @@ def test_small_slices_are_known_to_the_compiler(name):
 
 
 def test_libtpu_is_the_one_that_jax_asks_for(tmp_path):
-    """Beside another, the profiler of JAX ends the process with a segmentation fault once libtpu is loaded."""
+    """With another version, JAX's profiler crashes with a segmentation fault once libtpu is loaded."""
     devices(parse("v5e:2x2"))
     with jax.profiler.trace(str(tmp_path)):
         jax.block_until_ready(jax.jit(jnp.square)(jnp.ones(8)))

@@ -1,4 +1,4 @@
-"""A run whose workdir is in a bucket: killed, started again, exported, against an emulator of Google Cloud Storage."""
+"""A run whose workdir is in a bucket: killed, restarted, exported, on an emulator of Google Cloud Storage."""
 
 import json
 import os
@@ -93,7 +93,8 @@ def test_what_is_damaged_or_cut_short_is_passed_over(bucket, quick, capsys):
     meta = run / "checkpoints" / "4" / "meta" / "metadata"
     meta.write_text(meta.read_text().replace('"crc": ', '"crc": 1'))
     assert train_on_one(four) == 0
-    said = f"step 4 is damaged (its description does not have its checksum); going on from step 2; it is kept as {run}"
+    said = "step 4 is damaged (its metadata does not match its checksum); resuming from step 2; the damaged one is kept"
+    said = f"{said} as {run}"
     assert said in capsys.readouterr().err
     assert state(run, 4) == before
     assert (run / "checkpoints" / "4.damaged" / "meta" / "metadata").exists()
@@ -102,7 +103,7 @@ def test_what_is_damaged_or_cut_short_is_passed_over(bucket, quick, capsys):
     assert steps(run) == [2]
     (run / "checkpoints" / "2" / "params" / "d").rmtree()
     assert train_on_one(four) == 2
-    assert f"{run}/checkpoints: no checkpoint is whole (step 2: " in capsys.readouterr().err
+    assert f"{run}/checkpoints: all checkpoints are damaged (step 2:  " in capsys.readouterr().err
 
 
 def test_a_profile_goes_to_the_bucket(bucket, quick):
@@ -135,11 +136,11 @@ def test_curves_grow_in_parts(bucket, monkeypatch):
     ("workdir", "message"),
     [
         ("gs://no-such-bucket/run", "gs://no-such-bucket/run/lock.json can't be written: "),
-        ("gs://bucket", "--workdir=gs://bucket must name a bucket and a place in it: gs://BUCKET/PATH"),
+        ("gs://bucket", "--workdir=gs://bucket must name a bucket and a path in it: gs://BUCKET/PATH"),
         ("", "--workdir= is empty; give a folder, or gs://BUCKET/PATH"),
-        ("gs:///run", "--workdir=gs:///run must name a bucket and a place in it: gs://BUCKET/PATH"),
-        ("/gs/bucket/run", "--workdir=/gs/bucket/run would be taken for a bucket's place; choose a folder outside"),
-        ("s3://bucket/run", "--workdir=s3://bucket/run: a run is written to a folder, or to gs://BUCKET/PATH"),
+        ("gs:///run", "--workdir=gs:///run must name a bucket and a path in it: gs://BUCKET/PATH"),
+        ("/gs/bucket/run", "--workdir=/gs/bucket/run would be read as a gs:// path; choose another folder"),
+        ("s3://bucket/run", "--workdir=s3://bucket/run must be a local folder, or gs://BUCKET/PATH"),
     ],
 )
 def test_places_that_do_not_do(bucket, quick, tmp_path, monkeypatch, capsys, workdir, message):
@@ -172,11 +173,11 @@ def test_one_run_a_place(bucket, monkeypatch):
     monkeypatch.setattr(workdir, "BEAT", 0.05)
     monkeypatch.setattr(workdir, "_LOOK", 0.1)
     with workdir.hold(run) as held:
-        with pytest.raises(UserError, match=f"--workdir={run}: process {os.getpid()} on .* trains there"):
+        with pytest.raises(UserError, match=f"--workdir={run}: process {os.getpid()} on .* is training in it"):
             workdir.hold(run).__enter__()
         with monkeypatch.context() as patch:
             patch.setattr(workdir, "_here", lambda here=workdir._here(): {**here, "host": "another"})
-            with pytest.raises(Unavailable, match="trains there"):  # by its signs of life
+            with pytest.raises(Unavailable, match="is training in it"):  # by its signs of life
                 workdir.hold(run).__enter__()
         held.check()
         lock = workdir._BucketLock(run / workdir.LOCK)
@@ -187,7 +188,7 @@ def test_one_run_a_place(bucket, monkeypatch):
         with pytest.raises(UserError):
             lock.renew(content, generation)  # a renewal that had read it before must not bring it back
         time.sleep(0.1)
-        with pytest.raises(UserError, match=f"{run} is no longer this run's folder: lock.json is not there"):
+        with pytest.raises(UserError, match=f"{run} is no longer this run's folder: lock.json is missing"):
             held.check()
         lock.create(content.replace(b'"host": "', b'"host": "of '))
     assert lock.read()  # that of another run, which gives no sign of life

@@ -1,6 +1,6 @@
 """Whole training steps of distillation against torch: the networks of diffusers, the paper's algorithm, AdamW, EMA.
 
-Noise, timesteps and w are those that the step draws; all the rest is computed anew, in float32.
+Noise, timesteps and w are the step's random draws; everything else is recomputed in float32.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads of torch cost more than they give on layers this small."""
+    """Torch is slower with several threads on layers this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""What a run began with is what it is resumed and exported with: another model or data set is refused by name."""
+"""A run is resumed and exported only with its original inputs: a changed model or data set is an error."""
 
 import dataclasses
 import json
@@ -24,11 +24,11 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 class Reached(Exception):
-    """The start of a run came past the comparison of its inputs."""
+    """Raised when a run's start has passed the comparison of its inputs."""
 
 
 class Run:
-    """A run with its own copies of model and data, which ends each start where its inputs were accepted."""
+    """A run with its own copies of model and data; each start ends once its inputs are accepted."""
 
     def __init__(self, quick, root, monkeypatch):
         self.model, self.data, self.workdir = root / "model", root / "data", root / "run"
@@ -97,7 +97,7 @@ def test_a_changed_input_is_refused_by_name(run, name, capsys):
     assert run.start("--config.steps=7") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"error: {name}" in line
-    assert f" changed since the run in {run.workdir} began; put back what was there, or choose another --work" in line
+    assert f" changed since the run in {run.workdir} began; restore the original, or choose another --work" in line
     assert (run.workdir / "config.json").read_text() == before  # a start that is refused changes nothing
     (run.workdir / "inputs.json").unlink()  # as the line says; and as of a run of an older version
     run.accepted()
@@ -106,7 +106,7 @@ def test_a_changed_input_is_refused_by_name(run, name, capsys):
 
 
 def test_content_alone_counts(run):
-    """Not where it lies, in how many files, or which version of which program wrote it."""
+    """Path, number of files, and the program that wrote them do not matter."""
     change_json(run.model / "unet/config.json", _diffusers_version="99.0", dropout=0.0, freq_shift=0)
     change_json(run.model / "vae/config.json", force_upcast=False)
     change_json(run.model / "text_encoder/config.json", dtype="float32", transformers_version="99.0")

@@ -85,7 +85,7 @@ def test_a_run_that_is_killed_and_stopped_ends_bit_identical(options, tmp_path):
     code, output = trained(command, *runs, (workdir, *nothing))
     codes = [int(line) for line in re.findall(r"exit code (\d+)", output)]
     assert codes == [*(128 + number for *_, number in stops), 0], output
-    steps = [int(step) for step in re.findall(rf"Stopped at step (\d+) of {STEPS}, saved", output)]
+    steps = [int(step) for step in re.findall(rf"Stopped and saved at step (\d+) of {STEPS}", output)]
     assert all(wanted <= step < STEPS for step, (_, wanted, _) in zip(steps, stops, strict=True)), output
     arrays, _, step = everything(reference)
     assert step == STEPS

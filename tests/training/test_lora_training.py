@@ -1,4 +1,4 @@
-"""Adapters are trained: the loss and its gradient are those of merged weights, and nothing else is kept or changed."""
+"""Training of adapters: loss and gradient equal those of merged weights, and nothing else is stored or changed."""
 
 import dataclasses
 import json
@@ -230,7 +230,7 @@ def test_checkpoints_hold_the_adapters_alone(run):
 
 
 def test_previews_are_drawn_with_the_adapters(run, folder):
-    """The grid of the last step is what the pipeline draws with the adapters of that step, not the base's."""
+    """The sample grid of the last step equals the pipeline's images with that step's adapters, not the base's."""
     config = load_resolved(run)
     parts = make_parts(config, folder, load_tokenizer(folder))
     preview, frozen = make_preview(config, parts, load_tokenizer(folder)), frozen_params(config, parts, folder)
@@ -249,7 +249,7 @@ def test_another_base_is_noticed(run, folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unet weights.* in .*micro changed since the run in .* began"):
         export.export(run, tmp_path / "x.safetensors")
     monkeypatch.setattr(identity, "changed", lambda *_: "")  # as for a run that has recorded nothing
-    with pytest.raises(UserError, match="the adapters in .* don't fit .*, which holds another model"):
+    with pytest.raises(UserError, match="the adapters in .* don't fit .*, which is not the model"):
         export.export(run, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -331,7 +331,7 @@ def with_recipe(files, folder, path, **changes):
 
 
 def test_each_recipe_has_its_own_program(files, folder, tmp_path):
-    """At a timestep scaling this small the boundary condition is seen; a LoRA of weight 0 has no say in it."""
+    """At this small timestep scaling the boundary condition is visible; a LoRA with weight 0 has no effect on it."""
     files = [with_recipe(files, folder, tmp_path / f"{x}.safetensors", timestep_scaling=x) for x in (1e-3, 2e-3)]
     pipe = lcm_jax.load_pipeline(folder.path)
 
@@ -364,5 +364,5 @@ def test_a_recipe_that_can_not_be(changes, said, files, folder, tmp_path):
 
 def test_two_recipes_do_not_mix(files, folder, tmp_path):
     other = with_recipe(files, folder, tmp_path / "other.safetensors", original_inference_steps=50)
-    with pytest.raises(UserError, match="were distilled for other timesteps"):
+    with pytest.raises(UserError, match="were distilled for different timesteps"):
         lcm_jax.load_pipeline(folder.path, loras={files["kohya"]: 1.0, other: 0.5})

@@ -1,4 +1,4 @@
-"""Every option changes the program: its step, its start, its data or what it leaves behind."""
+"""Every option changes the program: its step, its start, its data or its output files."""
 
 import types
 
@@ -122,7 +122,7 @@ def configure(folder, changes):
 
 
 def program(folder, changes):
-    """The step's jaxpr, with each number that stands in it."""
+    """The step's jaxpr, including its constants."""
     config = configure(folder, changes)
     parts = make_parts(config, folder, load_tokenizer(folder))
     params = initial_params(config, parts, folder)  # on the host
@@ -197,7 +197,7 @@ def test_the_attention_option_reaches_the_networks(folder, option, dtype, device
 
 @pytest.mark.parametrize(
     ("dtype", "device", "said"),
-    [("bfloat16", TPU, "is for GPUs; here it runs on a TPU"), ("float32", HOPPER, "needs config.model.dtype=bfloat16")],
+    [("bfloat16", TPU, "needs a GPU; this device is a TPU"), ("float32", HOPPER, "needs config.model.dtype=bfloat16")],
 )
 def test_attention_that_a_device_has_not_is_one_line(dtype, device, said):
     with pytest.raises(UserError, match=said):

@@ -68,16 +68,16 @@ def test_train_takes_the_step_that_plan_saved(quick, cache, compiled, tmp_path, 
     saved = tmp_path / "saved"
     options = [*quick, "--config.steps=2"]
     assert cli.run(plan.main, [*options, "--topology=local", f"--save={saved}"], "plan") == 0
-    assert f"train takes it with --compiled={saved}" in capsys.readouterr().out
+    assert f"to use it, pass --compiled={saved} to train" in capsys.readouterr().out
     assert run(quick, tmp_path / "run", f"--compiled={saved}") == 0
     assert compiled == ["step_or_stop"]
     assert "not used" not in capsys.readouterr().err
     assert not list(cache.iterdir())  # the user takes care of the file
 
     assert run(quick, tmp_path / "typo", f"--compiled={saved}x") == 2
-    assert f"--compiled={saved}x: there is no such file" in capsys.readouterr().err
+    assert f"--compiled={saved}x: the file does not exist" in capsys.readouterr().err
     assert run(quick, tmp_path / "typo", "--compiled=http://x/y") == 2
-    assert "--compiled=http://x/y: there is no such file" in capsys.readouterr().err
+    assert "--compiled=http://x/y: the file does not exist" in capsys.readouterr().err
     assert not (tmp_path / "typo").exists()
 
 
@@ -133,13 +133,13 @@ def evil(data):
     [
         (
             with_header(lambda header: header.update(program="0" * 64)),
-            "it is another step: the options, the fold",
+            "it is a different step: the options, the fold",
             False,
         ),
-        (evil, "it is another step: the options, the folder's configurations or the code differ", False),
+        (evil, "it is a different step: the options, the folder's configuration or the code changed", False),
         (
             with_header(lambda header: header["made_for"].update(cpu="another")),
-            "it was compiled elsewhere: cpu 'an",
+            "it was compiled for another environment: cpu 'an",
             False,
         ),
         (
@@ -148,9 +148,9 @@ def evil(data):
             False,
         ),
         (with_header(dict.clear), "its header has no 'executable'", True),
-        (lambda data: data[:-50], "it is damaged: its content does not have its checksum", True),
-        (lambda data: b"", "it holds no step, or another version of lcm_jax wrote it", True),
-        (lambda data: data.split(b"\n", 1)[1], "it holds no step, or another version of lcm_jax wrote it", True),
+        (lambda data: data[:-50], "it is damaged: its content does not match its checksum", True),
+        (lambda data: b"", "it holds no step, or was written by another version of lcm_jax", True),
+        (lambda data: data.split(b"\n", 1)[1], "it holds no step, or was written by another version of lcm_jax", True),
         *((flipped(where), "", True) for where in (0, 0.01, 0.6)),
     ],
 )
@@ -175,7 +175,7 @@ def test_no_other_step_is_taken(harm, said, heard, cache, compiled, capsys, monk
     assert error.count("\n") == 1
     assert (step(), step()) == (3, 3)  # compiled once more, and kept again
     error = capsys.readouterr().err
-    assert error.startswith(f"the kept step {kept} is not used: ") if heard else error == ""
+    assert error.startswith(f"the cached step {kept} is not used: ") if heard else error == ""
     assert error.count("\n") == int(heard)
 
 
@@ -213,14 +213,16 @@ def test_a_kept_step_is_this_users_own(harm, said, cache, compiled, capsys, monk
     monkeypatch.setattr(cache_entries, "_warned", True)  # that it is not kept again
     Ahead(config, mesh).step(lowered())
     assert len(compiled) == 2
-    assert capsys.readouterr().err == f"the kept step {kept} is not used: {said.format(kept=kept)}\n"
+    assert capsys.readouterr().err == f"the cached step {kept} is not used: {said.format(kept=kept)}\n"
 
 
 def test_no_step_is_kept_where_others_may_write(cache, compiled):
     cache.chmod(0o775)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_entries, "_warned", False)
-        with pytest.warns(UserWarning, match=f"others may write to {cache}; chmod go-w {cache}; what is not kept is"):
+        with pytest.warns(
+            UserWarning, match=f"others may write to {cache}; chmod go-w {cache}; programs that are not cached are"
+        ):
             Ahead(Config(ModelConfig("teacher")), make_mesh(MeshConfig(), jax.devices()[:1])).step(lowered())
     assert not list(cache.iterdir())
 

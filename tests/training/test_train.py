@@ -119,7 +119,7 @@ def test_bad_input_is_one_line(option, said, quick, tmp_path, capsys):
 
 def test_a_cpu_is_split_as_the_config_says(quick, tmp_path, capsys):
     process = start(quick, tmp_path / "run", "--config.mesh.cpu_devices=3")
-    assert "config.batch_size=8 does not divide by the 3 devices" in process.communicate(timeout=240)[0]
+    assert "config.batch_size=8 is not divisible by the 3 devices" in process.communicate(timeout=240)[0]
     assert process.returncode == 2
     assert train_on_one([*quick, "--config.mesh.cpu_devices=3", f"--workdir={tmp_path / 'run'}"]) == 2
     assert "config.mesh.cpu_devices=3 comes too late" in capsys.readouterr().err
@@ -147,7 +147,7 @@ def test_some_steps_are_profiled(quick, tmp_path, capsys):
     shutil.rmtree(workdir / "profile")
     more = ["--config.profile.steps=(2, 3)", "--config.steps=7"]
     assert train_on_one([*quick, *more, f"--workdir={workdir}"]) == 0
-    assert "warning: config.profile.steps=(2, 3) are over: step 6 is done" in capsys.readouterr().err
+    assert "warning: config.profile.steps=(2, 3) has no effect: the run resumes after step 6" in capsys.readouterr().err
     assert not (workdir / "profile").exists()
     assert train_on_one([*quick, "--config.profile.steps=(2, 7)", f"--workdir={tmp_path / 'other'}"]) == 2
     assert "config.profile.steps=(2, 7) goes beyond the last step, 6" in capsys.readouterr().err

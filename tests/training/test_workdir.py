@@ -1,4 +1,4 @@
-"""One run a workdir: who holds it, when a lock is stale, and what a run does whose folder is gone."""
+"""One run per workdir: lock owners, stale locks, and runs whose folder was deleted."""
 
 import concurrent.futures
 import contextlib
@@ -53,7 +53,7 @@ def test_a_lock_is_stale_when_its_process_is_dead(tmp_path):
     with subprocess.Popen(["sleep", "60"]) as process:
         started = workdir._started(process.pid)
         leave_lock(tmp_path, process=process.pid, started=started)
-        with pytest.raises(UserError, match=f"process {process.pid} on .* trains there"), hold(tmp_path):
+        with pytest.raises(UserError, match=f"process {process.pid} on .* is training in it"), hold(tmp_path):
             pass
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but its parent has not asked yet
@@ -83,7 +83,7 @@ def test_an_owner_elsewhere_is_dead_without_a_sign_of_life(lock, owner, tmp_path
         held.check()
     assert time.monotonic() - before > 0.5
     owner = owner.format(pid=os.getpid(), host=os.uname().nodename)
-    assert capsys.readouterr().err == f"waiting up to 0.6 s for a sign of life of {owner}\n"
+    assert capsys.readouterr().err == f"waiting up to 0.6 s for a heartbeat of {owner}\n"
 
 
 @pytest.mark.usefixtures("hasty")
@@ -91,7 +91,7 @@ def test_an_owner_elsewhere_that_gives_signs_of_life_keeps_its_workdir(tmp_path,
     with hold(tmp_path) as held:
         here = workdir._here()
         monkeypatch.setattr(workdir, "_here", lambda: {**here, "host": "another"})
-        with pytest.raises(Unavailable, match=f"process {os.getpid()} on .* trains there"), hold(tmp_path):
+        with pytest.raises(Unavailable, match=f"process {os.getpid()} on .* is training in it"), hold(tmp_path):
             pass
         held.check()
 
@@ -141,7 +141,7 @@ def test_a_copy_of_a_held_workdir_is_free_and_a_moved_one_is_not(tmp_path):
         shutil.copytree(first, copy)
         with hold(copy) as another:
             another.check()
-            with pytest.raises(UserError, match="trains there"), hold(copy):
+            with pytest.raises(UserError, match="is training in it"), hold(copy):
                 pass
         held.check()
         (tmp_path / "link").symlink_to(first)
@@ -149,7 +149,7 @@ def test_a_copy_of_a_held_workdir_is_free_and_a_moved_one_is_not(tmp_path):
         for name in ("moved", "link"):
             if name == "link":
                 moved_away.rename(first)
-            with pytest.raises(UserError, match="trains there"), hold(tmp_path / name):
+            with pytest.raises(UserError, match="is training in it"), hold(tmp_path / name):
                 pass
 
 
@@ -160,7 +160,7 @@ def test_other_processes_wait_in_the_store_for_the_first_ones_lock(tmp_path, mon
         assert asked == [""]
         with contextlib.suppress(UserError), hold(tmp_path / "run"):
             pass
-        assert "trains there" in str(asked[1])
+        assert "is training in it" in str(asked[1])
         monkeypatch.setattr(workdir, "is_first", lambda: False)
         with hold(tmp_path / "other"):
             assert asked[2:] == [""]
@@ -194,10 +194,10 @@ def taken(folder):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (deleted, "lock.json is not there; it was removed, or the folder deleted, moved away or replaced in mid-run"),
-        (made_again, "lock.json is not there"),
-        (moved, "lock.json is not there"),
-        (unlocked, "lock.json is not there; it was removed, or"),
+        (deleted, "lock.json is missing; it was removed, or the folder was deleted, moved or replaced during the run"),
+        (made_again, "lock.json is missing"),
+        (moved, "lock.json is missing"),
+        (unlocked, "lock.json is missing; it was removed, or"),
         (taken, r"process 4711 on \S+ \(since then\) has taken it"),
     ],
 )
@@ -221,7 +221,7 @@ def without_checkpoints(folder):
 @pytest.mark.parametrize(
     ("harm", "step", "said"),
     [
-        (moved, 3, "{run} is no longer this run's folder: lock.json is not there"),
+        (moved, 3, "{run} is no longer this run's folder: lock.json is missing"),
         (without_checkpoints, 5, "the checkpoint of step 4 was deleted from {run}/checkpoints"),
     ],
 )
@@ -258,7 +258,7 @@ def test_a_run_s_description_is_put_back_and_missed(quick, tmp_path, monkeypatch
     assert "Done" in out
     assert {name: (run / name).read_bytes() for name in names} == content
     for name in names:
-        assert err.count(f"lcm-jax train: warning: {run / name} was deleted in mid-run; it is written again\n") == 2
+        assert err.count(f"lcm-jax train: warning: {run / name} was deleted during the run; writing it again\n") == 2
     (run / "config.json").unlink()
     assert train_on_one([*quick, f"--workdir={run}"]) == 2
     assert f"error: --workdir={run} has checkpoints, but no config.json" in capsys.readouterr().err

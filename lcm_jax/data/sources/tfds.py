@@ -123,10 +123,10 @@ def open_source(
         )
     if encoded:
         if MOMENTS not in info.features:
-            raise UserError(f"{place} holds no encoded pictures (data.latents); lcm_jax.encode writes such data sets")
+            raise UserError(f"{place} holds no encoded images (data.latents); lcm_jax.encode writes such data sets")
         image_key, caption_key = MOMENTS, CAPTIONS
     elif MOMENTS in info.features and image_key not in info.features:
-        raise UserError(f"{place} holds encoded pictures; read them with data.latents=True")
+        raise UserError(f"{place} holds encoded images; read them with data.latents=True")
     else:
         _check_keys(info.features, image_key, caption_key, place)
     _check_split(info, split, place)
@@ -151,7 +151,7 @@ def _from_directory(directory: str) -> Any:
     if not (path / "dataset_info.json").exists():
         inside = sorted(str(p.parent) for p in [*path.glob("*/dataset_info.json"), *path.glob("*/*/dataset_info.json")])
         hint = f"; did you mean {inside[-1]}?" if inside else " (prepare it with file_format='array_record')"
-        raise UserError(f"{directory} is no prepared TFDS data set: it has no dataset_info.json{hint}")
+        raise UserError(f"{directory} is not a prepared TFDS data set: it has no dataset_info.json{hint}")
     try:
         builder = tfds.builder_from_directory(path)
         builder.info.metadata  # noqa: B018 (read at its first use)

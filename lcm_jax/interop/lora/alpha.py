@@ -35,7 +35,7 @@ def configs_of_header(header: Mapping[str, str] | None, components: Collection[s
     values = json_file.parse(text, f"{METADATA_KEY} in its header")
     if any(option in values for option in _OPTIONS):
         if len(components) > 1:
-            raise UserError(f"{METADATA_KEY} in its header doesn't say for which of {', '.join(components)} it is")
+            raise UserError(f"{METADATA_KEY} in its header doesn't name its component, one of {', '.join(components)}")
         return dict.fromkeys(components, values)
     configs: dict[str, dict[str, Any]] = collections.defaultdict(dict)
     for name, value in values.items():
@@ -61,7 +61,9 @@ class Alphas:
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Takes a peft configuration, or {} for none; raises UserError for DoRA and unsupported patterns."""
         if config.get("use_dora"):
-            raise UserError("it holds a DoRA (use_dora); only plain LoRA of linear layers and convolutions is read")
+            raise UserError(
+                "it holds a DoRA (use_dora); only plain LoRA of linear layers and convolutions is supported"
+            )
         self._config = config
         self._of_pattern = config.get("alpha_pattern") or {}
         if not isinstance(self._of_pattern, dict):

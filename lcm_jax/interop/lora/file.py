@@ -172,7 +172,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
     except OSError as error:  # a name that is too long, a folder that this user must not read
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     if path.suffix in weights.PICKLES:
-        raise UserError(f"{path} is a pickle: reading one can run any code that is in it; save it as safetensors")
+        raise UserError(f"{path} is a pickle, and loading one can run any code in it; save it as safetensors")
     return path
 
 
@@ -184,13 +184,13 @@ def _find_in(folder: pathlib.Path) -> pathlib.Path:
             return folder / name
     if len(held) > 1:
         raise UserError(
-            f"{folder} holds {len(held)} .safetensors files, none of which is called {FILES[0]} or {FILES[1]}: "
-            f"give the path of one ({few(file.name for file in held)})"
+            f"{folder} holds {len(held)} .safetensors files, none of them named {FILES[0]} or {FILES[1]}: give the "
+            f"path of one ({few(file.name for file in held)})"
         )
     if held:
         return held[0]
     pickles = [file.name for file in files if file.suffix in weights.PICKLES]
-    found = f"; {few(pickles)} can't be read: a pickle can run any code that is in it" if pickles else ""
+    found = f"; {few(pickles)} can't be read: loading a pickle can run any code in it" if pickles else ""
     raise UserError(f"{folder} holds no LoRA: no {FILES[0]}, {FILES[1]} or other .safetensors file{found}")
 
 
@@ -220,8 +220,8 @@ def _configs_beside(file: pathlib.Path, components: Mapping[str, Any]) -> dict[s
     config = config_beside(file)
     if config is None:
         warnings.warn(
-            f"{file} doesn't say its alpha, and there is no {CONFIG_FILE} beside it: alpha = rank is taken; "
-            "if it was trained with another alpha, multiply its weight by alpha / rank",
+            f"{file} doesn't store its alpha, and has no {CONFIG_FILE} beside it: using alpha = rank; if it was "
+            "trained with another alpha, multiply its weight by alpha / rank",
             UserWarning,
             stacklevel=4,
         )

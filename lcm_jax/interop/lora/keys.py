@@ -67,10 +67,12 @@ def refuse(keys: Iterable[str]) -> None:
     """Raises UserError, naming the format, if the keys are not those of a plain LoRA."""
     for key in keys:
         if len(key) > LONGEST_KEY:
-            raise UserError(f"it is no LoRA: the name of a tensor has {len(key)} characters ({plain(key, 60)})")
+            raise UserError(f"it is not a LoRA: the name of a tensor has {len(key)} characters ({plain(key, 60)})")
         for pattern, kind in _REFUSED.items():
             if re.search(pattern, key):
-                raise UserError(f"it holds {kind} ({key}); only plain LoRA of linear layers and convolutions is read")
+                raise UserError(
+                    f"it holds {kind} ({key}); only plain LoRA of linear layers and convolutions is supported"
+                )
 
 
 class Names:
@@ -97,7 +99,7 @@ class Names:
         """Returns why `read` doesn't accept a key, with the most similar module."""
         split = self._split(key)
         if split is None:
-            return f"{key} is no tensor of a LoRA (….lora_A.weight, ….lora_down.weight, ….alpha)"
+            return f"{key} is not a tensor of a LoRA (….lora_A.weight, ….lora_down.weight, ….alpha)"
         tables, component, spelled, _ = split
         if component not in tables:
             return f"{key} is for {component}, which this model doesn't have; it has {', '.join(tables)}"

@@ -88,13 +88,13 @@ def lcm_recipe(loras: Loras, num_train_timesteps: int = MOST_STEPS) -> Recipe | 
     for path, recipe in recipes.items():
         if recipe.original_inference_steps > num_train_timesteps:
             raise UserError(
-                f"{path}: original_inference_steps is {recipe.original_inference_steps}, and this model has only "
-                f"{num_train_timesteps} timesteps: it was distilled for another one"
+                f"{path}: original_inference_steps is {recipe.original_inference_steps}, but this model has only "
+                f"{num_train_timesteps} timesteps: it was distilled from another model"
             )
     grids = {(r.original_inference_steps, r.timestep_scaling): path for path, r in recipes.items()}
     if len(grids) > 1:
         raise UserError(
-            f"{' and '.join(map(str, grids.values()))} were distilled for other timesteps: take one of them"
+            f"{' and '.join(map(str, grids.values()))} were distilled for different timesteps: use only one of them"
         )
     return next(iter(recipes.values()), None)
 

@@ -35,13 +35,13 @@ def strangers(file: Shapes, keys: Sequence[str], kernels: Mapping[str, Shapes], 
     lost = list(dict.fromkeys(map(module_text, keys)))
     total = len(set(map(module_text, file)))
     if reason := other_base(file, kernels):
-        return f"{reason}: {len(lost)} of its {total} modules have no place here ({few(lost)})"
-    more = f" ({len(lost)} of its {total} modules fit nowhere: {few(lost)})" if len(lost) > 1 else ""
-    return f"{fault}{more}; was it made for another base?"
+        return f"{reason}: {len(lost)} of its {total} modules are not in this model ({few(lost)})"
+    more = f" ({len(lost)} of its {total} modules are not in this model: {few(lost)})" if len(lost) > 1 else ""
+    return f"{fault}{more}; was it trained on another base model?"
 
 
 def other_base(file: Shapes, kernels: Mapping[str, Shapes]) -> str:
-    """Returns "it was made for A; this model is B", with text widths; "" if nothing shows that A and B differ.
+    """Returns "it was trained on A; this model is B", with text widths; "" if nothing shows that A and B differ.
 
     `file` is key → shape, `kernels` component → module → kernel shape of the model.
     """
@@ -53,7 +53,7 @@ def other_base(file: Shapes, kernels: Mapping[str, Shapes]) -> str:
     elif not family or family == own_family:
         return ""
     own = f"is {own_family} with" if own_family else "has"
-    return f"it was made for {family}; this model {own} text width {ours}"
+    return f"it was trained on {family}; this model {own} text width {ours}"
 
 
 def _text_width(file: Shapes) -> int:

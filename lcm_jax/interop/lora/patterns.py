@@ -52,7 +52,9 @@ class Patterns:
             else:
                 self._regular.append((position, pattern, _Regular(pattern, what)))
         if (length := sum(len(pattern) for _, pattern, _ in self._regular)) > LONGEST:
-            raise UserError(f"its {what} has regular expressions of {length} characters; at most {LONGEST} are read")
+            raise UserError(
+                f"its {what} has regular expressions of {length} characters; at most {LONGEST} are supported"
+            )
 
     def first(self, *spellings: str) -> str | None:
         """Returns the first pattern that matches any of a module's spellings, or None."""
@@ -82,9 +84,9 @@ class _Regular:
         self._tests: dict[str, Callable[[str], bool]] = {}
         self._options = self._read_options(0)
         if self._at < len(self._text):
-            raise self._unread("a bracket that nothing opens")
+            raise self._unread("an unmatched closing bracket")
         if self._anchored and len(self._options) > 1:
-            raise self._unread("a ^ that is for one alternative only")
+            raise self._unread("a ^ that applies to one alternative only")
 
     def matches(self, text: str) -> bool:
         masks = {key: sum(1 << i for i, c in enumerate(text) if test(c)) for key, test in self._tests.items()}
@@ -93,14 +95,14 @@ class _Regular:
 
     def _unread(self, why: str) -> UserError:
         return UserError(
-            f"its {self._what} has {plain(self._pattern, 100)!r}, {why}; read are names and regular expressions of "
+            f"its {self._what} has {plain(self._pattern, 100)!r}, {why}; supported: names and regular expressions of "
             r"literals, ., \d, \w, [a-z], *, +, ? and (a|b), in which only single characters repeat"
         )
 
     def _read_options(self, depth: int) -> list[list[Any]]:
         """Reads alternatives up to the closing parenthesis or the end."""
         if depth > DEEPEST:
-            raise self._unread(f"groups in groups, deeper than {DEEPEST}")
+            raise self._unread(f"groups nested deeper than {DEEPEST}")
         options: list[list[Any]] = [[]]
         while self._at < len(self._text) and self._text[self._at] != ")":
             if self._text[self._at] == "|":
@@ -116,7 +118,7 @@ class _Regular:
         self._at += 3 if self._text.startswith("(?:", self._at) else 1
         options = self._read_options(depth + 1)
         if not self._take(")"):
-            raise self._unread("a bracket that nothing closes")
+            raise self._unread("an unclosed bracket")
         if self._take("?"):
             options.append([])
         if self._text[self._at : self._at + 1] in tuple("*+?{"):
@@ -129,7 +131,7 @@ class _Regular:
         if sign:
             self._take("?")  # greedy or lazy doesn't change what matches
         if self._text[self._at : self._at + 1] in tuple("*+?{"):
-            raise self._unread("another sign for repetition")
+            raise self._unread("an unsupported repetition")
         return _One(accepted, optional=sign in tuple("*?"), repeats=sign in tuple("*+"))
 
     def _take(self, sign: str) -> bool:
@@ -143,7 +145,7 @@ class _Regular:
         if sign == "[":
             found = re.compile(r"\[(\^?)((?:[\w.]-[\w.]|\\[dw.-]|[\w.-])+)\]").match(self._text, self._at)
             if found is None:
-                raise self._unread("a set of characters of another kind")
+                raise self._unread("an unsupported character set")
             self._at = found.end()
             members = re.findall(r"([\w.])-([\w.])|\\(.)|(.)", found[2])
             self._tests[found[0]] = lambda c: any(_in(c, member) for member in members) != bool(found[1])
@@ -151,11 +153,11 @@ class _Regular:
         if sign == "\\":
             name = self._text[self._at + 1 : self._at + 2]
             if name not in ("d", "w") and (not name or name.isalnum()):
-                raise self._unread("a sequence of another kind")
+                raise self._unread("an unsupported escape sequence")
             self._at += 2
             self._tests[self._text[start : self._at]] = _CLASSES[name] if name in ("d", "w") else name.__eq__
         elif sign in "*+?{}^$]":
-            raise self._unread(f"a {sign} where it can't be read")
+            raise self._unread(f"a misplaced {sign}")
         else:
             self._at += 1
             self._tests[sign] = _CLASSES["."] if sign == "." else sign.__eq__

@@ -45,8 +45,8 @@ def adapter(
         of_modules[module] = _alpha(parts["alpha"]) if "alpha" in parts else alphas.of(module, rank)
     if misfits:
         raise UserError(
-            f"{base or 'it was made for another base'}: {len(misfits)} of its {len(modules)} modules don't fit this "
-            f"model's {component}; {next(iter(misfits.values()))}"
+            f"{base or 'it was trained on another base model'}: {len(misfits)} of its {len(modules)} modules "
+            f"don't fit this model's {component}; {next(iter(misfits.values()))}"
         )
     return Adapter(params, of_modules)
 
@@ -55,7 +55,7 @@ def _rank(module: str, parts: Parts) -> int:
     for part, other in (("A", "B"), ("B", "A")):
         if part not in parts:
             key = next(iter(parts.values()))[0] if other not in parts else parts[other][0]
-            raise UserError(f"{key} has no other half: the {'down' if part == 'A' else 'up'} weights are missing")
+            raise UserError(f"{key} has no counterpart: the {'down' if part == 'A' else 'up'} weights are missing")
     (key_a, a), (key_b, b) = parts["A"], parts["B"]
     if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1]:
         raise UserError(
@@ -67,13 +67,13 @@ def _rank(module: str, parts: Parts) -> int:
 
 def _check_values(key: str, array: np.ndarray) -> None:
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise UserError(f"{key} is {array.dtype}; only real weights are read")
+        raise UserError(f"{key} is {array.dtype}; only real weights are supported")
     if array.size == 0:
         raise UserError(f"{key} is empty")
     with np.errstate(over="ignore"):  # float64 values may overflow; checked below
         single = array.astype(np.float32)
     if not np.isfinite(single).all():
-        raise UserError(f"{key} has values that are not finite in float32, in which LoRAs are merged")
+        raise UserError(f"{key} has values that are not finite in float32, the dtype of merging")
 
 
 def _alpha(part: tuple[str, np.ndarray]) -> float:

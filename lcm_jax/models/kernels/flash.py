@@ -40,7 +40,7 @@ def flash_attention(
     """
     for tokens in (q.shape[1], k.shape[1]):
         if tokens % block:
-            raise ValueError(f"{tokens} tokens are no multiple of the block of {block}")
+            raise ValueError(f"{tokens} tokens are not a multiple of the block size {block}")
     b, _, h, d = q.shape
     y: Array = _attention(*(x.transpose(0, 2, 3, 1).reshape(b * h, d, -1) for x in (q, k, v)), block)
     return y.reshape(b, h, d, -1).transpose(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Names of the original Stable Diffusion code, judged by diffusers' own conversion of whole checkpoints."""
+"""Names of the original Stable Diffusion code, checked against diffusers' conversion of full checkpoints."""
 
 import diffusers
 import pytest
@@ -42,7 +42,7 @@ def test_all_modules(config):
 
 
 def test_upsamplers():
-    """Behind the transformer, where the level has one: diffusers' conversion takes both places in any level."""
+    """After the transformer, if the level has one: diffusers' conversion accepts both positions in any level."""
     blocks = ["up_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.0.conv1", "up_blocks.1.attentions.0.proj_in"]
     names = ldm_names([*blocks, "up_blocks.0.upsamplers.0.conv", "up_blocks.1.upsamplers.0.conv"])
     assert names["up_blocks.0.upsamplers.0.conv"] == "output_blocks.0.1.conv"

@@ -1,4 +1,4 @@
-"""LoRA files to and from diffusers with peft: the same weight differences, and the same pictures."""
+"""LoRA files to and from diffusers with peft: the same weight differences, and the same images."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def pipe(teacher_folder):
 
 @pytest.fixture
 def peer(teacher_folder):
-    """Fresh each time: adapters stay in the modules."""
+    """A new pipeline for each test, since adapters stay in the modules."""
     loaded = diffusers.StableDiffusionPipeline.from_pretrained(teacher_folder)
     loaded.set_progress_bar_config(disable=True)
     return loaded
@@ -134,7 +134,9 @@ def test_verify_names_a_module_that_diffusers_leaves_out(folder, monkeypatch, tm
         loading(self, {k: v for k, v in load_file(path).items() if "mid_block.resnets.0.conv1" not in k}, **options)
 
     monkeypatch.setattr(diffusers.StableDiffusionPipeline, "load_lora_weights", without_one)
-    with pytest.raises(UserError, match=r"1 are not adapted in both, as unet\.mid_block\.resnets\.0\.conv1"):
+    with pytest.raises(
+        UserError, match=r"disagree about 1 of its modules, for example unet\.mid_block\.resnets\.0\.conv1"
+    ):
         verify(folder.path, lora=file)
 
 
@@ -155,7 +157,7 @@ DTYPES = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "float32", "flo
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # six are meant so
 def test_kohya_in_ldm_names_and_every_dtype(folder, peer, tmp_path):
-    """Attention, convolutions and what stands outside of the blocks; diffusers has the last word on each name."""
+    """Attention, convolutions and layers outside the blocks; diffusers decides each name."""
     targets = (lora.Target(rf"{lora.MODULES}|conv_in|conv_out|linear_1|linear_2", rank=4, alpha=2.0),)
     written = load_file(write_lora(tmp_path / "x.safetensors", random_lora(folder, targets=targets), dialect="kohya"))
     pairs = ldm_names(kernels(folder)["unet"]).items()
@@ -227,14 +229,14 @@ def test_save_lora_weights_with_metadata(folder, peer, tmp_path, options):
 
 
 def test_save_lora_weights_without_metadata(folder, peer, tmp_path):
-    """It says no alpha then: what loads the file takes the rank."""
+    """The file then stores no alpha, and loaders use the rank."""
     add_adapters(peer, lora_alpha=4)
     peer.save_lora_weights(tmp_path, **layers(peer))
     assert_read(folder, peer, tmp_path)
 
 
 def test_mixed_spellings(folder, peer, tmp_path):
-    """What the script for LCM-LoRA of SDXL has long saved: attention in one spelling, the rest in another."""
+    """The format that the LCM-LoRA script for SDXL long saved: attention in one spelling, the rest in another."""
     add_adapters(peer, lora_alpha=4)
     mixed = {name: convert_state_dict_to_diffusers(tensors) for name, tensors in layers(peer).items()}
     peer.save_lora_weights(tmp_path, **mixed)
@@ -256,7 +258,7 @@ def test_kohya_of_diffusers(folder, peer, tmp_path):
 
 
 def test_files_of_a_wrapped_model(folder, teacher_folder, recwarn, tmp_path):
-    """What the script for LCM-LoRA of SD 1.5 saves: alpha is in peft's own file only, in the folder around."""
+    """The format that the LCM-LoRA script for SD 1.5 saves: alpha only in peft's own file, in the parent folder."""
     unet = diffusers.UNet2DConditionModel.from_pretrained(teacher_folder, subfolder="unet")
     wrapped = peft.get_peft_model(unet, peft.LoraConfig(r=4, target_modules=MODULES))  # peft's default alpha, 8
     for path, parameter in wrapped.named_parameters():
@@ -277,7 +279,7 @@ def test_files_of_a_wrapped_model(folder, teacher_folder, recwarn, tmp_path):
     for path in (tmp_path / "unet_lora", tmp_path):
         assert_same_differences(differences(read_lora(path, kernels(folder))), theirs)
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.warns(UserWarning, match=r"doesn't say its alpha, .*multiply its weight by alpha / rank"):
+    with pytest.warns(UserWarning, match=r"doesn't store its alpha, .*multiply its weight by alpha / rank"):
         found = differences(read_lora(tmp_path / "unet_lora", kernels(folder)))
     assert_same_differences({module: 2 * array for module, array in found.items()}, theirs)
 

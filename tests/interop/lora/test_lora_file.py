@@ -1,4 +1,4 @@
-"""LoRA files without another library: every spelling, and what may be wrong with one."""
+"""LoRA files without another library: every spelling, and errors."""
 
 import json
 
@@ -109,7 +109,7 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*doesn't say its alpha")
+@pytest.mark.filterwarnings("ignore:.*doesn't store its alpha")
 @pytest.mark.parametrize("change", SPELLINGS.values(), ids=SPELLINGS)
 def test_spellings(tensors, shapes, adapters, tmp_path, change):
     changed = edited(tensors, change)
@@ -143,7 +143,7 @@ def test_kohya_alpha_left_out_is_the_rank(adapters, shapes, tmp_path):
 
 
 def test_alpha_beside_diffusers_keys(tensors, shapes, tmp_path):
-    """diffusers refuses such a file; what it means is plain."""
+    """diffusers rejects such a file, but its meaning is clear."""
     tensors["unet.mid_block.resnets.0.conv1.alpha"] = np.float32([7.0])
     alphas = read_lora(save(tmp_path, tensors), shapes)["unet"].alphas
     assert alphas["mid_block.resnets.0.conv1"] == 7.0
@@ -198,9 +198,9 @@ def test_others_may_read_what_is_written(adapters, tmp_path):
     [
         (lambda a, b: (np.full_like(a, np.inf), b), f"{UNET_KEY} has values that are not finite"),
         (lambda a, b: (a, np.full_like(b, np.nan)), f"{UNET_UP} has values that are not finite"),
-        (lambda a, b: (a.astype(np.int8), b), f"{UNET_KEY} is int8; only real weights are read"),
-        (lambda a, b: (a.astype(bool), b), f"{UNET_KEY} is bool; only real weights are read"),
-        (lambda a, b: (a, b.astype(np.complex64)), f"{UNET_UP} is complex64; only real weights are read"),
+        (lambda a, b: (a.astype(np.int8), b), f"{UNET_KEY} is int8; only real weights are supported"),
+        (lambda a, b: (a.astype(bool), b), f"{UNET_KEY} is bool; only real weights are supported"),
+        (lambda a, b: (a, b.astype(np.complex64)), f"{UNET_UP} is complex64; only real weights are supported"),
         (lambda a, b: (a[:0], b[:, :0]), f"{UNET_KEY} is empty"),
         (lambda a, b: (np.full(a.shape, np.nan, "bfloat16"), b), f"{UNET_KEY} has values that are not finite"),
         (lambda a, b: (np.full(a.shape, np.nan, "float8_e4m3fn"), b), f"{UNET_KEY} has values that are not finite"),
@@ -257,7 +257,7 @@ def test_dora_of_the_header(tensors, shapes, tmp_path):
         ('{"unet.alpha_pattern": {"(a+)+$": 3}}', r"alpha_pattern has '\(a\+\)\+\$', a group that repeats"),
         ('{"unet.lora_alpha": 1e39}', "the alpha of .* is 1e\\+39"),
         ('{"unet.alpha_pattern": [3]}', "alpha_pattern should be a JSON object, found list"),
-        ('{"lora_alpha": 3}', "doesn't say for which of text_encoder, unet it is"),
+        ('{"lora_alpha": 3}', "doesn't name its component, one of text_encoder, unet"),
     ],
 )
 def test_broken_header(tensors, shapes, tmp_path, header, message):
@@ -275,27 +275,33 @@ def test_unknown_module_of_kohya(adapters, shapes, tmp_path):
     tensors = load_file(write_lora(tmp_path / "a.safetensors", adapters, dialect="kohya"))
     path = save(tmp_path, edited(tensors, lambda key: key.replace("down_blocks_0_", "down_blocks_7_")))
     fails(
-        path, shapes, r"no module down_blocks_7_.*\(16 of its 91 modules fit nowhere: .* and 13 more\); .* another base"
+        path,
+        shapes,
+        r"no module down_blocks_7_.*\(16 of its 91 modules are not in this model: .* and 13 more\); .* another base",
     )
 
 
 def test_unknown_component(tensors, shapes, tmp_path):
     path = save(tmp_path, edited(tensors, lambda key: key.replace("text_encoder.", "text_encoder_2.")))
-    fails(path, shapes, "it was made for SDXL; this model has text width 16: 12 of its 91 modules have no place here")
+    fails(
+        path, shapes, "it was trained on SDXL; this model has text width 16: 12 of its 91 modules are not in this model"
+    )
     path = save(tmp_path, {key.replace("text_encoder.", "lora_te2_"): array for key, array in tensors.items()})
 
 
 def test_unknown_tensor(tensors, shapes, tmp_path):
     fails(
-        save(tmp_path, {**tensors, "conv_in.weight": np.zeros(3, np.float32)}), shapes, "conv_in.weight is no tensor of"
+        save(tmp_path, {**tensors, "conv_in.weight": np.zeros(3, np.float32)}),
+        shapes,
+        "conv_in.weight is not a tensor of",
     )
 
 
 def test_wrong_base(tensors, shapes, tmp_path):
     wider = {key: np.repeat(a, 2, axis=1) if ".lora_A." in key else a for key, a in tensors.items()}
     message = (
-        r"it was made for a model \(text width 32\); this model has text width 16: 12 of its 12 modules don't fit this "
-        r"model's text_encoder; text_encoder.*lora_A.weight is .* and should be "
+        r"it was trained on a model \(text width 32\); this model has text width 16: 12 of its 12 modules don't fit "
+        r"this model's text_encoder; text_encoder.*lora_A.weight is .* and should be "
     )
     fails(save(tmp_path, wider), shapes, message)
 
@@ -312,12 +318,12 @@ def test_rank_mismatch(tensors, shapes, tmp_path):
 @pytest.mark.parametrize(("lost", "what"), [(UNET_UP, "up"), (UNET_KEY, "down")])
 def test_half_of_a_module(tensors, shapes, tmp_path, lost, what):
     del tensors[lost]
-    fails(save(tmp_path, tensors), shapes, f"conv1.lora_.* has no other half: the {what} weights are missing")
+    fails(save(tmp_path, tensors), shapes, f"conv1.lora_.* has no counterpart: the {what} weights are missing")
 
 
 def test_alpha_alone(tensors, shapes, tmp_path):
     tensors["unet.conv_in.alpha"] = np.float32(1.0)
-    fails(save(tmp_path, tensors), shapes, "unet.conv_in.alpha has no other half")
+    fails(save(tmp_path, tensors), shapes, "unet.conv_in.alpha has no counterpart")
 
 
 @pytest.mark.parametrize(
@@ -354,18 +360,18 @@ def test_no_such_file(shapes, tmp_path):
     fails(tmp_path, shapes, "holds no LoRA: no pytorch_lora_weights.safetensors, adapter_model.safetensors or")
     (tmp_path / "x.bin").write_bytes(b"")
     fails(tmp_path / "x.bin", shapes, "is a pickle")
-    fails(tmp_path, shapes, "or other .safetensors file; x.bin can't be read: a pickle can run any code")
+    fails(tmp_path, shapes, "or other .safetensors file; x.bin can't be read: loading a pickle can run any code")
     fails(tmp_path / ("x" * 300), shapes, "can't be read: File name too long")
 
 
 def test_file_of_a_folder(tensors, shapes, adapters, tmp_path):
-    """As diffusers takes it: the file that it writes itself, or else the only one."""
+    """As in diffusers: the file with its own default name, else the only one."""
     (tmp_path / "written.safetensors").rename(tmp_path / "my style.safetensors")
     assert read_lora(tmp_path, shapes)["unet"].ranks == adapters["unet"].ranks
     save(tmp_path, tensors)
     fails(tmp_path, shapes, r"holds 2 .safetensors files, .* the path of one \(my style.safetensors, x.safetensors")
     save(tmp_path, {"x": np.ones(1)}).rename(tmp_path / "pytorch_lora_weights.safetensors")
-    fails(tmp_path, shapes, "pytorch_lora_weights.safetensors: x is no tensor of a LoRA")
+    fails(tmp_path, shapes, "pytorch_lora_weights.safetensors: x is not a tensor of a LoRA")
 
 
 def test_where_it_can_not_be_written(adapters, tmp_path):

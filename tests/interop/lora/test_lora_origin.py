@@ -1,4 +1,4 @@
-"""LoRAs for other models: one line that says what they were made for."""
+"""LoRAs for other models: one error line that names the base model."""
 
 import numpy as np
 import pytest
@@ -50,32 +50,36 @@ def message(path, kernels=SD1) -> str:
 def test_what_it_was_made_for(module, tmp_path):
     width, name = OTHERS[module]
     path = write(tmp_path / "x.safetensors", {f"lora_unet_{module}": width})
-    with pytest.raises(UserError, match=rf"x.safetensors: it was made for {name}; this model is Stable Diffusion 1\.x"):
+    with pytest.raises(
+        UserError, match=rf"x.safetensors: it was trained on {name}; this model is Stable Diffusion 1\.x"
+    ):
         read_lora(path, SD1)
 
 
 def test_text_encoder_of_sdxl(tmp_path):
     path = write(tmp_path / "x.safetensors", {"lora_te2_text_model_encoder_layers_0_mlp_fc1": 1280})
-    assert "it was made for SDXL; this model is Stable Diffusion 1.x with text width 768: 1 of its 1" in message(path)
+    assert "it was trained on SDXL; this model is Stable Diffusion 1.x with text width 768: 1 of its 1" in message(path)
 
 
 def test_unet_and_text_encoders_of_sdxl(tmp_path):
     modules = {"lora_te2_text_model_encoder_layers_0_mlp_fc1": 1280, f"lora_unet_{TO_K.replace('.', '_')}": 2048}
     found = message(write(tmp_path / "x.safetensors", modules))
-    assert "it was made for SDXL (text width 2048); this model is Stable Diffusion 1.x with text width 768: 2 " in found
+    assert (
+        "it was trained on SDXL (text width 2048); this model is Stable Diffusion 1.x with text width 768: 2 " in found
+    )
 
 
 def test_for_the_first_stable_diffusion_on_sdxl(tmp_path):
     path = write(tmp_path / "x.safetensors", {f"unet.down_blocks.0.{TO_K}": 768})
     found = message(path, SDXL)
-    assert "it was made for Stable Diffusion 1.x (text width 768); this model is SDXL with text width 2048" in found
+    assert "it was trained on Stable Diffusion 1.x (text width 768); this model is SDXL with text width 2048" in found
 
 
 def test_same_names_and_other_shapes(tmp_path):
-    """Stable Diffusion 2's modules are called as Stable Diffusion 1's."""
+    """Stable Diffusion 2's modules have the same names as Stable Diffusion 1's."""
     found = message(write(tmp_path / "x.safetensors", {f"unet.down_blocks.0.{TO_K}": 1024}))
     assert (
-        "made for Stable Diffusion 2.x (text width 1024); this model is Stable Diffusion 1.x with text width" in found
+        "trained on Stable Diffusion 2.x (text width 1024); this model is Stable Diffusion 1.x with text width" in found
     )
     assert "1 of its 1 modules don't fit this model's unet; unet.down_blocks.0" in found
     assert "is (2, 1024) and should be (2, 768)" in found
@@ -84,18 +88,18 @@ def test_same_names_and_other_shapes(tmp_path):
 def test_three_names_and_a_count(tmp_path):
     modules = {"lora_unet_input_blocks_0_1_transformer_blocks_1_attn2_to_k": 2048}
     found = message(write(tmp_path / "x.safetensors", modules, number=800))
-    assert "800 of its 800 modules have no place here (lora_unet_input_blocks_0_1" in found
+    assert "800 of its 800 modules are not in this model (lora_unet_input_blocks_0_1" in found
     assert "and 797 more)" in found
     assert found.count("lora_unet") == 3
     assert len(found) < 500
 
 
 def test_unknown_base_and_many_modules(tmp_path):
-    """The nearest name is looked for once: for each of 1,000 keys that takes many seconds."""
+    """The nearest name is searched once; searching for each of 1,000 keys would take many seconds."""
     found = message(write(tmp_path / "x.safetensors", {"lora_unet_somewhere_0_else": 8}, number=1000))
     assert "has no module somewhere_0_else" in found
-    assert "(1000 of its 1000 modules fit nowhere: " in found
-    assert "was it made for another base?" in found
+    assert "(1000 of its 1000 modules are not in this model: " in found
+    assert "was it trained on another base model?" in found
 
 
 @pytest.mark.parametrize(
@@ -115,4 +119,4 @@ def test_no_lora_at_all(key, kind, tmp_path):
 def test_a_key_of_a_million_characters(tmp_path):
     save_file({"unet." * 200_000: np.ones((2, 2), np.float32)}, tmp_path / "x.safetensors")
     found = message(tmp_path / "x.safetensors")
-    assert "it is no LoRA: the name of a tensor has 1000000 characters (unet.unet." in found
+    assert "it is not a LoRA: the name of a tensor has 1000000 characters (unet.unet." in found

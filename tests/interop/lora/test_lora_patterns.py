@@ -1,4 +1,4 @@
-"""peft's patterns for modules: what peft matches, nothing that may run for ever."""
+"""peft's patterns for modules: the same matches as peft, in bounded time."""
 
 import random
 import re
@@ -42,7 +42,7 @@ def test_the_first_that_peft_matches(patterns):
 
 
 def test_random_patterns_as_python_matches_them():
-    """What is read matches as in Python's own matcher, which backtracks; these are too short to take long."""
+    """Supported patterns match like Python's matcher, which backtracks; these are short enough for it."""
     draw = random.Random(0)
     pieces = [*"ab_^$|()*+?", r"\.", r"\d", r"\w", "[ab]", "[^a.]", "[0-9]", "(.)", ".*", ".*?"]
     pieces += ["(a|b)", "(a|(b|ab))?", "to_q"]
@@ -63,7 +63,7 @@ def test_random_patterns_as_python_matches_them():
 
 
 def test_spellings_of_a_module():
-    """The first pattern counts that any of them matches."""
+    """The first pattern that matches counts."""
     patterns = Patterns(["^text_model.fc1", "fc1", "^fc2", "text_model.*fc."], "alpha_pattern")
     assert patterns.first("fc1", "text_model.fc1") == "^text_model.fc1"
     assert patterns.first("fc2", "text_model.fc2") == "^fc2"
@@ -76,21 +76,21 @@ def test_spellings_of_a_module():
         ("(a+)+$", "a group that repeats"),
         ("(a|aa)*b", "a group that repeats"),
         ("(.*a){20}", "a group that repeats"),
-        ("a{2,}", "another sign for repetition"),
-        ("a*+b", "another sign for repetition"),
-        (r"(a)\1", "a sequence of another kind"),
-        ("a(?=b)", r"a \? where it can't be read"),
-        ("[", "a set of characters of another kind"),
-        ("(a", "a bracket that nothing closes"),
-        ("a)", "a bracket that nothing opens"),
-        ("^a|b", r"a \^ that is for one alternative only"),
-        ("(" * 11 + "a" + ")" * 11, "groups in groups, deeper than 10"),
-        ("*", r"a \* where it can't be read"),
-        ("a\x1b*\\", "a sequence of another kind"),
+        ("a{2,}", "an unsupported repetition"),
+        ("a*+b", "an unsupported repetition"),
+        (r"(a)\1", "an unsupported escape sequence"),
+        ("a(?=b)", r"a misplaced \?"),
+        ("[", "an unsupported character set"),
+        ("(a", "an unclosed bracket"),
+        ("a)", "an unmatched closing bracket"),
+        ("^a|b", r"a \^ that applies to one alternative only"),
+        ("(" * 11 + "a" + ")" * 11, "groups nested deeper than 10"),
+        ("*", r"a misplaced \*"),
+        ("a\x1b*\\", "an unsupported escape sequence"),
     ],
 )
 def test_refused(pattern, why):
-    with pytest.raises(UserError, match=rf"^its alpha_pattern has '.*', {why}; read are names and ") as error:
+    with pytest.raises(UserError, match=rf"^its alpha_pattern has '.*', {why}; supported: names and ") as error:
         Patterns([pattern], "alpha_pattern")
     assert str(error.value).isprintable()
 
@@ -100,5 +100,7 @@ def test_matching_is_linear():
     pattern = "a*" * 400 + "b"
     assert Patterns([pattern], "alpha_pattern").first("x." + "a" * 200) is None
     assert Patterns([pattern], "alpha_pattern").first("x." + "a" * 200 + "b") == pattern
-    with pytest.raises(UserError, match=f"regular expressions of {2 * LONGEST} characters; at most {LONGEST} are read"):
+    with pytest.raises(
+        UserError, match=f"regular expressions of {2 * LONGEST} characters; at most {LONGEST} are supported"
+    ):
         Patterns(["a*" * (LONGEST // 2), "b*" * (LONGEST // 2)], "alpha_pattern")

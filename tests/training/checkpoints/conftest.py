@@ -16,5 +16,5 @@ def three(tmp_path_factory):
 
 @pytest.fixture
 def workdir(three, tmp_path):
-    """A copy of it to do harm to."""
+    """A copy that a test may damage."""
     return shutil.copytree(three, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""A micro state of a run, saved and restored; and what may happen to its files."""
+"""A micro state of a run, saved and restored; and damage to its files."""
 
 import contextlib
 import os

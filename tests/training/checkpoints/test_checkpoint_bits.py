@@ -1,4 +1,4 @@
-"""Checkpoints: the same bits back, of the whole state or of the weights alone; which are kept."""
+"""Checkpoints: the full state or only the weights are restored bit for bit; retention."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Checkpoints whose files were harmed: named, set aside, and the one before is used."""
+"""Damaged checkpoints are reported and set aside, and the previous one is used."""
 
 import asyncio
 import gc
@@ -45,7 +45,7 @@ def test_damaged_newest_is_named_and_the_one_before_is_used(workdir, file, harm,
     assert err.startswith("warning: the checkpoint of step 3 is damaged (")
     assert re.search(r"damaged \(.{15,}\); ", err)
     assert "tensorstore_spec" not in err
-    assert err.endswith(f"); going on from step 2; it is kept as {folder}/3.damaged\n")
+    assert err.endswith(f"); resuming from step 2; the damaged one is kept as {folder}/3.damaged\n")
     assert len(err) < 500
     assert not (folder / "3").exists()
     assert contents(folder / "3.damaged") == content
@@ -60,7 +60,7 @@ def test_damaged_newest_is_named_and_the_one_before_is_used(workdir, file, harm,
 
 
 def test_no_bit_of_any_file_changes_the_state_unseen(three, tmp_path, caplog):
-    """Files that Orbax doesn't need may be harmed; then the state is whole."""
+    """Damage to files that Orbax doesn't need leaves the state complete."""
     step_folder = three / "checkpoints" / "3"
     files = [path.relative_to(step_folder) for path in sorted(step_folder.rglob("*")) if path.is_file()]
     places = [(path, where) for path in files for where in (0.4,)]
@@ -82,7 +82,7 @@ def test_no_bit_of_any_file_changes_the_state_unseen(three, tmp_path, caplog):
         except UserError as error:
             outcomes.append(str(error).partition(" (")[0])
         flip(target / path, where)
-    refused = f"{target.parent}: no checkpoint is whole"
+    refused = f"{target.parent}: all checkpoints are damaged"
     assert set(outcomes) == {"whole", refused}
     assert outcomes.count(refused) > 20
     gc.collect()
@@ -91,7 +91,7 @@ def test_no_bit_of_any_file_changes_the_state_unseen(three, tmp_path, caplog):
 
 
 def test_reads_that_orbax_gives_up_are_not_heard_of(workdir, monkeypatch, caplog):
-    """Now and then it drops a read that has failed as well; here it always does."""
+    """Orbax sometimes drops a second failed read; here it always does."""
 
     async def fail():
         raise ValueError("a second error")

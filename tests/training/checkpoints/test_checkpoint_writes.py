@@ -1,4 +1,4 @@
-"""Checkpoints while they are written: beside the next step, on a full disk, in a process that dies."""
+"""Checkpoint writing: during the next step, on a full disk, in a process that dies."""
 
 import contextlib
 import logging
@@ -30,7 +30,7 @@ from lcm_jax.training.checkpoint import Checkpoints, good_steps
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Holds every array back from the disk until it is opened."""
+    """Blocks the writing of arrays until it is opened."""
     gate, write = threading.Event(), serialization.async_serialize_from_host
 
     async def held(*args, **kwargs):
@@ -133,7 +133,7 @@ def test_a_checkpoint_that_was_deleted_is_noticed(workdir):
     checkpoints.save(4, make_state(4), DATA)
     checkpoints.wait()
     shutil.rmtree(workdir / "checkpoints" / "4")
-    said = f"the checkpoint of step 4 was deleted from {workdir}/checkpoints in mid-run; put it back"
+    said = f"the checkpoint of step 4 was deleted from {workdir}/checkpoints during the run; put it back"
     with pytest.raises(UserError, match=said):
         checkpoints.save(5, make_state(5), DATA)
     checkpoints.close()
@@ -192,7 +192,7 @@ def test_nothing_but_our_own_lines_on_the_terminal(tmp_path):
 
 
 def test_only_dropped_work_is_not_heard(caplog):
-    """A read or write may end after the damage was told; what others lose is theirs to hear."""
+    """A read or write may end after the error was reported; errors of other code must still be shown."""
     orbax_noise.silence()
     for lost in ("ValueError('… tensorstore_spec=…')", "ValueError('… in OCDBT database …')", "ValueError('mine')"):
         logging.getLogger("asyncio").error(f"Future exception was never retrieved\nfuture: <Future exception={lost}>")
