@@ -11,13 +11,13 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import UInt8
 
 from lcm_jax.data import images, latents
 from lcm_jax.data.sources.tfds import Source, open_source
 from lcm_jax.errors import UserError, one_of
 
-Tokenize = Callable[[list[str]], Int32[np.ndarray, "batch length"]]
+Tokenize = Callable[[list[str]], Any]  # captions → int32 (rows, L), or a tree of such arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _LoadBatch(grain.transforms.RandomMap):
     tokenize: Tokenize
     rows: np.ndarray  # rows of the global batch that this process reads
 
-    def random_map(self, element: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def random_map(self, element: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
         config = self.config
         place, mirror, which = rng.random((3, len(element)))[:, self.rows]  # drawn for all rows, on every process
         if config.crop == "center":
@@ -98,9 +98,9 @@ class _LoadBatch(grain.transforms.RandomMap):
         name = "moments" if config.latents else "image"
         return {name: np.stack(rows), "input_ids": self._token_ids(texts, numbers)}
 
-    def _token_ids(self, texts: list[str], numbers: list[int]) -> np.ndarray:
+    def _token_ids(self, texts: list[str], numbers: list[int]) -> Any:
         try:
-            return np.asarray(self.tokenize(texts), np.int32)
+            return self.tokenize(texts)
         except UserError:
             for text, number in zip(texts, numbers, strict=True):  # finds the record that failed
                 try:
@@ -166,7 +166,7 @@ def batches(
 
     Args:
       config: data set and preprocessing.
-      tokenize: captions -> token ids (rows, L) int32; called from several threads.
+      tokenize: captions -> token ids (rows, L) int32, or a tree of such arrays; called from several threads.
       batch_size: global batch size, over all processes.
       seed: 0 <= seed < 2**32. Batch n depends on (config, seed, batch_size, n) only.
       start_step: number of the first batch.
@@ -175,7 +175,7 @@ def batches(
       vae_config: config.json of the VAE.
       source: an open data set to read instead of opening that of the config.
 
-    Returns: iterator of {'image': uint8 (B, S, S, 3), 'input_ids': int32 (B, L)} with get_state, set_state and close;
+    Returns: iterator of {'image': uint8 (B, S, S, 3), 'input_ids': of `tokenize`} with get_state, set_state and close;
       B = number of rows, S = config.image_size. With config.latents, 'moments', float16 (B, h, w, 2C), replaces
       'image'.
     Raises: UserError for a data set that cannot be opened (see `open_source`) or was encoded by another VAE or at

@@ -13,7 +13,9 @@ from lcm_jax.families.base import Family
 from lcm_jax.models import UNetConfig
 
 
-def _condition(encoders: Mapping[str, Callable[..., jax.Array]], input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+def _condition(
+    encoders: Mapping[str, Callable[..., jax.Array]], input_ids: Int[Array, "b l"], size: tuple[int, int]
+) -> Float[Array, "b l d"]:
     return encoders["text_encoder"](input_ids)
 
 

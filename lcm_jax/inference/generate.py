@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from lcm_jax.diffusion import consistency, guidance, sampling
 from lcm_jax.diffusion.process import Process
 from lcm_jax.families import Family
+from lcm_jax.families.base import Tokens
 from lcm_jax.models import Flat, Network
 
 
@@ -27,6 +28,7 @@ class Sampler:
         with a w-embedding takes w as an input instead.
       timestep_scaling: for the consistency function's boundary condition; "lcm" only.
       decode: whether to return images, not latents.
+      negative: whether the null prompts are the caller's, not the family's null condition.
     """
 
     family: Family
@@ -36,13 +38,14 @@ class Sampler:
     guided: bool
     timestep_scaling: float = 10.0
     decode: bool = True
+    negative: bool = False
 
 
 def generate(
     sampler: Sampler,
     params: dict[str, Flat],
-    input_ids: Int[Array, "b l"],
-    null_ids: Int[Array, "b l"],
+    input_ids: Tokens,
+    null_ids: Tokens,
     w: Float[Array, " b"],
     timesteps: Int[Array, " n"],
     z_T: Float[Array, "b h w c"],
@@ -66,10 +69,16 @@ def generate(
     family, networks, process = sampler.family, sampler.networks, sampler.process
     bound = {name: functools.partial(network.apply, params[name]) for name, network in networks.items()}
     denoiser = functools.partial(family.call, bound[family.denoiser])
-    condition = family.condition(bound, input_ids)
+    height, width = z_T.shape[1:3]
+    factor = networks["vae"].config.factor
+    size = (height * factor, width * factor)
+    condition = family.condition(bound, input_ids, size)
 
     if sampler.guided:
-        denoise = guidance.cfg_denoiser(denoiser, process, condition, family.condition(bound, null_ids), w)
+        null = family.condition(bound, null_ids, size)
+        if family.null and not sampler.negative:
+            null = family.null(null)
+        denoise = guidance.cfg_denoiser(denoiser, process, condition, null, w)
     else:
         dim = family.w_embedding_dim(networks[family.denoiser].config)
         w_embedding = guidance.w_embedding(w, dim) if dim else None

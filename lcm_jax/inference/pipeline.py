@@ -35,7 +35,7 @@ from lcm_jax.interop.folder import Component, Folder, read_folder
 from lcm_jax.interop.folder_writing import write_folder
 from lcm_jax.interop.lora.merge import Loras, check, lcm_recipe, merged_kernels, with_kernels
 from lcm_jax.interop.recipe import Recipe
-from lcm_jax.interop.tokenizer import Tokenizer, load_tokenizer
+from lcm_jax.interop.tokenizer import Tokenizer, Tokenizers, load_tokenizer
 from lcm_jax.models import Flat, Network, Policy
 
 SAMPLERS = ("ddim", "dpmpp", "lcm")  # diffusion models need an LCM-LoRA for "lcm"; consistency models have only "lcm"
@@ -64,7 +64,7 @@ class Pipeline:
     A network is an attribute too: `pipe.vae`.
     """
 
-    def __init__(self, folder: Folder, tokenizer: Tokenizer, policy: Policy) -> None:
+    def __init__(self, folder: Folder, tokenizer: Tokenizer | Tokenizers, policy: Policy) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
         self.policy = policy
@@ -167,7 +167,9 @@ class Pipeline:
             raise UserError(f"noise has no effect with the sampler {kind}, which adds none; leave it out")
         between = noise_key if noise is None else arguments.array("noise", noise, (len(grid) - 1, *shape))
 
-        program = self._program(kind, guided, output != "latents")
+        program = self._program(
+            kind, guided, output != "latents", bool(self.family.null) and negative_prompt is not None
+        )
         try:
             result = program(
                 {name: bound.params for name, bound in self.networks.items()},
@@ -212,7 +214,7 @@ class Pipeline:
         self, count: int, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int, int]:
         """Returns the NHWC shape of `count` latents; height and width in pixels, or the default size."""
-        factor = 2 ** (len(self.networks["vae"].network.config.block_out_channels) - 1)
+        factor = self.networks["vae"].network.config.factor
         sample = self.folder.components[self.family.denoiser].config.get("sample_size") or 64
         default = (sample, sample) if isinstance(sample, int) else tuple(sample)
         sizes = []
@@ -301,9 +303,9 @@ class Pipeline:
                 )
         return guidance_scale
 
-    def _program(self, kind: str, guided: bool, decode: bool) -> Callable[..., jax.Array]:
+    def _program(self, kind: str, guided: bool, decode: bool, negative: bool) -> Callable[..., jax.Array]:
         _, timestep_scaling = self._lcm_grid
-        key = (kind, guided, decode, timestep_scaling)
+        key = (kind, guided, decode, negative, timestep_scaling)
         if key not in self._programs:
             sampler = Sampler(
                 family=self.family,
@@ -313,6 +315,7 @@ class Pipeline:
                 guided=guided,
                 timestep_scaling=timestep_scaling,
                 decode=decode,
+                negative=negative,
             )
             self._programs[key] = jax.jit(functools.partial(generate, sampler))
         return self._programs[key]

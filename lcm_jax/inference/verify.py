@@ -18,6 +18,7 @@ from lcm_jax.host.images import to_uint8
 from lcm_jax.inference.pipeline import Pipeline, load_pipeline
 from lcm_jax.interop import names
 from lcm_jax.interop.lora.file import read_lora
+from lcm_jax.interop.lora.keys import TEXT_MODEL
 from lcm_jax.interop.lora.merge import adaptable
 from lcm_jax.interop.trained_folder import with_lcm_scheduler
 
@@ -111,7 +112,9 @@ def _lora_difference(file: str | os.PathLike[str], pipe: Pipeline, peer: Any) ->
         for path, difference in low_rank.differences(adapter.params, adapter.alphas).items()
     }
     theirs = {
-        f"{name}.{path}.kernel": names.from_file("kernel", module.get_delta_weight("verified").detach().numpy())
+        f"{name}.{path.removeprefix(TEXT_MODEL)}.kernel": names.from_file(
+            "kernel", module.get_delta_weight("verified").detach().numpy()
+        )
         for name in kernels
         for path, module in getattr(peer, name).named_modules()
         if hasattr(module, "get_delta_weight")

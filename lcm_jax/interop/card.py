@@ -33,8 +33,8 @@ def teacher_licence(folder: pathlib.Path) -> dict[str, Any]:
     return {key: front[key] for key in _LICENCE_KEYS if key in front}
 
 
-def lcm_card(teacher: pathlib.Path, recipe: Recipe) -> str:
-    """Returns the text of the model card of a distilled model.
+def lcm_card(teacher: pathlib.Path, recipe: Recipe, pipeline: str) -> str:
+    """Returns the text of the model card of a distilled model, a folder of the diffusers class `pipeline`.
 
     The teacher's license also covers the distilled model. If the teacher's card names none, the text says so.
     """
@@ -53,13 +53,13 @@ def lcm_card(teacher: pathlib.Path, recipe: Recipe) -> str:
         terms = "The teacher's folder names no licence; look up its terms before you distribute this model."
     middle = (recipe.guidance_min + recipe.guidance_max) / 2
     if recipe.w_embedding_dim:
-        pipeline, scale = "LatentConsistencyModelPipeline", middle
+        scale = middle
         guidance = (
             f"The UNet takes the guidance as an input: `guidance_scale` from {recipe.guidance_min:g} to "
             f"{recipe.guidance_max:g}, at no extra cost. A negative prompt has no effect."
         )
     else:
-        pipeline, scale = "StableDiffusionPipeline", 1.0
+        scale = 1.0
         guidance = (
             f"The UNet has learnt the mean over `guidance_scale` {recipe.guidance_min:g} to {recipe.guidance_max:g}, "
             "which is not an input: use 1 (off); slightly higher values add real guidance at twice the cost."

@@ -12,6 +12,7 @@ from lcm_jax.errors import UserError, few
 from lcm_jax.host import json_file
 from lcm_jax.interop import model_index as model_index_json
 from lcm_jax.interop import places, weights
+from lcm_jax.interop.layouts import OPTIONAL
 from lcm_jax.interop.network_configs import MODEL_CLASSES
 
 _DOCUMENT = re.compile(r"(?:LICEN[CS]E|NOTICE|COPYING|AUTHORS|CITATION)(?:[._-].*)?|.*\.(?:md|txt)", re.IGNORECASE)
@@ -117,5 +118,5 @@ def check_copied(directory: pathlib.Path, part_class: str, source: pathlib.Path,
 
 
 def _lacks(source: pathlib.Path, what: str) -> UserError:
-    other = f", or set {source.name} to [null, null] there" if source.name in model_index_json.COPIED else ""
+    other = f", or set {source.name} to [null, null] there" if source.name in OPTIONAL else ""
     return UserError(f"{source} holds no {what}, but model_index.json names {source.name}: add it{other}")

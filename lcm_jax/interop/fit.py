@@ -8,7 +8,7 @@ from lcm_jax.models import CLIPTextConfig, UNetConfig, VAEConfig
 RGB = 3
 
 
-def check_fit(path: pathlib.Path, unet: UNetConfig, vae: VAEConfig, text_encoder: CLIPTextConfig) -> None:
+def check_sd(path: pathlib.Path, unet: UNetConfig, vae: VAEConfig, text_encoder: CLIPTextConfig) -> None:
     """Checks that the sizes of UNet, VAE and text encoder match; `path` is the model folder, for error messages.
 
     Raises:

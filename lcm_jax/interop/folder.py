@@ -19,8 +19,7 @@ from lcm_jax.errors import UserError
 from lcm_jax.host import json_file
 from lcm_jax.interop import contents, hub, model_index, names, places, weights
 from lcm_jax.interop.config_json import warn_of_unknown
-from lcm_jax.interop.fit import check_fit
-from lcm_jax.interop.model_index import NETWORK_CLASSES
+from lcm_jax.interop.layouts import LAYOUTS, Layout
 from lcm_jax.interop.network_configs import MODEL_CLASSES
 from lcm_jax.interop.scheduler import KNOWN as SCHEDULER_KEYS
 from lcm_jax.interop.scheduler import read_schedule
@@ -87,6 +86,11 @@ class Folder:
         return self.model_index["_class_name"]
 
     @property
+    def layout(self) -> Layout:
+        """What folders of this pipeline class hold."""
+        return LAYOUTS[self.pipeline_class]
+
+    @property
     def scheduler_class(self) -> str:
         """The diffusers scheduler class."""
         return self.model_index["scheduler"][1]
@@ -118,7 +122,7 @@ def _network(model_class: Any, config: Any, policy: Policy, options: tuple[tuple
 
 
 def read_folder(path_or_hub_id: str | os.PathLike[str], *, only: Collection[str] | None = None) -> Folder:
-    """Reads a folder saved by `StableDiffusionPipeline` or `LatentConsistencyModelPipeline`.
+    """Reads a folder saved by one of diffusers' pipelines in `layouts.LAYOUTS`.
 
     Warns once if optional parts that are only copied, such as a safety checker, can't be exported.
 
@@ -133,26 +137,28 @@ def read_folder(path_or_hub_id: str | os.PathLike[str], *, only: Collection[str]
     """
     path = hub.local_folder(path_or_hub_id)
     index, classes = model_index.read(path)
-    _check_links(path, [name for name in classes if name not in model_index.COPIED])
+    layout = LAYOUTS[index["_class_name"]]
+    _check_links(path, [name for name in classes if name not in layout.copied], layout)
     scheduler = _read_scheduler(path, index["_class_name"])
-    _check_tokenizer(path / "tokenizer")
-    configs = {name: _read_config(path / name, library_class) for name, library_class in NETWORK_CLASSES.items()}
-    check_fit(path, **{name: read for name, (_, read) in configs.items()})
+    for name in layout.tokenizers:
+        _check_tokenizer(path / name)
+    configs = {name: _read_config(path / name, library_class) for name, library_class in layout.networks.items()}
+    layout.check_fit(path, **{name: read for name, (_, read) in configs.items()})
     components = {
-        name: _read_component(path / name, name, config, read.least_tensors)
+        name: _read_component(path / name, name, layout.networks[name], config, read.least_tensors)
         for name, (config, read) in configs.items()
         if only is None or name in only
     }
     folder = Folder(path, index, scheduler, components)
     _ = folder.schedule  # fail early if unsupported
-    _warn_of_copied(path, {name: classes[name] for name in model_index.COPIED if name in classes})
+    _warn_of_copied(path, {name: classes[name] for name in layout.copied if name in classes})
     return folder
 
 
-def _check_links(path: pathlib.Path, parts: Iterable[str]) -> None:
+def _check_links(path: pathlib.Path, parts: Iterable[str], layout: Layout) -> None:
     """Raises UserError if a file to read or copy is a link out of the folder; `read_weights` checks the weights."""
     for name in parts:
-        if name not in NETWORK_CLASSES and name != "scheduler":
+        if name not in layout.networks and name != "scheduler":
             contents.copied_files(path, name)
             continue
         there = places.file_names(path, name)
@@ -179,7 +185,7 @@ def _read_scheduler(path: pathlib.Path, pipeline_class: str) -> dict[str, Any]:
     where = path / "scheduler" / "scheduler_config.json"
     scheduler = json_file.read(where, largest=json_file.CONFIG)
     warn_of_unknown(scheduler, SCHEDULER_KEYS, str(where))
-    if pipeline_class == "LatentConsistencyModelPipeline" and scheduler.get("clip_sample"):
+    if pipeline_class != "StableDiffusionPipeline" and scheduler.get("clip_sample"):  # which turns it off
         raise UserError(f"{where}: clip_sample is true, so {pipeline_class} would clip latents; supported: false")
     return scheduler
 
@@ -210,8 +216,9 @@ def _read_config(directory: pathlib.Path, library_class: str) -> tuple[dict[str,
     return config, read
 
 
-def _read_component(directory: pathlib.Path, name: str, config: dict[str, Any], least_tensors: int) -> Component:
-    library_class = NETWORK_CLASSES[name]
+def _read_component(
+    directory: pathlib.Path, name: str, library_class: str, config: dict[str, Any], least_tensors: int
+) -> Component:
     tensors, arrangement = weights.read_weights(directory)
     where = f"{directory}/{arrangement.index or next(iter(arrangement.metadata))}"
     if len(tensors) < least_tensors:  # checked first: building a large network is slow

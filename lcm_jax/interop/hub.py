@@ -3,15 +3,17 @@
 import os
 import pathlib
 import re
+from collections.abc import Collection
 
 from lcm_jax.errors import UserError
 from lcm_jax.host import unfinished
+from lcm_jax.interop import model_index
+from lcm_jax.interop.layouts import LAYOUTS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # No pickles, no top-level single-file checkpoints, and only the unnamed variant.
 _ALLOW = ["*.json", "*.txt", "*.md", "LICENSE*", "*/*.safetensors"]
 _IGNORE = [pattern for name in ("fp32", "fp16", "bf16") for pattern in (f"*.{name}.*", f"*.{name}-*")] + ["*non_ema*"]
-_NETWORKS = ("unet", "vae", "text_encoder")
 
 
 def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
@@ -38,7 +40,7 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
     try:
         folder = pathlib.Path(snapshot_download(name, allow_patterns=_ALLOW, ignore_patterns=_IGNORE))
         # some models have only a named variant, such as fp16
-        if not all(any((folder / name).glob("*.safetensors")) for name in _NETWORKS):
+        if not all(any((folder / name).glob("*.safetensors")) for name in _networks(folder)):
             folder = pathlib.Path(snapshot_download(name, allow_patterns=_ALLOW))
         return folder
     except Exception as error:  # hub errors, and those of an HTTP library that depends on the hub's version
@@ -46,3 +48,12 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
         raise UserError(
             f"there is no folder {name}, and no model of that name could be downloaded from the hub: {reason}"
         ) from None
+
+
+def _networks(folder: pathlib.Path) -> Collection[str]:
+    """Returns the names of the networks of a folder; none if its model_index.json isn't supported."""
+    try:
+        index, _ = model_index.read(folder)
+    except UserError:
+        return ()  # `read_folder` says why
+    return LAYOUTS[index["_class_name"]].networks

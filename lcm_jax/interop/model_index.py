@@ -7,14 +7,9 @@ from typing import Any
 from lcm_jax.errors import UserError, nearest, plain
 from lcm_jax.host import json_file
 from lcm_jax.interop import places
+from lcm_jax.interop.layouts import LAYOUTS, OPTIONAL, Layout
 
-PIPELINE_CLASSES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
 TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
-NETWORK_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-# Only copied, so any class is accepted: the feature extractor's class name differs between transformers versions.
-COPIED = ("safety_checker", "feature_extractor", "image_encoder")
-_SUPPORTED = {**{name: (known,) for name, known in NETWORK_CLASSES.items()}, "tokenizer": TOKENIZER_CLASSES}
-_REQUIRED = (*NETWORK_CLASSES, "tokenizer", "scheduler")
 _EXAMPLES = {
     "text_encoder": ("transformers", "CLIPTextModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
@@ -39,30 +34,34 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
     places.check_file(where, path)
     index = json_file.read(where, {"_class_name": json_file.TEXT}, largest=json_file.CONFIG)
     pipeline_class = index.get("_class_name")
-    if pipeline_class not in PIPELINE_CLASSES:
-        raise UserError(
-            f"{where}: _class_name is {plain(str(pipeline_class), 100)}; supported: {', '.join(PIPELINE_CLASSES)}"
-        )
-    index.update({name: [None, None] for name in COPIED if name in index and index[name] is None})
+    if pipeline_class not in LAYOUTS:
+        raise UserError(f"{where}: _class_name is {plain(str(pipeline_class), 100)}; supported: {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[pipeline_class]
+    for name, supported in layout.settings.items():
+        if (value := index.get(name, supported)) != supported:
+            raise UserError(f"{where}: {name} is {plain(repr(value), 100)}; supported: {supported}")
+    index.update({name: [None, None] for name in OPTIONAL if name in index and index[name] is None})
     classes = {}
     for name, value in index.items():
-        if name in (*_REQUIRED, *COPIED) and not is_part(value):
+        if name in (*layout.required, *layout.copied) and not is_part(value):
+            example = _example(name, layout)
             raise UserError(
-                f"{where}: {name} is {plain(repr(value), 100)}; supported: a library and a class, like {_example(name)}"
+                f"{where}: {name} is {plain(repr(value), 100)}; supported: a library and a class, like {example}"
             )
         if not name.startswith("_") and is_part(value):  # anything else is a setting of the pipeline
             places.plain_name(name, f"{where} names")
             if value[1] is not None:
                 classes[name] = value[1]
-    for name in _REQUIRED:
+    for name in layout.required:
         if name not in classes:
             raise UserError(f"{where} does not name a {name}{nearest(name, classes)}")
     for name, part_class in classes.items():
-        if name not in (*_REQUIRED, *COPIED):
+        if name not in (*layout.required, *layout.copied):
             raise UserError(f"{where} names {name}, a {part_class}, which {pipeline_class} does not have")
-        if name in _SUPPORTED and part_class not in _SUPPORTED[name]:
+        supported = TOKENIZER_CLASSES if name in layout.tokenizers else (layout.networks.get(name, part_class),)
+        if part_class not in supported:
             raise UserError(
-                f"{where}: the class of {name} is {plain(part_class, 100)}; supported: {', '.join(_SUPPORTED[name])}"
+                f"{where}: the class of {name} is {plain(part_class, 100)}; supported: {', '.join(supported)}"
             )
     return index, classes
 
@@ -72,6 +71,6 @@ def is_part(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(item is None or isinstance(item, str) for item in value)
 
 
-def _example(name: str) -> str:
-    example = json.dumps(_EXAMPLES.get(name, ("diffusers", NETWORK_CLASSES.get(name))))
-    return f"{example}, or [null, null] for none" if name in COPIED else example
+def _example(name: str, layout: Layout) -> str:
+    example = json.dumps(_EXAMPLES.get(name, ("diffusers", layout.networks.get(name))))
+    return f"{example}, or [null, null] for none" if name in OPTIONAL else example

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,6 +86,23 @@ class Tokenizer:
         return prompt
 
 
+class Tokenizers:
+    """Converts prompts to the token ids of several text encoders. Thread-safe."""
+
+    def __init__(self, tokenizers: Mapping[str, Tokenizer]) -> None:
+        """Takes name → tokenizer."""
+        self._tokenizers = tokenizers
+        self.max_length = min(tokenizer.max_length for tokenizer in tokenizers.values())
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Returns name → int32 (len(prompts), its max_length); raises UserError like `Tokenizer`."""
+        return {name: tokenizer(prompts) for name, tokenizer in self._tokenizers.items()}
+
+    def cut(self, prompt: str) -> str:
+        """Returns the longest truncated end of a prompt; "" if it fits."""
+        return max((tokenizer.cut(prompt) for tokenizer in self._tokenizers.values()), key=len)
+
+
 def _multi_vector_words(added: set[str]) -> dict[str, str]:
     """Returns word → "word word_1 word_2 …" for the added tokens with more than one vector."""
     found = {}
@@ -98,8 +115,8 @@ def _multi_vector_words(added: set[str]) -> dict[str, str]:
     return found
 
 
-def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = "text_encoder") -> Tokenizer:
-    """Reads the CLIP tokenizer in the subfolder `name`, from tokenizer.json or vocab.json.
+def load_tokenizer(folder: Folder) -> Tokenizer | Tokenizers:
+    """Reads the folder's CLIP tokenizers, from tokenizer.json or vocab.json: one, or as `Tokenizers`.
 
     The prompt length is the smaller of the tokenizer's `model_max_length` and the text encoder's
     `max_position_embeddings`. Tokens without a row in the text encoder's embedding table cause a warning here, since
@@ -108,6 +125,11 @@ def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = 
     Raises:
       UserError: the files are missing or broken; there is no pad token; the start, end or pad token has no row.
     """
+    loaded = {name: _load(folder, name, encoder) for name, encoder in folder.layout.tokenizers.items()}
+    return Tokenizers(loaded) if len(loaded) > 1 else next(iter(loaded.values()))
+
+
+def _load(folder: Folder, name: str, text_encoder: str) -> Tokenizer:
     directory = folder.path / name
     tokenizer = read_tokenizer(directory)
     if tokenizer.pad_token_id is None:
@@ -126,7 +148,7 @@ def load_tokenizer(folder: Folder, name: str = "tokenizer", text_encoder: str = 
             f"{where} has no rows for some words of the tokenizer (vocab_size is {config.vocab_size}), so prompts "
             f"can't use them: {few(word for _, word in beyond)}",
             UserWarning,
-            stacklevel=2,
+            stacklevel=4,
         )
     return loaded
 

@@ -1,8 +1,9 @@
 """Writes trained models as folders that diffusers loads.
 
-A distilled UNet with a w-embedding becomes a `LatentConsistencyModelPipeline`. A UNet without one (w_embedding_dim 0)
-becomes a `StableDiffusionPipeline` with an `LCMScheduler`, since LatentConsistencyModelPipeline always embeds the
-guidance scale. Run it with guidance_scale 1 (off), or slightly above 1 for classifier-free guidance.
+The pipeline class is that of `Layout.students`. A distilled UNet with a w-embedding becomes a
+`LatentConsistencyModelPipeline`. A UNet without one (w_embedding_dim 0) becomes a `StableDiffusionPipeline` with an
+`LCMScheduler`, since LatentConsistencyModelPipeline always embeds the guidance scale. Run it with guidance_scale 1
+(off), or slightly above 1 for classifier-free guidance. Both kinds of students of SDXL stay in its own pipeline.
 """
 
 import dataclasses
@@ -22,8 +23,6 @@ from lcm_jax.interop.folder_writing import replace_params, write_json, write_par
 from lcm_jax.interop.recipe import RECIPE_FILE, Recipe
 from lcm_jax.interop.replace import replacing
 from lcm_jax.interop.weights import DTYPES
-
-_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def lcm_scheduler(
@@ -78,18 +77,19 @@ def write_lcm_folder(
     student = replace_params(unet, unet_params, jnp.dtype(dtype), config)
     model_index = {
         **teacher.model_index,
-        "_class_name": "LatentConsistencyModelPipeline" if recipe.w_embedding_dim else "StableDiffusionPipeline",
+        "_class_name": teacher.layout.students[bool(recipe.w_embedding_dim)],
         "scheduler": ["diffusers", "LCMScheduler"],
     }
-    for name in _OPTIONAL:
+    for name in teacher.layout.copied:
         model_index.setdefault(name, [None, None])
-    has_checker = model_index["safety_checker"][1] is not None
-    model_index["requires_safety_checker"] = bool(
-        has_checker and teacher.model_index.get("requires_safety_checker", True)
-    )
+    if "safety_checker" in teacher.layout.copied:
+        has_checker = model_index["safety_checker"][1] is not None
+        model_index["requires_safety_checker"] = bool(
+            has_checker and teacher.model_index.get("requires_safety_checker", True)
+        )
     scheduler = lcm_scheduler(teacher, recipe.original_inference_steps, recipe.timestep_scaling)
     folder = Folder(teacher.path, model_index, scheduler, {**teacher.components, "unet": student})
-    text = card.lcm_card(teacher.path, recipe)
+    text = card.lcm_card(teacher.path, recipe, folder.pipeline_class)
     with replacing(out, teacher.path) as temporary:
         write_parts(_for_transformers(folder), temporary, recipe_holds=False)
         write_json(temporary / RECIPE_FILE, dataclasses.asdict(recipe))

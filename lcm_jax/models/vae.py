@@ -38,12 +38,18 @@ class VAEConfig:
         """A lower bound on the number of tensors: those of the encoder's and decoder's residual blocks."""
         return 16 * len(self.block_out_channels) * self.layers_per_block
 
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, in height and in width."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Returns a square image's latent shape (h, w, C); raises UserError unless 2^(levels - 1) divides its size."""
-        factor = 2 ** (len(self.block_out_channels) - 1)
-        if image_size % factor:
-            raise UserError(f"config.data.image_size={image_size} is not a multiple of {factor}, which this VAE needs")
-        return image_size // factor, image_size // factor, self.latent_channels
+        if image_size % self.factor:
+            raise UserError(
+                f"config.data.image_size={image_size} is not a multiple of {self.factor}, which this VAE needs"
+            )
+        return image_size // self.factor, image_size // self.factor, self.latent_channels
 
 
 class _Downsample(nnx.Module):

@@ -64,7 +64,9 @@ def of_folder(folder: Folder) -> Identity:
         facts[f"{name} weights"] = weights[name]
         config = MODEL_CLASSES[component.library_class].read(component.config)
         facts[f"{name}/config.json"] = _of_values(dataclasses.asdict(config))
-    return Identity(str(folder.path), facts | _tokenizer(folder.path / "tokenizer"))
+    for name in folder.layout.tokenizers:
+        facts |= _tokenizer(folder.path / name)
+    return Identity(str(folder.path), facts)
 
 
 def _scheduler(folder: Folder) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def _tokenizer(directory: pathlib.Path) -> Facts:
         "added tokens": content["added_tokens"],
         "settings": settings + rules,
     }
-    return {f"tokenizer {name}": _of_values(part) for name, part in parts.items()}
+    return {f"{directory.name} {name}": _of_values(part) for name, part in parts.items()}
 
 
 def of_data(source: Source) -> Identity:

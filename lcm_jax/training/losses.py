@@ -1,6 +1,6 @@
 """The losses of an objective as functions of weights: networks are bound, and the inputs of a loss are made."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,9 @@ from lcm_jax.models.vae import scaled_draw
 from lcm_jax.objectives.base import Aux, Inputs, Networks, Update
 from lcm_jax.training.networks import Parts
 
-# 'input_ids' int32 (B, L), and 'image' uint8 (B, H, W, 3) or 'moments' (B, h, w, 2C): mean and log-variance of q(z|x)
-Batch = dict[str, jax.Array]
+# 'input_ids' tokens (`families.base`), and 'image' uint8 (B, H, W, 3) or 'moments' (B, h, w, 2C): mean and
+# log-variance of q(z|x)
+Batch = dict[str, Any]
 
 
 class Loss(NamedTuple):
@@ -94,19 +95,29 @@ def _of_role(parts: Parts, scope: str, role: str, weights: dict, frozen: dict) -
     return denoiser
 
 
-def _inputs(parts: Parts, params: dict, frozen: dict, batch: Mapping[str, jax.Array], noise: Any) -> Inputs:
+def _inputs(parts: Parts, params: dict, frozen: dict, batch: Batch, noise: Any) -> Inputs:
     needs, family = parts.objective.needs, parts.family
     images = to_signed(batch["image"]) if "images" in needs else None
     z_0 = _latents(parts, frozen["vae"], batch, noise) if "latents" in needs else None
     condition = null_condition = None
     if "condition" in needs:
         encoders = {name: _bound(parts, name, name, name, params, frozen) for name in family.text_encoders}
-        condition = family.condition(encoders, batch["input_ids"])
-        null_condition = family.condition(encoders, parts.null_ids)
+        size = _size(parts, batch)
+        condition = family.condition(encoders, batch["input_ids"], size)
+        null_condition = family.condition(encoders, parts.null_ids, size)
+        if family.null:
+            null_condition = family.null(null_condition)
     return Inputs(images, z_0, condition, null_condition)
 
 
-def _latents(parts: Parts, vae: dict, batch: Mapping[str, jax.Array], noise: jax.Array) -> jax.Array:
+def _size(parts: Parts, batch: Batch) -> tuple[int, int]:
+    """Returns height and width of the images in pixels."""
+    stored, factor = ("moments", parts.networks["vae"].config.factor) if "moments" in batch else ("image", 1)
+    _, height, width, _ = batch[stored].shape
+    return height * factor, width * factor
+
+
+def _latents(parts: Parts, vae: dict, batch: Batch, noise: jax.Array) -> jax.Array:
     """A draw from the VAE's posterior at these images, scaled: z_0."""
     network = parts.networks["vae"]
     if "moments" in batch:

@@ -22,6 +22,7 @@ from lcm_jax.data.batches import DataConfig
 from lcm_jax.diffusion.process import Process
 from lcm_jax.errors import UserError
 from lcm_jax.families import Family, family_of
+from lcm_jax.families.base import Tokens
 from lcm_jax.interop.folder import Folder, make_network
 from lcm_jax.models import Flat, Network, Policy
 from lcm_jax.objectives import OBJECTIVES, Objective
@@ -37,7 +38,7 @@ class Parts:
       roles: the objective's networks.
       networks: by key, and by component of the folder where no role has that key.
       process: the noise process of the folder.
-      null_ids: (1, L) int32, the tokens of the empty prompt.
+      null_ids: the tokens of the empty prompt, a batch of one.
       adapted: key → module → shape of its adapter; {} where the networks' own weights are trained.
     """
 
@@ -47,16 +48,17 @@ class Parts:
     roles: Roles
     networks: dict[str, Network]
     process: Process
-    null_ids: np.ndarray
+    null_ids: Tokens
     adapted: dict[str, dict[str, lora.Target]]
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Returns (h, w, C), the latents of a square image of `image_size` pixels; raises UserError if none fits."""
         return self.networks["vae"].config.latent_shape(image_size)
 
-    def sample_shapes(self, config: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    def sample_shapes(self, config: DataConfig) -> dict[str, Any]:
         """Returns the shape and dtype of each part of one sample of a batch."""
-        shapes = {"input_ids": jax.ShapeDtypeStruct(self.null_ids.shape[1:], jnp.int32)}
+        tokens = jax.tree.map(lambda ids: jax.ShapeDtypeStruct(ids.shape[1:], jnp.int32), self.null_ids)
+        shapes: dict[str, Any] = {"input_ids": tokens}
         if config.latents:
             *size, channels = self.latent_shape(config.image_size)
             shapes["moments"] = jax.ShapeDtypeStruct((*size, 2 * channels), jnp.float16)
@@ -105,7 +107,7 @@ def trained_components(config: Config, family: Family) -> dict[str, str]:
 def make_parts(
     config: Config,
     folder: Folder,
-    tokenizer: Callable[[Sequence[str]], np.ndarray],
+    tokenizer: Callable[[Sequence[str]], Tokens],
     objective: tuple[Objective, Any] | None = None,
 ) -> Parts:
     """Builds the networks of a run from the folder's own configurations, for the devices that JAX finds here.

@@ -11,6 +11,7 @@ from lcm_jax.config import Config
 from lcm_jax.data.batches import batches
 from lcm_jax.diffusion.guidance import is_guided
 from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
+from lcm_jax.families.base import Tokens
 from lcm_jax.host.images import to_signed, to_uint8, to_unit
 from lcm_jax.inference.generate import Sampler, generate
 from lcm_jax.training.networks import Parts
@@ -19,7 +20,7 @@ Preview = Callable[[dict, dict], np.ndarray]
 SEED = 0
 
 
-def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], np.ndarray]) -> Preview:
+def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], Tokens]) -> Preview:
     """Returns `preview(weights, frozen) -> uint8 (N, H, W, 3)`; `weights` are the EMA or the trained weights.
 
     A denoiser samples `config.log.prompts` in `sample_steps` steps, as its objective says. An autoencoder shows
@@ -55,7 +56,8 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
         timesteps = trailing_timesteps(config.log.sample_steps, parts.process.num_train_timesteps)
     grid = jnp.asarray(timesteps)
     prompts = list(config.log.prompts) or [""]
-    ids, null_ids = jnp.asarray(tokenizer(prompts)), jnp.repeat(parts.null_ids, len(prompts), 0)
+    ids = jax.tree.map(jnp.asarray, tokenizer(prompts))
+    null_ids = jax.tree.map(lambda of: jnp.repeat(of, len(prompts), 0), parts.null_ids)
     w = jnp.full(len(prompts), config.log.guidance_scale - 1.0, jnp.float32)
     shape = parts.latent_shape(config.data.image_size)
     key_z, key_noise = jax.random.split(jax.random.key(SEED))

@@ -35,7 +35,7 @@ class Program:
     mesh: Mesh
     state: dict[str, Any]
     frozen: dict[str, Any]
-    batch: dict[str, jax.ShapeDtypeStruct]
+    batch: dict[str, Any]
     stop: jax.ShapeDtypeStruct
     step: jax.stages.Wrapped
     start: jax.stages.Wrapped
@@ -51,11 +51,12 @@ class Program:
     @property
     def rows(self) -> np.ndarray:
         """The indices of the global batch's rows on this process's devices, ascending."""
-        count = self.batch["input_ids"].shape[0]
-        parts = self.batch["input_ids"].sharding.addressable_devices_indices_map((count,)).values()
+        first = jax.tree.leaves(self.batch)[0]
+        count = first.shape[0]
+        parts = first.sharding.addressable_devices_indices_map((count,)).values()
         return np.unique(np.concatenate([np.arange(count)[part] for part in parts]))
 
-    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def put(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Returns the global batch as sharded arrays, from this process's rows of it."""
         rows = self.rows
 
@@ -66,7 +67,7 @@ class Program:
 
             return jax.make_array_from_callback(like.shape, like.sharding, of_device)
 
-        return {name: place(batch[name], like) for name, like in self.batch.items()}
+        return {name: jax.tree.map(place, batch[name], like) for name, like in self.batch.items()}
 
     def put_stop(self, number: int) -> jax.Array:
         """Returns the `stop` argument of the step, with `number` for each device of this process."""
@@ -94,10 +95,10 @@ def make_program(config: Config, parts: Parts, mesh: Mesh) -> Program:
     else:
         frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), frozen)
     over_batch = NamedSharding(mesh, BATCH)
-    batch = {
-        name: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape), leaf.dtype, sharding=over_batch)
-        for name, leaf in parts.sample_shapes(config.data).items()
-    }
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape), leaf.dtype, sharding=over_batch),
+        parts.sample_shapes(config.data),
+    )
     stop = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=over_batch)
     places = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state, frozen, batch, stop)]
     step = make_step(config, parts, mesh)

@@ -93,7 +93,7 @@ def _make_update(config: Config, parts: Parts, mesh: Mesh, loss: Loss, number: i
     def update(step: jax.Array, params: dict, average: dict, opt_state: Any, frozen: dict, batch: Batch) -> Outcome:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         key = jax.random.fold_in(key, number) if number else key
-        draws = loss.draw(key, (len(batch["input_ids"]), *latent_shape))
+        draws = loss.draw(key, (len(jax.tree.leaves(batch)[0]), *latent_shape))
         (value, aux), grads = gradient(params, average or params, frozen, batch, draws)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)

@@ -106,7 +106,7 @@ INCONSISTENT = [  # class, config, message
 @pytest.mark.parametrize(
     ("read", "config", "message"),
     [(c, {key: value}, f"{key} is {plain(repr(value), 100)}{rest}") for c, key, value, rest in REFUSED] + INCONSISTENT,
-    ids=lambda value: str(value)[:60],
+    ids=lambda value: getattr(value, "__name__", str(value)[:60]),
 )
 def test_what_is_not_supported_is_named(read, config, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -165,6 +165,7 @@ def test_the_size_of_the_pictures_is_no_part_of_the_network():
         (read_vae, {"force_upcast": None}, {}),
     ],
     ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_values_that_mean_the_same_to_diffusers(read, config, same):
     assert read(config) == read(same)

@@ -1,0 +1,46 @@
+"""What a folder of each supported diffusers pipeline class holds."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lcm_jax.interop import fit
+
+# Only copied, so any class is accepted: the feature extractor's class name differs between transformers versions.
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The parts of a folder, besides the scheduler.
+
+    Attributes:
+      networks: part → class.
+      tokenizers: part → the text encoder that takes its ids.
+      copied: optional parts, which are only copied.
+      students: the pipeline classes of a distilled model without and with a w-embedding.
+      check_fit: (folder, network → its configuration) raises UserError if the networks don't fit each other.
+      settings: a setting of the pipeline that changes images → its only supported value, which is diffusers' default.
+    """
+
+    networks: Mapping[str, str]
+    tokenizers: Mapping[str, str]
+    copied: tuple[str, ...]
+    students: tuple[str, str]
+    check_fit: Callable[..., None]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The parts without which a folder is not read."""
+        return (*self.networks, *self.tokenizers, "scheduler")
+
+
+SD = Layout(
+    networks={"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"},
+    tokenizers={"tokenizer": "text_encoder"},
+    copied=OPTIONAL,
+    students=("StableDiffusionPipeline", "LatentConsistencyModelPipeline"),
+    check_fit=fit.check_sd,
+)
+LAYOUTS = {"StableDiffusionPipeline": SD, "LatentConsistencyModelPipeline": SD}
