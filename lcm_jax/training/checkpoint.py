@@ -321,8 +321,8 @@ def _check_same_model(path: epath.Path, stored: Leaves, wanted: Leaves) -> None:
         found, expected = stored.get(name), wanted.get(name)
         if found != expected:
             raise UserError(
-                f"{path} is a checkpoint of another model: {name} is {_describe(found)}, but {_describe(expected)} in "
-                "this run"
+                f"{path} is a checkpoint of another model: {name} is {_describe(found)} in the checkpoint, "
+                f"{_describe(expected)} in this run"
             )
 
 

@@ -128,7 +128,7 @@ def test_command(tmp_path, monkeypatch, classifier, capsys):
     assert trained == [(7, False)]
     again = load_classifier(out).params
     assert all(np.array_equal(again[name], classifier.params[name]) for name in classifier.params)
-    assert capsys.readouterr().out == f"{out}: reads 98.77 % of the real test digits\n"
+    assert capsys.readouterr().out == f"{out}: 98.77 % of the real test digits classified correctly\n"
 
 
 @pytest.mark.parametrize(

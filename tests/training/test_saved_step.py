@@ -144,7 +144,7 @@ def evil(data):
         ),
         (
             with_header(lambda header: header["made_for"].update(XLA_FLAGS="--x")),
-            "elsewhere: XLA_FLAGS '--x', here",
+            "for another environment: XLA_FLAGS '--x', here",
             False,
         ),
         (with_header(dict.clear), "its header has no 'executable'", True),

@@ -193,12 +193,21 @@ def _other_optimizer(state):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (_drop, r"\['params'\]\['unet'\]\['down_blocks.10.kernel'\] is float32 \(4, 8\) there, absent in this run"),
-        (_add, r"\['params'\]\['unet'\]\['down_blocks.11.kernel'\] is absent there, float32 \(4, 8\) in this run"),
-        (_reshape, r"\['down_blocks.10.kernel'\] is float32 \(4, 8\) there, float32 \(8, 4\) in this run"),
-        (_cast, r"\['down_blocks.10.kernel'\] is float32 \(4, 8\) there, bfloat16 \(4, 8\) in this run"),
-        (_no_ema, r"\['ema'\]\['text_encoder'\]\['embedding'\] is float32 \(64, 32\) there, absent in this run"),
-        (_other_optimizer, r"\['opt_state'\].* is absent there"),
+        (
+            _drop,
+            r"\['unet'\]\['down_blocks.10.kernel'\] is float32 \(4, 8\) in the checkpoint, absent in this run",
+        ),
+        (
+            _add,
+            r"\['unet'\]\['down_blocks.11.kernel'\] is absent in the checkpoint, float32 \(4, 8\) in this run",
+        ),
+        (_reshape, r"\['down_blocks.10.kernel'\] is float32 \(4, 8\) in the checkpoint, float32 \(8, 4\) in this run"),
+        (_cast, r"\['down_blocks.10.kernel'\] is float32 \(4, 8\) in the checkpoint, bfloat16 \(4, 8\) in this run"),
+        (
+            _no_ema,
+            r"\['ema'\]\['text_encoder'\]\['embedding'\] is float32 \(64, 32\) in the checkpoint, absent in this run",
+        ),
+        (_other_optimizer, r"\['opt_state'\].* is absent in the checkpoint"),
     ],
 )
 def test_another_model_is_named_by_the_first_key_that_differs(workdir, change, expected):
