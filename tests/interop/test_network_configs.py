@@ -164,7 +164,6 @@ def test_the_size_of_the_pictures_is_no_part_of_the_network():
         (read_unet, {"use_linear_projection": None}, {}),
         (read_vae, {"force_upcast": None}, {}),
     ],
-    ids=str,
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_values_that_mean_the_same_to_diffusers(read, config, same):
