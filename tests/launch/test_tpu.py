@@ -1,6 +1,9 @@
 """launch/tpu.sh: its requests to gcloud, the state of the workers, and the restart after a preemption."""
 
-import subprocess
+import collections
+import os
+import signal
+import threading
 
 import pytest
 
@@ -213,12 +216,23 @@ def test_resume_of_a_training_that_runs_only_watches(bench, until):
     bench.run("tpu.sh", "run", "pod", ZONE, *TRAIN)
     bench.say("state", "ACTIVE")
     homes = [bench.home(worker) for worker in ("pod-0", "pod-1")]
+
+    def watches() -> bool:
+        """Whether resume has asked for the state more than once, as it does only while it watches."""
+        calls = bench.folder / "calls"
+        if not calls.exists():
+            return False
+        asked = collections.Counter(line for line in calls.read_text().splitlines() if '"ssh"' in line)
+        return max(asked.values(), default=0) > 1
+
     for home in homes:
         until((home / "ready").exists)
     pids = [(home / "train.pid").read_text().strip() for home in homes]
-    stop = subprocess.Popen(["bash", "-c", f"sleep 1.5; kill -TERM -- -{pids[0]} -{pids[1]}"])  # resume watches by then
+    stop = threading.Thread(target=lambda: (until(watches), [os.killpg(int(pid), signal.SIGTERM) for pid in pids]))
+    (bench.folder / "calls").unlink()
+    stop.start()
     result = bench.run("tpu.sh", "resume", "pod", ZONE, "--type=v5p-16", *TRAIN)
-    stop.wait()
+    stop.join()
     assert result.code == 1
     assert "stopped by hand" in result.error()
     assert [(home / "train.pid").read_text().strip() for home in homes] == pids
