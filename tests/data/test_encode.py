@@ -12,7 +12,8 @@ import tensorflow_datasets as tfds
 from lcm_jax import cli, encode, train
 from lcm_jax.config import default_config, from_dict
 from lcm_jax.data import latents
-from lcm_jax.data.batches import DataConfig, batches
+from lcm_jax.data.batches import batches
+from lcm_jax.data.config import DataConfig
 from lcm_jax.data.sources.tfds import open_source
 from lcm_jax.digits.presets import write_blank
 from lcm_jax.errors import UserError

@@ -8,7 +8,8 @@ import numpy as np
 from mutations import TEXTS, damage_bytes, pick
 from PIL import Image
 
-from lcm_jax.data.batches import DataConfig, _LoadBatch
+from lcm_jax.data.batches import _LoadBatch
+from lcm_jax.data.config import DataConfig
 from lcm_jax.data.sources.tfds import Source
 
 MODES = {
