@@ -15,7 +15,7 @@ from jaxtyping import Int32, UInt8
 
 from lcm_jax.data import images, latents
 from lcm_jax.data.config import DataConfig
-from lcm_jax.data.sources.tfds import Source, open_source
+from lcm_jax.data.sources import Source, open_data
 from lcm_jax.errors import UserError
 
 Tokenize = Callable[[list[str]], Int32[np.ndarray, "batch length"]]
@@ -101,19 +101,6 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self._batches.close()
 
 
-def open_data(config: DataConfig) -> Source:
-    """Opens the data set of the config; raises UserError like `open_source`."""
-    return open_source(
-        config.dataset,
-        directory=config.directory,
-        data_dir=config.data_dir,
-        split=config.split,
-        image_key=config.image_key,
-        caption_key=config.caption_key,
-        encoded=config.latents,
-    )
-
-
 def batches(
     config: DataConfig,
     *,
@@ -142,7 +129,7 @@ def batches(
     Returns: iterator of {'image': uint8 (B, S, S, 3), 'input_ids': int32 (B, L)} with get_state, set_state and close;
       B = number of rows, S = config.image_size. With config.latents, 'moments', float16 (B, h, w, 2C), replaces
       'image'.
-    Raises: UserError for a data set that cannot be opened (see `open_source`) or was encoded by another VAE or at
+    Raises: UserError for a data set that cannot be opened (see `open_data`) or was encoded by another VAE or at
       another size, and, while iterating, for a record that cannot be read or decoded.
     """
     if batch_size < 1:

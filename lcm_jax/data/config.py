@@ -11,7 +11,7 @@ class DataConfig:
     """Data set and image preprocessing. An invalid value raises UserError naming the field."""
 
     dataset: str = "captioned_digits"  # a registered TFDS builder: "name", "name/config:1.0.0"
-    directory: str = ""  # version directory of a prepared ArrayRecord data set, read instead of `dataset`
+    directory: str = ""  # a data set that is read instead of `dataset`; what it holds says which source reads it
     data_dir: str = ""  # where `dataset` is stored or prepared; "": TFDS's default, ~/tensorflow_datasets
     split: str = "train"  # a TFDS split expression: "train", "train[:10%]"
     image_key: str = "image"
