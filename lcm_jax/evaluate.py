@@ -32,8 +32,9 @@ from lcm_jax.digits import lora_rows, teacher_rows
 from lcm_jax.digits.classifier import STYLE_WEIGHTS, WEIGHTS, Classifier, load_classifier
 from lcm_jax.digits.dataset import SIZE, STYLES
 from lcm_jax.digits.draw import BATCH, draw_all, in_batches
+from lcm_jax.digits.evaluation_set import Prompt, real_pictures, sheet_prompts, test_prompts
 from lcm_jax.digits.guidance import best_guidance, trained_range
-from lcm_jax.digits.measures import Prompt, real_pictures, score, sheet_prompts, test_prompts
+from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row, curves, figure_class, said, table
 from lcm_jax.digits.sheet import sheet
 from lcm_jax.errors import UserError, say

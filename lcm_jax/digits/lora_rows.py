@@ -8,8 +8,9 @@ from jaxtyping import UInt8
 from lcm_jax.digits.classifier import Classifier
 from lcm_jax.digits.dataset import STYLES
 from lcm_jax.digits.draw import draw_all
+from lcm_jax.digits.evaluation_set import Prompt, real_pictures, test_prompts
 from lcm_jax.digits.guidance import best_guidance
-from lcm_jax.digits.measures import Prompt, real_pictures, score, test_prompts
+from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row, figure_class, pixels, said
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.interop.lora.merge import Loras

@@ -7,16 +7,17 @@ import pytest
 from fixtures_loras import random_lora
 
 from lcm_jax import evaluate, load_pipeline
-from lcm_jax.digits import draw, guidance, lora_rows, measures
+from lcm_jax.digits import draw, evaluation_set, guidance, lora_rows
 from lcm_jax.digits.classifier import STYLE_WEIGHTS, load_classifier
 from lcm_jax.digits.draw import draw_all
-from lcm_jax.digits.measures import real_pictures, score, sheet_prompts
+from lcm_jax.digits.evaluation_set import real_pictures, sheet_prompts
+from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row, table
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.lora.file import write_lora
 
-PROMPTS = [*measures.test_prompts()[::400], sheet_prompts()[8]]
+PROMPTS = [*evaluation_set.test_prompts()[::400], sheet_prompts()[8]]
 ON_SHEET = sheet_prompts()[3:8:4]
 
 
