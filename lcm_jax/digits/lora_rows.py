@@ -93,10 +93,9 @@ def weight_curves(rows: Sequence[Row], weights: Sequence[float], base: Row) -> n
     share, frechet = figure.subplots(1, 2)
     share.plot(weights, [100 * row.score.prompt.value for row in rows], marker="o", label="digit and colours right")
     share.axhline(100 * base.score.prompt.value, color="0.6", ls=":", label=f"{base.name}, {base.steps} steps")
-    if rows[0].score.style:
-        share.plot(
-            weights, [100 * row.score.style.value for row in rows if row.score.style], marker="s", label="style right"
-        )
+    if rows[0].score["style"]:
+        styles = [100 * row.score["style"].value for row in rows if row.score["style"]]
+        share.plot(weights, styles, marker="s", label="style right")
     frechet.plot(weights, [row.score.frechet for row in rows], marker="o")
     frechet.axhline(base.score.frechet, color="0.6", ls=":")
     share.set_ylabel("%")

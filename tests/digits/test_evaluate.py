@@ -103,7 +103,7 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
     assert (out / "table.md").read_text() == table(rows) + "\n"
     assert json.loads((out / "teacher.json").read_text())["rows"] == values["rows"][2:3]
     assert "images/s" not in printed.replace(table(rows), "")  # all rows are from one machine
-    assert all(row.score.prompt.count == 4 and row.score.held_out.count == 1 for row in rows)
+    assert all(row.score.prompt.count == 4 and row.score["held_out"].count == 1 for row in rows)
 
     # rows score the images that the model samples from the fixed noise
     student, real = load_pipeline(micro_student), real_pictures(PROMPTS, "test")

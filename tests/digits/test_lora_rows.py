@@ -63,7 +63,7 @@ def test_rows_are_those_of_what_is_attached(micro_teacher, files, tmp_path, caps
         (lora_rows.WITH, 2),
         *((f"{lora_rows.WITH} × {weight}", 2) for weight in (0, 1)),
     ]
-    assert rows[0].score.style.value == 1
+    assert rows[0].score["style"].value == 1
 
     classifier = load_classifier(STYLE_WEIGHTS)
     features, _ = classifier(real_pictures(PROMPTS, "test", "italic"))
@@ -130,4 +130,4 @@ def test_mistakes_with_loras(arguments, message, micro_teacher, micro_student, f
 def test_no_style_is_asked_of_upright_digits(classifier):
     pictures = np.stack([real_pictures(PROMPTS, "test")[0]] * len(PROMPTS))
     features = np.random.default_rng(0).standard_normal((len(PROMPTS), 64))
-    assert score(pictures, PROMPTS, classifier, features).style is None
+    assert score(pictures, PROMPTS, classifier, features)["style"] is None

@@ -109,8 +109,8 @@ def test_real_pictures_are_of_their_split_and_take_turns():
 def test_real_pictures_are_as_asked(classifier):
     prompts = evaluation_set.test_prompts()[::4]
     found = score(real_pictures(prompts, "test"), prompts, classifier, np.zeros((280, 64), np.float32))
-    assert found.colours.value == 1
-    assert found.prompt.value == found.digit.value > 0.98
+    assert found["colours"].value == 1
+    assert found.prompt.value == found["digit"].value > 0.98
 
 
 # ---- shares
@@ -153,17 +153,17 @@ def scored(*, drawn=ASKED, reads=(7, 3, 5)):
     return score(real_pictures(drawn, "train"), ASKED, classifier, FEATURES[1])
 
 
+SHARES = ("prompt", "seen", "held_out", "digit", "colours")
+
+
 def rights(of):
-    return [share.right for share in (of.prompt, of.seen, of.held_out, of.digit, of.colours)]
+    return [of[name].right for name in SHARES]
 
 
 def test_pictures_as_asked_are_right():
     found = scored()
     assert rights(found) == [3, 2, 1, 3, 3]
-    assert [share.count for share in (found.prompt, found.seen, found.held_out, found.digit, found.colours)] == [
-        *(3, 2, 1),
-        *(3, 3),
-    ]
+    assert [found[name].count for name in SHARES] == [3, 2, 1, 3, 3]
     assert found.frechet == frechet_distance(FEATURES[0], FEATURES[1])
 
 
@@ -191,12 +191,12 @@ def test_variety_is_the_variance_within_a_prompt_that_is_drawn_right():
         def classifier(images):
             return np.repeat(offsets[:, None], 64, 1), np.array(reads)
 
-        return score(real_pictures(asked, "test"), asked, classifier, np.repeat(real[:, None], 64, 1)).variety
+        return score(real_pictures(asked, "test"), asked, classifier, np.repeat(real[:, None], 64, 1))["variety"]
 
     assert variety((7, 3, 7, 3)) == pytest.approx((2 + 8) / (8 + 0))
     assert variety((7, 3, 7, 4)) == pytest.approx(2 / 8)
     assert variety((7, 3, 1, 4)) is None
-    assert scored().variety is None  # no prompt occurs twice
+    assert scored()["variety"] is None  # no prompt occurs twice
 
 
 def test_without_held_out_prompts():
@@ -204,5 +204,5 @@ def test_without_held_out_prompts():
         return FEATURES[0, :2], np.array([7, 3])
 
     found = score(real_pictures(ASKED[:2], "test"), ASKED[:2], classifier, FEATURES[1, :2])
-    assert found.held_out is None
-    assert found.seen == found.prompt == Share(2, 2)
+    assert found["held_out"] is None
+    assert found["seen"] == found.prompt == Share(2, 2)
