@@ -23,7 +23,7 @@ from torch_step import SKIP, W_DIM, Settings, TorchStep
 
 from lcm_jax import cli
 from lcm_jax.config import Config, EMAConfig, ModelConfig, OptimizerConfig
-from lcm_jax.data.batches import DataConfig
+from lcm_jax.data.config import DataConfig
 from lcm_jax.errors import UserError
 from lcm_jax.host import compile_cache
 from lcm_jax.interop.folder import read_folder

@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lcm_jax.adapters.lora import LoraConfig
-from lcm_jax.data.batches import DataConfig
+from lcm_jax.data.config import DataConfig
 from lcm_jax.errors import UserError, nearest, one_of
 from lcm_jax.host import files, json_file
 from lcm_jax.monitor.profiler import ProfileConfig

@@ -19,9 +19,10 @@ from rich.progress import track
 from lcm_jax import cli, config_file
 from lcm_jax.config import Config
 from lcm_jax.data import latents
-from lcm_jax.data.batches import open_data, prepare_image
+from lcm_jax.data.batches import prepare_image
 from lcm_jax.data.images import BadImage
-from lcm_jax.data.sources.tfds import Source, prepare
+from lcm_jax.data.sources import Source, open_data
+from lcm_jax.data.sources.tfds import prepare
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import compile_cache, files
 from lcm_jax.host.images import to_signed

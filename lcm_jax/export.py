@@ -22,8 +22,8 @@ from etils import epath
 from lcm_jax import cli
 from lcm_jax.adapters import lora
 from lcm_jax.config import Config, load_resolved
-from lcm_jax.data.batches import batches, open_data
-from lcm_jax.data.sources.tfds import Source
+from lcm_jax.data.batches import batches
+from lcm_jax.data.sources import Source, open_data
 from lcm_jax.errors import UserError, say
 from lcm_jax.families import family_of
 from lcm_jax.host import compile_cache

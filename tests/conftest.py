@@ -49,11 +49,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def digits_data_dir(tmp_path_factory):
     """A data_dir with captioned_digits, prepared once for all tests and workers, as in training."""
-    from lcm_jax.data.sources.tfds import open_source
+    from lcm_jax.data.config import DataConfig
+    from lcm_jax.data.sources import open_data
 
     root = tmp_path_factory.getbasetemp()  # per worker; its parent is shared, and the preparation takes a lock
     root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "digits"
-    open_source("captioned_digits", data_dir=str(root))
+    open_data(DataConfig(data_dir=str(root)))
     return str(root)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from lcm_jax.digits.measures import SEED, Prompt, first_noise, later_noise
+from lcm_jax.digits.evaluation_set import SEED, Prompt, first_noise, later_noise
 from lcm_jax.inference.pipeline import Pipeline
 
 BATCH = 160  # images per call

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from lcm_jax.digits.classifier import Classifier
 from lcm_jax.digits.draw import draw_all
-from lcm_jax.digits.measures import SEED, real_pictures, score, validation_prompts
+from lcm_jax.digits.evaluation_set import SEED, real_pictures, validation_prompts
+from lcm_jax.digits.measures import score
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.interop.recipe import RECIPE_FILE
 

@@ -8,8 +8,9 @@ from jaxtyping import UInt8
 from lcm_jax.digits.classifier import Classifier
 from lcm_jax.digits.dataset import STYLES
 from lcm_jax.digits.draw import draw_all
+from lcm_jax.digits.evaluation_set import Prompt, real_pictures, test_prompts
 from lcm_jax.digits.guidance import best_guidance
-from lcm_jax.digits.measures import Prompt, real_pictures, score, test_prompts
+from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row, figure_class, pixels, said
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.interop.lora.merge import Loras
@@ -92,10 +93,9 @@ def weight_curves(rows: Sequence[Row], weights: Sequence[float], base: Row) -> n
     share, frechet = figure.subplots(1, 2)
     share.plot(weights, [100 * row.score.prompt.value for row in rows], marker="o", label="digit and colours right")
     share.axhline(100 * base.score.prompt.value, color="0.6", ls=":", label=f"{base.name}, {base.steps} steps")
-    if rows[0].score.style:
-        share.plot(
-            weights, [100 * row.score.style.value for row in rows if row.score.style], marker="s", label="style right"
-        )
+    if rows[0].score["style"]:
+        styles = [100 * row.score["style"].value for row in rows if row.score["style"]]
+        share.plot(weights, styles, marker="s", label="style right")
     frechet.plot(weights, [row.score.frechet for row in rows], marker="o")
     frechet.axhline(base.score.frechet, color="0.6", ls=":")
     share.set_ylabel("%")

@@ -1,109 +1,18 @@
-"""Prompts, noise, real images and scores for evaluating models of the captioned digits.
-
-Everything is seeded, so all rows of a table have the same prompts and the same initial noise.
-"""
+"""Metrics of images of the captioned digits: one table, from which scores, JSON and report columns follow."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from lcm_jax.digits.classifier import Classifier
 from lcm_jax.digits.colours import NAMES, read_colours
-from lcm_jax.digits.dataset import (
-    ALL_PAIRS,
-    HELD_OUT_PAIRS,
-    PHRASES,
-    PLACES,
-    SEEN_PAIRS,
-    SPLITS,
-    STYLES,
-    caption,
-    draw,
-    load_grids,
-    split_pictures,
-)
+from lcm_jax.digits.dataset import STYLES
+from lcm_jax.digits.evaluation_set import Prompt
 from lcm_jax.evaluation.frechet import frechet_distance
-
-SEED = 20231006
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A requested image: digit, colours and phrasing."""
-
-    digit: int
-    ink: str
-    paper: str
-    phrase: int
-
-    @property
-    def text(self) -> str:
-        """The caption of the requested image."""
-        return caption(self.digit, self.ink, self.paper, self.phrase)
-
-    @property
-    def held_out(self) -> bool:
-        """Whether no training image has this colour pair."""
-        return (self.ink, self.paper) in HELD_OUT_PAIRS
-
-
-def test_prompts() -> list[Prompt]:
-    """Returns the 560 classes (10 digits, 56 colour pairs), each in two of the five phrasings."""
-    return [
-        Prompt(digit, *pair, (number + digit + 2 * time) % len(PHRASES))
-        for time in range(2)
-        for number, pair in enumerate(ALL_PAIRS)
-        for digit in range(10)
-    ]
-
-
-def validation_prompts() -> list[Prompt]:
-    """Returns 240 classes for choosing guidance: each colour pair of the training split with five digits."""
-    return [
-        Prompt(digit, *pair, (number + digit + 4) % len(PHRASES))
-        for number, pair in enumerate(SEEN_PAIRS)
-        for digit in range(number % 2, 10, 2)
-    ]
-
-
-def sheet_prompts() -> list[Prompt]:
-    """Returns four classes, two of them with held-out colours, four times each to show a model's variety."""
-    classes = (
-        (7, "red", "blue"),
-        (3, "white", "black"),
-        (5, *HELD_OUT_PAIRS[0]),
-        (4, *HELD_OUT_PAIRS[-1]),
-    )
-    return [Prompt(*each, 0) for each in classes for _ in range(4)]
-
-
-def real_pictures(prompts: Sequence[Prompt], split: str, style: str = "upright") -> UInt8[np.ndarray, "n 32 32 3"]:
-    """Renders real digits of a split to match the prompts, at random places, cycling through each digit's images."""
-    grids, digits = load_grids()
-    places = np.random.default_rng([SEED, list(SPLITS).index(split)]).integers(PLACES, size=(len(prompts), 2))
-    members = split_pictures(digits)[split]
-    of_digit = [members[digits[members] == digit] for digit in range(10)]
-    turn = [0] * 10
-    pictures = []
-    for prompt, (row, column) in zip(prompts, places.tolist(), strict=True):
-        mine = of_digit[prompt.digit]
-        grid = grids[mine[turn[prompt.digit] % len(mine)]]
-        pictures.append(draw(grid, prompt.ink, prompt.paper, (row, column), style))
-        turn[prompt.digit] += 1
-    return np.stack(pictures)
-
-
-def first_noise(count: int, shape: Sequence[int], seed: int) -> Float[np.ndarray, "n h w c"]:
-    """Returns standard normal float32 noise; image i gets the same noise for every `count`."""
-    return np.random.default_rng(seed).standard_normal((count, *shape), np.float32)
-
-
-def later_noise(steps: int, count: int, shape: Sequence[int], seed: int) -> Float[np.ndarray, "s n h w c"]:
-    """Returns the noise that a consistency model adds between steps, float32 (steps - 1, count, …)."""
-    return np.random.default_rng(seed).standard_normal((steps - 1, count, *shape), np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,27 +34,161 @@ class Share:
         return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
+Value = Share | float | None  # None: it cannot be measured on these images, or was not when they were recorded
+
+
 @dataclasses.dataclass(frozen=True)
-class Score:
-    """Scores of a set of images.
+class Given:
+    """What a metric may use: images, their prompts, and what the classifier and the colour reading found.
 
     Attributes:
-      prompt: digit, ink and paper all right; seen, held_out: the same for those colour pairs only.
-      digit: the digit right; colours: both colours right.
-      frechet: Fréchet distance to the features of real images; lower is better.
-      variety: feature variance within a class relative to real images. Only classes with several images, all of them
-        right, count, so that a mistake isn't variety. None if there are none, or if the real variance is zero.
-      style: the style right; None if no style was requested.
+      features, real_features: classifier features of the images, and of equally many real images.
+      held_out: whether no training image has the prompt's colour pair.
+      style_right: None if no style was requested.
     """
 
-    prompt: Share
-    seen: Share
-    held_out: Share | None
-    digit: Share
-    colours: Share
-    frechet: float
-    variety: float | None = None
-    style: Share | None = None
+    images: UInt8[np.ndarray, "n 32 32 3"]
+    prompts: Sequence[Prompt]
+    features: Float[np.ndarray, "n 64"]
+    real_features: Float[np.ndarray, "n 64"]
+    held_out: Bool[np.ndarray, " n"]
+    digit_right: Bool[np.ndarray, " n"]
+    colours_right: Bool[np.ndarray, " n"]
+    style_right: Bool[np.ndarray, " n"] | None
+
+    @property
+    def right(self) -> Bool[np.ndarray, " n"]:
+        """Whether digit, ink and paper are all right."""
+        return self.digit_right & self.colours_right
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+      name: its key in a Score and in JSON.
+      measure: computes its value.
+      columns: caption → format of the value, for each column of the report; without columns, it is in JSON only.
+      against_real: whether it compares with the real images. Real images are then compared with other real ones.
+      optional: whether its columns come last, and only in a report whose first row has a value.
+    """
+
+    name: str
+    measure: Callable[[Given], Value]
+    columns: Mapping[str, Callable[[Any], str]] = dataclasses.field(default_factory=dict)
+    against_real: bool = False
+    optional: bool = False
+
+
+def _share(right: np.ndarray) -> Share:
+    return Share(int(right.sum()), len(right))
+
+
+def _percent(share: Share) -> str:
+    return f"{100 * share.value:.1f} %"
+
+
+def _interval(share: Share) -> str:
+    low, high = share.interval
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _held_out(given: Given) -> Share | None:
+    return _share(given.right[given.held_out]) if given.held_out.any() else None
+
+
+def _frechet(given: Given) -> float:
+    return frechet_distance(given.features, given.real_features)
+
+
+def _variety(given: Given) -> float | None:
+    """Returns the variance within a class, averaged over classes and features, divided by that of real images.
+
+    Only classes with several images, all of them right, count, so that a mistake isn't variety. None if there are
+    none, or if the real variance is zero.
+    """
+    members: dict[tuple[int, str, str], list[int]] = {}
+    for number, prompt in enumerate(given.prompts):
+        members.setdefault((prompt.digit, prompt.ink, prompt.paper), []).append(number)
+    classes = [numbers for numbers in members.values() if len(numbers) > 1 and given.right[numbers].all()]
+    if not classes:
+        return None
+    drawn, real = (
+        np.mean([of[numbers].astype(np.float64).var(0, ddof=1) for numbers in classes])
+        for of in (given.features, given.real_features)
+    )
+    return float(drawn / real) if real > 0 else None
+
+
+def _style(given: Given) -> Share | None:
+    return None if given.style_right is None else _share(given.style_right)
+
+
+# in the order of JSON and of the report
+METRICS = (
+    Metric("prompt", lambda given: _share(given.right), {"prompt right": _percent, "95 % interval": _interval}),
+    Metric("seen", lambda given: _share(given.right[~given.held_out]), {"seen": _percent}),
+    Metric("held_out", _held_out, {"held out": _percent}),
+    Metric("digit", lambda given: _share(given.digit_right)),
+    Metric("colours", lambda given: _share(given.colours_right)),
+    Metric("frechet", _frechet, {"Fréchet": "{:.1f}".format}, against_real=True),
+    Metric("variety", _variety, {"variety": "{:.2f}".format}, against_real=True),
+    Metric("style", _style, {"style right": _percent}, optional=True),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Values of METRICS for a set of images: name → value. Values that are not passed are None.
+
+    Raises: TypeError for a name that is no metric's, or without "prompt" and "frechet", which choose the guidance and
+      are plotted.
+    """
+
+    values: Mapping[str, Value]
+
+    def __post_init__(self) -> None:
+        names = [metric.name for metric in METRICS]
+        if unknown := self.values.keys() - names:
+            raise TypeError(f"{min(unknown)!r} is not a metric")
+        if not (isinstance(self.values.get("prompt"), Share) and isinstance(self.values.get("frechet"), int | float)):
+            raise TypeError("a score needs 'prompt' and 'frechet'")
+        object.__setattr__(self, "values", {name: self.values.get(name) for name in names})
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    @property
+    def prompt(self) -> Share:
+        """Images with digit, ink and paper all right."""
+        return self["prompt"]
+
+    @property
+    def frechet(self) -> float:
+        """Fréchet distance to the features of real images; lower is better."""
+        return self["frechet"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Converts the score to JSON values; adds each share's value and 95 % interval."""
+        return {name: _to_json(value) for name, value in self.values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Score":
+        """Inverts `to_dict`. A metric that is missing, since the score is older, is None."""
+        return cls(
+            {
+                name: Share(value["right"], value["count"]) if isinstance(value, dict) else value
+                for name, value in values.items()
+            }
+        )
+
+
+def _to_json(value: Value) -> Any:
+    if not isinstance(value, Share):
+        return value
+    low, high = value.interval
+    return {**dataclasses.asdict(value), "share": value.value, "low": low, "high": high}
 
 
 def score(
@@ -161,34 +204,15 @@ def score(
     """
     features, digits = classifier(images)
     ink, paper = read_colours(images)
-    digit_right = digits == [p.digit for p in prompts]
-    colours_right = (ink == [NAMES.index(p.ink) for p in prompts]) & (paper == [NAMES.index(p.paper) for p in prompts])
-    right, held_out = digit_right & colours_right, np.array([p.held_out for p in prompts])
-
-    def share(of: np.ndarray) -> Share:
-        return Share(int(of.sum()), len(of))
-
-    return Score(
-        share(right),
-        share(right[~held_out]),
-        share(right[held_out]) if held_out.any() else None,
-        share(digit_right),
-        share(colours_right),
-        frechet_distance(features, real_features),
-        _variety(features, real_features, prompts, right),
-        share(classifier.styles(images) == STYLES.index(style)) if style else None,
+    given = Given(
+        images,
+        prompts,
+        features,
+        real_features,
+        held_out=np.array([p.held_out for p in prompts]),
+        digit_right=digits == [p.digit for p in prompts],
+        colours_right=(ink == [NAMES.index(p.ink) for p in prompts])
+        & (paper == [NAMES.index(p.paper) for p in prompts]),
+        style_right=classifier.styles(images) == STYLES.index(style) if style else None,
     )
-
-
-def _variety(features: np.ndarray, real: np.ndarray, prompts: Sequence[Prompt], right: np.ndarray) -> float | None:
-    """Returns the variance within a class, averaged over classes and features, divided by that of real images."""
-    members: dict[tuple[int, str, str], list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        members.setdefault((prompt.digit, prompt.ink, prompt.paper), []).append(number)
-    classes = [numbers for numbers in members.values() if len(numbers) > 1 and right[numbers].all()]
-    if not classes:
-        return None
-    drawn, real_ones = (
-        np.mean([of[numbers].astype(np.float64).var(0, ddof=1) for numbers in classes]) for of in (features, real)
-    )
-    return float(drawn / real_ones) if real_ones > 0 else None
+    return Score({metric.name: metric.measure(given) for metric in METRICS})

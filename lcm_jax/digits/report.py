@@ -2,13 +2,13 @@
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from lcm_jax.digits.measures import Score, Share
+from lcm_jax.digits.measures import METRICS, Metric, Score
 from lcm_jax.errors import UserError
 
 
@@ -29,47 +29,45 @@ class Row:
     images_per_second: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Converts the row to JSON values; adds each share's value and 95 % interval."""
-        values = dataclasses.asdict(self)
-        for name, value in list(values["score"].items()):
-            if isinstance(share := getattr(self.score, name), Share):
-                low, high = share.interval
-                values["score"][name] = {**value, "share": share.value, "low": low, "high": high}
-        return values
+        """Converts the row to JSON values."""
+        return {**vars(self), "score": self.score.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Row":
         """Inverts `to_dict`."""
-        score: dict[str, Any] = {
-            name: Share(value["right"], value["count"]) if isinstance(value, dict) else value
-            for name, value in values["score"].items()
-        }
-        return cls(**{**values, "score": Score(**score)})
+        return cls(**{**values, "score": Score.from_dict(values["score"])})
 
 
-HEADER = (
-    *("", "steps", "guidance", "prompt right", "95 % interval", "seen", "held out"),
-    *("Fréchet", "variety", "images/s"),
-)
+def columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """Returns caption → function that formats a row's cell, for each column of the table of these rows.
+
+    A value that a row does not have is an empty cell.
+    """
+    usual = {caption: cell for metric in METRICS if not metric.optional for caption, cell in _cells(metric)}
+    optional = {
+        caption: cell
+        for metric in METRICS
+        if metric.optional and rows[0].score[metric.name] is not None
+        for caption, cell in _cells(metric)
+    }
+    return {
+        "": lambda row: row.name,
+        "steps": lambda row: "" if row.steps is None else str(row.steps),
+        "guidance": lambda row: "" if row.guidance_scale is None else f"{row.guidance_scale:g}",
+        **usual,
+        "images/s": lambda row: "" if row.images_per_second is None else f"{row.images_per_second:.0f}",
+        **optional,
+    }
 
 
-def cells(row: Row) -> list[str]:
-    """Returns the row's cells in the order of HEADER, then the style if the row has one."""
-    score = row.score
-    low, high = score.prompt.interval
-    return [
-        row.name,
-        "" if row.steps is None else str(row.steps),
-        "" if row.guidance_scale is None else f"{row.guidance_scale:g}",
-        _percent(score.prompt),
-        f"{100 * low:.1f} to {100 * high:.1f}",
-        _percent(score.seen),
-        _percent(score.held_out),
-        f"{score.frechet:.1f}",
-        "" if score.variety is None else f"{score.variety:.2f}",
-        "" if row.images_per_second is None else f"{row.images_per_second:.0f}",
-        *([] if score.style is None else [_percent(score.style)]),
-    ]
+def _cells(metric: Metric) -> Iterator[tuple[str, Callable[[Row], str]]]:
+    for caption, form in metric.columns.items():
+
+        def cell(row: Row, form: Callable[[Any], str] = form) -> str:
+            value = row.score[metric.name]
+            return "" if value is None else form(value)
+
+        yield caption, cell
 
 
 def said(row: Row) -> str:
@@ -78,14 +76,10 @@ def said(row: Row) -> str:
     return f"{row.name}, {steps}: guidance {row.guidance_scale:g}, {accuracy:.1f} %, {row.score.frechet:.1f}"
 
 
-def _percent(share: Share | None) -> str:
-    return "" if share is None else f"{100 * share.value:.1f} %"
-
-
 def table(rows: Sequence[Row]) -> str:
     """Returns a Markdown table with aligned columns."""
-    style = ("style right",) if rows[0].score.style else ()
-    lines = [[*HEADER, *style], *(cells(row) for row in rows)]
+    cells = columns(rows)
+    lines = [list(cells), *([cell(row) for cell in cells.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = [
         "| "

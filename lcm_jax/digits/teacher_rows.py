@@ -11,8 +11,9 @@ import jax
 
 from lcm_jax.digits.classifier import WEIGHTS, Classifier
 from lcm_jax.digits.draw import draw_all
+from lcm_jax.digits.evaluation_set import real_pictures, test_prompts
 from lcm_jax.digits.guidance import GUIDANCE, best_guidance
-from lcm_jax.digits.measures import real_pictures, score, test_prompts
+from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row
 from lcm_jax.digits.report import said as line_of
 from lcm_jax.errors import UserError

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 import lcm_jax
-from lcm_jax.data.sources.tfds import Source
+from lcm_jax.data.sources import Source
 from lcm_jax.errors import few
 from lcm_jax.host import files, json_file
 from lcm_jax.interop import names, scheduler

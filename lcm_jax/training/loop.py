@@ -16,8 +16,8 @@ from rich.console import Console
 
 from lcm_jax import config as config_lib
 from lcm_jax.config import Config
-from lcm_jax.data.batches import batches, open_data
-from lcm_jax.data.sources.tfds import Source
+from lcm_jax.data.batches import batches
+from lcm_jax.data.sources import Source, open_data
 from lcm_jax.errors import UserError
 from lcm_jax.host import compile_cache, files
 from lcm_jax.host.images import grid, write_png

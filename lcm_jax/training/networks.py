@@ -18,7 +18,7 @@ import numpy as np
 
 from lcm_jax.adapters import lora
 from lcm_jax.config import Config
-from lcm_jax.data.batches import DataConfig
+from lcm_jax.data.config import DataConfig
 from lcm_jax.diffusion.process import Process
 from lcm_jax.errors import UserError
 from lcm_jax.families import Family, family_of

@@ -6,7 +6,9 @@ import threading
 import numpy as np
 import pytest
 
-from lcm_jax.data.batches import DataConfig, batches, open_data
+from lcm_jax.data.batches import batches
+from lcm_jax.data.config import DataConfig
+from lcm_jax.data.sources import open_data
 from lcm_jax.errors import UserError
 
 

@@ -12,8 +12,9 @@ import tensorflow_datasets as tfds
 from lcm_jax import cli, encode, train
 from lcm_jax.config import default_config, from_dict
 from lcm_jax.data import latents
-from lcm_jax.data.batches import DataConfig, batches
-from lcm_jax.data.sources.tfds import open_source
+from lcm_jax.data.batches import batches
+from lcm_jax.data.config import DataConfig
+from lcm_jax.data.sources import open_data
 from lcm_jax.digits.presets import write_blank
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
@@ -51,7 +52,7 @@ def encoded(options, tmp_path_factory):
 
 def test_each_picture_with_its_moments_and_captions(encoded, teacher, digits_data_dir):
     pictures = tfds.builder("captioned_digits", data_dir=digits_data_dir).as_data_source(SPLIT)
-    written = open_source(directory=str(encoded), encoded=True).read(range(20))
+    written = open_data(DataConfig(directory=str(encoded), latents=True)).read(range(20))
     vae = read_folder(teacher).components["vae"]
     images = np.stack([record["image"] for record in pictures]).astype(np.float32) / 127.5 - 1
     mean, logvar = vae.network().apply(vae.params, images, method="encode")
@@ -142,9 +143,9 @@ def test_another_vae(encoded, teacher, tmp_path):
 
 def test_pictures_and_encoded_ones_are_not_confused(encoded, digits_data_dir):
     with pytest.raises(UserError, match=r"holds encoded images; read them with data.latents=True"):
-        open_source(directory=str(encoded))
+        open_data(DataConfig(directory=str(encoded)))
     with pytest.raises(UserError, match="holds no encoded images"):
-        open_source("captioned_digits", data_dir=digits_data_dir, encoded=True)
+        open_data(DataConfig(data_dir=digits_data_dir, latents=True))
 
 
 def test_what_is_there_already_stays(encoded, options, capsys):
@@ -169,7 +170,7 @@ def test_a_damaged_picture_is_named_and_nothing_is_left_that_looks_whole(photos,
     assert "cannot be decoded: Pillow can't decode it: image file is truncated;" in capsys.readouterr().err
     assert not (tmp_path / "encoded" / "1.0.0").exists()
     assert cli.run(encode.main, given) == 0
-    assert len(open_source(directory=str(tmp_path / "encoded" / "1.0.0"), encoded=True)) == 12
+    assert len(open_data(DataConfig(directory=str(tmp_path / "encoded" / "1.0.0"), latents=True))) == 12
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from little_photos import photo_pixels
 from PIL import Image, features
 
 from lcm_jax.data import images
-from lcm_jax.data.batches import DataConfig, prepare_image
+from lcm_jax.data.batches import prepare_image
+from lcm_jax.data.config import DataConfig
 from lcm_jax.data.images import BadImage
 
 

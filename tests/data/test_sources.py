@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lcm_jax.data.sources.tfds import LONGEST_CAPTION, Source, open_source
+from lcm_jax.data.config import DataConfig
+from lcm_jax.data.sources import open_data
+from lcm_jax.data.sources.base import LONGEST_CAPTION
+from lcm_jax.data.sources.tfds import TfdsSource
 from lcm_jax.errors import UserError
 
 PHOTOS = {"image_key": "photo", "caption_key": "title"}
@@ -15,7 +18,7 @@ PHOTOS = {"image_key": "photo", "caption_key": "title"}
 
 def message(**arguments):
     with pytest.raises(UserError) as caught:
-        open_source(**arguments)
+        open_data(DataConfig(**arguments))
     text = str(caught.value)
     assert "\n" not in text
     assert len(text) < 500
@@ -23,7 +26,7 @@ def message(**arguments):
 
 
 def test_reads_encoded_images_and_captions(digits_data_dir):
-    source = open_source("captioned_digits", data_dir=digits_data_dir, split="validation")
+    source = open_data(DataConfig(data_dir=digits_data_dir, split="validation"))
     assert len(source) == 800
     (image, captions), (_, others) = source.read([5, 700])
     assert image.startswith(b"\x89PNG")
@@ -31,18 +34,19 @@ def test_reads_encoded_images_and_captions(digits_data_dir):
     assert len(captions) == 1
     assert captions != others
     assert source.read([700])[0][1] == others
-    assert len(open_source("captioned_digits", data_dir=digits_data_dir, split="validation[:10%]+test")) == 80 + 2376
+    assert len(open_data(DataConfig(data_dir=digits_data_dir, split="validation[:10%]+test"))) == 80 + 2376
 
 
 @pytest.mark.parametrize(("key", "count"), [("title", 1), ("captions/text", 3), ("tags", 1)])
 def test_directory_with_other_keys(photos, key, count):
-    (_, captions), (_, second) = open_source(directory=photos, image_key="photo", caption_key=key).read([0, 5])
+    source = open_data(DataConfig(directory=photos, image_key="photo", caption_key=key))
+    (_, captions), (_, second) = source.read([0, 5])
     assert len(captions) == len(second) == count
     assert captions != second
 
 
 def test_record_without_caption(photos):
-    source = open_source(directory=photos, image_key="photo", caption_key="tags")
+    source = open_data(DataConfig(directory=photos, image_key="photo", caption_key="tags"))
     (empty,) = [i for i in range(12) if _fails(source, i)]
     with pytest.raises(UserError, match=f"record {empty} has no caption in 'tags'"):
         source.read([empty, 0])
@@ -71,7 +75,7 @@ def _fails(source, index):
     ],
 )
 def test_odd_captions(stored, read):
-    source = Source(
+    source = TfdsSource(
         "odd", [{"image": b"", "caption": stored}, {"image": b"", "caption": [b"a", stored]}], "image", "caption", {}
     )
     assert [captions for _, captions in source.read([0, 1])] == [[read], ["a", read]]
@@ -109,7 +113,7 @@ def test_splits(photos):
     assert "no split 'trian'" in message(directory=photos, split="train+trian[:3]", **PHOTOS)
     assert "is empty" in message(directory=photos, split="train[:0]", **PHOTOS)
     assert "cannot be read" in message(directory=photos, split="train[5", **PHOTOS)
-    assert len(open_source(directory=photos, split="train[:50%]", **PHOTOS)) == 6
+    assert len(open_data(DataConfig(directory=photos, split="train[:50%]", **PHOTOS))) == 6
 
 
 def edited(photos, tmp_path, **changes):
@@ -145,7 +149,7 @@ def test_flipped_bit_names_its_record(photos, tmp_path):
     data = bytearray(shard.read_bytes())
     data[1000] ^= 1  # in one of the first records
     shard.write_bytes(data)
-    source = open_source(directory=str(copy), **PHOTOS)
+    source = open_data(DataConfig(directory=str(copy), **PHOTOS))
     (damaged,) = [i for i in range(12) if _fails(source, i)]
     with pytest.raises(UserError, match=f"record {damaged} cannot be read"):
         source.read(range(12))
@@ -174,8 +178,9 @@ import sys
 from lcm_jax.digits import dataset
 dataset.PAIRS_PER_PICTURE.update(train=1, validation=1, test=1)  # a small set, to save time
 dataset.HELD_OUT_PER_PICTURE.update(test=0)
-from lcm_jax.data.sources.tfds import LONGEST_CAPTION, Source, open_source
-print(len(open_source("captioned_digits", data_dir=sys.argv[1])))
+from lcm_jax.data.config import DataConfig
+from lcm_jax.data.sources import open_data
+print(len(open_data(DataConfig(data_dir=sys.argv[1]))))
 """
 
 

@@ -171,7 +171,8 @@ import sys, warnings
 warnings.simplefilter("error")
 import numpy as np
 from lcm_jax.digits import dataset
-from lcm_jax.data.batches import DataConfig, batches
+from lcm_jax.data.batches import batches
+from lcm_jax.data.config import DataConfig
 dataset.PAIRS_PER_PICTURE.update(train=1, validation=1, test=1)  # a small set, to save time
 made = batches(DataConfig(data_dir={str(tmp_path)!r}), tokenize=lambda c: np.zeros((len(c), 4)), batch_size=8, seed=0)
 assert next(made)["image"].shape == (8, 32, 32, 3)

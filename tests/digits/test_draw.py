@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from lcm_jax.digits import draw, measures
-from lcm_jax.digits.measures import SEED, first_noise, later_noise
+from lcm_jax.digits import draw, evaluation_set
+from lcm_jax.digits.evaluation_set import SEED, first_noise, later_noise
 
-PROMPTS = measures.test_prompts()[:5]
+PROMPTS = evaluation_set.test_prompts()[:5]
 SHAPE = (2, 3, 4)
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from lcm_jax import cli, evaluate, load_pipeline
-from lcm_jax.digits import draw, guidance, measures, teacher_rows
+from lcm_jax.digits import draw, evaluation_set, guidance, teacher_rows
 from lcm_jax.digits.draw import draw_all
-from lcm_jax.digits.measures import first_noise, later_noise, real_pictures, score, sheet_prompts
+from lcm_jax.digits.evaluation_set import first_noise, later_noise, real_pictures, sheet_prompts
+from lcm_jax.digits.measures import score
 from lcm_jax.digits.presets import write_blank
 from lcm_jax.digits.report import Row, table
 from lcm_jax.digits.sheet import HEAD, LEFT
@@ -21,7 +22,7 @@ from lcm_jax.errors import UserError
 from lcm_jax.host.images import GAP
 from lcm_jax.inference.verify import lcm_drawer
 
-PROMPTS = [*measures.test_prompts()[::400], sheet_prompts()[8]]  # three, and one with a held-out pair
+PROMPTS = [*evaluation_set.test_prompts()[::400], sheet_prompts()[8]]  # three, and one with a held-out pair
 ON_SHEET = sheet_prompts()[3:8:4]
 
 
@@ -102,7 +103,7 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
     assert (out / "table.md").read_text() == table(rows) + "\n"
     assert json.loads((out / "teacher.json").read_text())["rows"] == values["rows"][2:3]
     assert "images/s" not in printed.replace(table(rows), "")  # all rows are from one machine
-    assert all(row.score.prompt.count == 4 and row.score.held_out.count == 1 for row in rows)
+    assert all(row.score.prompt.count == 4 and row.score["held_out"].count == 1 for row in rows)
 
     # rows score the images that the model samples from the fixed noise
     student, real = load_pipeline(micro_student), real_pictures(PROMPTS, "test")
@@ -178,7 +179,7 @@ class Model:
 
 
 def test_ceilings(classifier):
-    prompts = measures.test_prompts()[::6]
+    prompts = evaluation_set.test_prompts()[::6]
     assert len(prompts) > evaluate.BATCH
     real, through = evaluate.ceilings(Model, classifier, prompts)
     pictures, others = (real_pictures(prompts, split) for split in ("test", "validation"))

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from beartype import beartype
 
-from lcm_jax.digits import colours, draw, measures, sheet
+from lcm_jax.digits import colours, draw, evaluation_set, measures, sheet
 from lcm_jax.digits.classifier import Classifier
 from lcm_jax.evaluation import frechet
 
-PROMPTS = measures.test_prompts()[:3]
+PROMPTS = evaluation_set.test_prompts()[:3]
 
 
 def checked(function):
@@ -17,13 +17,13 @@ def checked(function):
 
 
 def test_shapes_and_dtypes_are_as_declared(classifier):
-    images = checked(measures.real_pictures)(PROMPTS, "test")
+    images = checked(evaluation_set.real_pictures)(PROMPTS, "test")
     checked(colours.read_colours)(images)
     features, _ = checked(Classifier.__call__)(classifier, images)
     checked(frechet.frechet_distance)(features, features[:2])
     checked(measures.score)(images, PROMPTS, classifier, features)
-    checked(measures.first_noise)(3, (2, 4, 1), 0)
-    checked(measures.later_noise)(3, 2, (2, 4, 1), 1)
+    checked(evaluation_set.first_noise)(3, (2, 4, 1), 0)
+    checked(evaluation_set.later_noise)(3, 2, (2, 4, 1), 1)
     checked(sheet.sheet)({"a": images, "b": images}, ["a", "b", "c"])
     checked(draw.in_batches)(lambda texts, *noise: images[: len(texts)], PROMPTS, (2, 4, 1), 2)
     for wrong in (images[..., :2], images.astype(np.float32)):

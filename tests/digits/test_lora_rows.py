@@ -7,16 +7,17 @@ import pytest
 from fixtures_loras import random_lora
 
 from lcm_jax import evaluate, load_pipeline
-from lcm_jax.digits import draw, guidance, lora_rows, measures
+from lcm_jax.digits import draw, evaluation_set, guidance, lora_rows
 from lcm_jax.digits.classifier import STYLE_WEIGHTS, load_classifier
 from lcm_jax.digits.draw import draw_all
-from lcm_jax.digits.measures import real_pictures, score, sheet_prompts
+from lcm_jax.digits.evaluation_set import real_pictures, sheet_prompts
+from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row, table
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.lora.file import write_lora
 
-PROMPTS = [*measures.test_prompts()[::400], sheet_prompts()[8]]
+PROMPTS = [*evaluation_set.test_prompts()[::400], sheet_prompts()[8]]
 ON_SHEET = sheet_prompts()[3:8:4]
 
 
@@ -62,7 +63,7 @@ def test_rows_are_those_of_what_is_attached(micro_teacher, files, tmp_path, caps
         (lora_rows.WITH, 2),
         *((f"{lora_rows.WITH} × {weight}", 2) for weight in (0, 1)),
     ]
-    assert rows[0].score.style.value == 1
+    assert rows[0].score["style"].value == 1
 
     classifier = load_classifier(STYLE_WEIGHTS)
     features, _ = classifier(real_pictures(PROMPTS, "test", "italic"))
@@ -129,4 +130,4 @@ def test_mistakes_with_loras(arguments, message, micro_teacher, micro_student, f
 def test_no_style_is_asked_of_upright_digits(classifier):
     pictures = np.stack([real_pictures(PROMPTS, "test")[0]] * len(PROMPTS))
     features = np.random.default_rng(0).standard_normal((len(PROMPTS), 64))
-    assert score(pictures, PROMPTS, classifier, features).style is None
+    assert score(pictures, PROMPTS, classifier, features)["style"] is None

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pytest
 
-from lcm_jax.digits import measures
+from lcm_jax.digits import evaluation_set
 from lcm_jax.digits.dataset import (
     ALL_PAIRS,
     HELD_OUT_PAIRS,
@@ -17,7 +17,8 @@ from lcm_jax.digits.dataset import (
     load_grids,
     split_pictures,
 )
-from lcm_jax.digits.measures import Prompt, Share, first_noise, later_noise, real_pictures, score
+from lcm_jax.digits.evaluation_set import Prompt, first_noise, later_noise, real_pictures
+from lcm_jax.digits.measures import Share, score
 from lcm_jax.evaluation.frechet import frechet_distance
 
 # ---- prompts
@@ -28,7 +29,7 @@ def classes(prompts):
 
 
 def test_each_class_is_asked_for_twice():
-    prompts = measures.test_prompts()
+    prompts = evaluation_set.test_prompts()
     assert len(prompts) == 1120
     assert classes(prompts) == {(digit, *pair): 2 for digit in range(10) for pair in ALL_PAIRS}
     assert len({p.text for p in prompts}) == 1120  # the two of a class differ in phrasing
@@ -37,7 +38,7 @@ def test_each_class_is_asked_for_twice():
 
 
 def test_validation_has_no_held_out_pair():
-    prompts = measures.validation_prompts()
+    prompts = evaluation_set.validation_prompts()
     assert len(prompts) == len(classes(prompts)) == 240
     assert collections.Counter((p.ink, p.paper) for p in prompts) == dict.fromkeys(SEEN_PAIRS, 5)
     assert collections.Counter(p.digit for p in prompts) == dict.fromkeys(range(10), 24)
@@ -45,7 +46,7 @@ def test_validation_has_no_held_out_pair():
 
 
 def test_the_sheet_has_four_pictures_of_each_of_its_classes():
-    prompts = measures.sheet_prompts()
+    prompts = evaluation_set.sheet_prompts()
     assert list(classes(prompts).values()) == [4] * 4
     assert [p.held_out for p in prompts[::4]] == [False, False, True, True]
     assert all(p == prompts[i // 4 * 4] for i, p in enumerate(prompts))
@@ -53,11 +54,11 @@ def test_the_sheet_has_four_pictures_of_each_of_its_classes():
 
 def test_prompts_are_for_ever():
     """Must never change: stored rows are compared with new ones."""
-    prompts = measures.test_prompts()
+    prompts = evaluation_set.test_prompts()
     assert prompts[0].text == "a black zero on a white background"
     assert prompts[777].text == "a green seven on a black background"
     assert prompts[1119].text == "the digit nine in magenta on cyan"
-    assert measures.validation_prompts()[123].text == "a picture of the digit six in blue on a black background"
+    assert evaluation_set.validation_prompts()[123].text == "a picture of the digit six in blue on a black background"
 
 
 # ---- noise
@@ -106,10 +107,10 @@ def test_real_pictures_are_of_their_split_and_take_turns():
 
 
 def test_real_pictures_are_as_asked(classifier):
-    prompts = measures.test_prompts()[::4]
+    prompts = evaluation_set.test_prompts()[::4]
     found = score(real_pictures(prompts, "test"), prompts, classifier, np.zeros((280, 64), np.float32))
-    assert found.colours.value == 1
-    assert found.prompt.value == found.digit.value > 0.98
+    assert found["colours"].value == 1
+    assert found.prompt.value == found["digit"].value > 0.98
 
 
 # ---- shares
@@ -152,17 +153,17 @@ def scored(*, drawn=ASKED, reads=(7, 3, 5)):
     return score(real_pictures(drawn, "train"), ASKED, classifier, FEATURES[1])
 
 
+SHARES = ("prompt", "seen", "held_out", "digit", "colours")
+
+
 def rights(of):
-    return [share.right for share in (of.prompt, of.seen, of.held_out, of.digit, of.colours)]
+    return [of[name].right for name in SHARES]
 
 
 def test_pictures_as_asked_are_right():
     found = scored()
     assert rights(found) == [3, 2, 1, 3, 3]
-    assert [share.count for share in (found.prompt, found.seen, found.held_out, found.digit, found.colours)] == [
-        *(3, 2, 1),
-        *(3, 3),
-    ]
+    assert [found[name].count for name in SHARES] == [3, 2, 1, 3, 3]
     assert found.frechet == frechet_distance(FEATURES[0], FEATURES[1])
 
 
@@ -190,12 +191,12 @@ def test_variety_is_the_variance_within_a_prompt_that_is_drawn_right():
         def classifier(images):
             return np.repeat(offsets[:, None], 64, 1), np.array(reads)
 
-        return score(real_pictures(asked, "test"), asked, classifier, np.repeat(real[:, None], 64, 1)).variety
+        return score(real_pictures(asked, "test"), asked, classifier, np.repeat(real[:, None], 64, 1))["variety"]
 
     assert variety((7, 3, 7, 3)) == pytest.approx((2 + 8) / (8 + 0))
     assert variety((7, 3, 7, 4)) == pytest.approx(2 / 8)
     assert variety((7, 3, 1, 4)) is None
-    assert scored().variety is None  # no prompt occurs twice
+    assert scored()["variety"] is None  # no prompt occurs twice
 
 
 def test_without_held_out_prompts():
@@ -203,5 +204,5 @@ def test_without_held_out_prompts():
         return FEATURES[0, :2], np.array([7, 3])
 
     found = score(real_pictures(ASKED[:2], "test"), ASKED[:2], classifier, FEATURES[1, :2])
-    assert found.held_out is None
-    assert found.seen == found.prompt == Share(2, 2)
+    assert found["held_out"] is None
+    assert found["seen"] == found.prompt == Share(2, 2)

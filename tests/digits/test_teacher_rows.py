@@ -17,7 +17,7 @@ from lcm_jax.errors import UserError
 
 def score_of(accuracy, frechet):
     share = Share(round(1000 * accuracy), 1000)
-    return Score(share, share, None, share, share, frechet)
+    return Score({"prompt": share, "seen": share, "digit": share, "colours": share, "frechet": frechet})
 
 
 # ---- the choice of guidance

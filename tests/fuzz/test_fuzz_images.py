@@ -8,8 +8,9 @@ import numpy as np
 from mutations import TEXTS, damage_bytes, pick
 from PIL import Image
 
-from lcm_jax.data.batches import DataConfig, _LoadBatch
-from lcm_jax.data.sources.tfds import Source
+from lcm_jax.data.batches import _LoadBatch
+from lcm_jax.data.config import DataConfig
+from lcm_jax.data.sources.tfds import TfdsSource
 
 MODES = {
     "PNG": "1 L LA P RGB RGBA I;16",
@@ -57,7 +58,7 @@ def test_images(fuzz):
             data, damage = damage_bytes(rng, data)
         caption = pick(rng, [*TEXTS, b"caf\xe9", b"\xff\xfe"])
         yield f"{what}: {damage}"
-        source = Source("here", Records([{"image": data, "caption": caption}]), "image", "caption", {})
+        source = TfdsSource("here", Records([{"image": data, "caption": caption}]), "image", "caption", {})
         load = _LoadBatch(source, config, lambda texts: np.zeros((len(texts), 1)), np.arange(1))
         batch = load.random_map(np.array([0]), rng)
         assert batch["image"].shape == (1, 16, 16, 3)

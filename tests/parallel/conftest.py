@@ -7,7 +7,7 @@ from fixtures_folders import write_little
 from little import BATCH, SIZE
 
 from lcm_jax.config import Config, EMAConfig, ModelConfig, OptimizerConfig
-from lcm_jax.data.batches import DataConfig
+from lcm_jax.data.config import DataConfig
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.objectives.lcd import LCDConfig

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from stored_records import rewrite, shout
 
 from lcm_jax.config import DataConfig, default_config, facts, from_dict
-from lcm_jax.data.batches import open_data
+from lcm_jax.data.sources import open_data
 from lcm_jax.errors import Unavailable, UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.parallel import agreement

@@ -16,7 +16,7 @@ from compiling import QUICK
 from fixtures_folders import UNET, build_pipeline, randomize
 
 from lcm_jax.config import Config, EMAConfig, ModelConfig, OptimizerConfig
-from lcm_jax.data.batches import DataConfig
+from lcm_jax.data.config import DataConfig
 from lcm_jax.diffusion.guidance import w_embedding
 from lcm_jax.families import SD
 from lcm_jax.interop.folder import read_folder

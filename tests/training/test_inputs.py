@@ -14,7 +14,9 @@ from transformers import CLIPTokenizer
 from lcm_jax import export
 from lcm_jax.adapters.lora import LoraConfig
 from lcm_jax.config import load_resolved, resolved
-from lcm_jax.data.sources.tfds import Source, open_source
+from lcm_jax.data.config import DataConfig
+from lcm_jax.data.sources import open_data
+from lcm_jax.data.sources.tfds import TfdsSource
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.objectives.autoencoder import AutoencoderConfig
@@ -157,9 +159,9 @@ def test_a_changed_model_is_not_mixed_into_an_export(run, rank, name, tmp_path):
 
 def test_of_large_data_records_all_over_it_are_compared(quick, monkeypatch):
     (data_dir,) = (o.partition("=")[2] for o in quick if o.startswith("--config.data.data_dir="))
-    source = open_source("captioned_digits", data_dir=data_dir, split="validation")
-    read, stored = [], Source.stored
-    monkeypatch.setattr(Source, "stored", lambda self, numbers: read.extend(numbers) or stored(self, numbers))
+    source = open_data(DataConfig(data_dir=data_dir, split="validation"))
+    read, stored = [], TfdsSource.stored
+    monkeypatch.setattr(TfdsSource, "stored", lambda self, numbers: read.extend(numbers) or stored(self, numbers))
     monkeypatch.setattr(identity, "SAMPLE", 50)
     small = identity.of_data(source).facts
     assert sorted(read[50:]) == list(range(len(source)))

@@ -20,7 +20,7 @@ from lcm_jax import cli, export, sample
 from lcm_jax.adapters import lora
 from lcm_jax.adapters.lora import LoraConfig
 from lcm_jax.config import Config, ModelConfig, from_dict, load_resolved
-from lcm_jax.data.batches import DataConfig
+from lcm_jax.data.config import DataConfig
 from lcm_jax.digits import presets
 from lcm_jax.errors import UserError
 from lcm_jax.inference.verify import verify

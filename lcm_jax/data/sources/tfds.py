@@ -19,18 +19,19 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
+from lcm_jax.data.config import DataConfig
 from lcm_jax.data.images import BadImage
 from lcm_jax.data.latents import CAPTIONS, MOMENTS
+from lcm_jax.data.sources.base import caption_text
 from lcm_jax.errors import UserError, nearest, plain, say
 
 # builders of this package: importing a builder's module registers it with TFDS
 PROVIDED = {"captioned_digits": "lcm_jax.digits.dataset"}
-LONGEST_CAPTION = 2**16  # characters; a text encoder reads about 300, and tokenizing one megabyte takes 14 s
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Images, or their encoded moments, with captions, by index. `read` may be called from several threads."""
+class TfdsSource:
+    """A `Source` that reads one split of a prepared data set."""
 
     where: str  # data set and split, for error messages
     records: Sequence[Any]  # TFDS data source; images undecoded
@@ -85,35 +86,34 @@ class Source:
         texts = [value] if isinstance(value, bytes | str) else list(value)
         if not texts:
             raise UserError(f"{self.where}: record {index} has no caption in {self.caption_key!r}")
-        return [_text(text) for text in texts]
+        return [caption_text(text) for text in texts]
 
 
-def open_source(
-    dataset: str = "",
-    *,
-    directory: str = "",
-    data_dir: str = "",
-    split: str = "train",
-    image_key: str = "image",
-    caption_key: str = "caption",
-    encoded: bool = False,
-) -> Source:
-    """Opens one split of a data set.
+def recognises(directory: epath.Path) -> bool:
+    """Returns whether this is the version directory of a prepared data set."""
+    return (directory / "dataset_info.json").exists()
 
-    Args:
-      dataset: name of a registered TFDS builder ("captioned_digits", "name/config:1.0.0"); prepared in `data_dir` if
-        missing.
-      directory: version directory of a prepared data set, opened instead of `dataset`.
-      data_dir: folder of prepared data sets; "" means TFDS's default, ~/tensorflow_datasets.
-      split: TFDS split expression: "train", "train[:10%]", "train+test".
-      image_key: name of the image feature.
-      caption_key: name or path ("captions/text") of the caption feature, which may hold several captions.
-      encoded: open a data set of `lcm_jax.data.latents`; image_key and caption_key are then ignored.
+
+def mismatch(directory: epath.Path) -> str:
+    """Returns why a directory is not recognised, and the version directory below it if there is one."""
+    below = [*directory.glob("*/dataset_info.json"), *directory.glob("*/*/dataset_info.json")]
+    inside = sorted(str(file.parent) for file in below)
+    hint = f"; did you mean {inside[-1]}?" if inside else " (prepare it with file_format='array_record')"
+    return f"it is not a prepared TFDS data set: it has no dataset_info.json{hint}"
+
+
+def open_tfds(config: DataConfig) -> TfdsSource:
+    """Opens one split of a data set: the version directory `config.directory`, or the registered `config.dataset`.
+
+    A registered data set is prepared in `config.data_dir` if it is missing there. With `config.latents`, the data set
+    is one of `lcm_jax.data.latents`.
 
     Raises: UserError for a missing data set, split, key or file, an empty split, a feature of another type, and files
       of another format.
     """
-    builder = _from_directory(directory) if directory else _from_name(dataset, data_dir)
+    split, image_key, caption_key = config.split, config.image_key, config.caption_key
+    directory = config.directory
+    builder = _from_directory(directory) if directory else _from_name(config.dataset, config.data_dir)
     info, place = builder.info, builder.data_path
     if tfds.core.FileFormat.ARRAY_RECORD not in info.available_file_formats():
         found = info.file_format.value if info.file_format else "unknown"
@@ -121,7 +121,7 @@ def open_source(
             f"{place} holds {found} files, not array_record: convert it where TensorFlow is installed, with"
             f" tfds convert_format --dataset_version_dir={place} --out_file_format=array_record"
         )
-    if encoded:
+    if config.latents:
         if MOMENTS not in info.features:
             raise UserError(f"{place} holds no encoded images (data.latents); lcm_jax.encode writes such data sets")
         image_key, caption_key = MOMENTS, CAPTIONS
@@ -137,7 +137,7 @@ def open_source(
     except Exception as error:
         raise UserError(f"{place}: split {split!r} cannot be opened ({_line(error)})") from None
     metadata = dict(info.metadata or {})
-    source = Source(f"{place} split {split!r}", records, image_key, caption_key, metadata)
+    source = TfdsSource(f"{place} split {split!r}", records, image_key, caption_key, metadata)
     if not len(source):
         raise UserError(f"{source.where} is empty; a data set needs at least one example")
     source.read([0])
@@ -145,15 +145,8 @@ def open_source(
 
 
 def _from_directory(directory: str) -> Any:
-    path = epath.Path(directory).expanduser()
-    if not path.exists():
-        raise UserError(f"data directory {directory} does not exist")
-    if not (path / "dataset_info.json").exists():
-        inside = sorted(str(p.parent) for p in [*path.glob("*/dataset_info.json"), *path.glob("*/*/dataset_info.json")])
-        hint = f"; did you mean {inside[-1]}?" if inside else " (prepare it with file_format='array_record')"
-        raise UserError(f"{directory} is not a prepared TFDS data set: it has no dataset_info.json{hint}")
     try:
-        builder = tfds.builder_from_directory(path)
+        builder = tfds.builder_from_directory(epath.Path(directory).expanduser())
         builder.info.metadata  # noqa: B018 (read at its first use)
         return builder
     except Exception as error:
@@ -270,19 +263,6 @@ def _check_split(info: tfds.core.DatasetInfo, split: str, place: epath.Path) -> 
     missing = [name for name in files if not (place / name).exists()]
     if missing:
         raise UserError(f"{place} misses {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
-
-
-def _text(caption: bytes | str) -> str:
-    """Returns a caption as valid Unicode text of at most LONGEST_CAPTION characters.
-
-    Bytes that are not UTF-8 (Latin-1, a truncated character) and lone surrogates become U+FFFD. No other encoding is
-    guessed: in a damaged UTF-8 caption, a wrong guess would change all other non-ASCII letters too.
-    """
-    if isinstance(caption, bytes):
-        text = caption.decode("utf-8", "replace")
-    else:
-        text = str(caption).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text[:LONGEST_CAPTION]
 
 
 def _line(error: object) -> str:
