@@ -71,19 +71,26 @@ class Parts:
 
     @property
     def frozen(self) -> dict[str, str]:
-        """Key → component of the weights that the step reads but does not train."""
-        return _frozen(self.objective, self.roles, self.family, adapters=bool(self.adapted))
+        """Key → component of the weights that the step or a preview reads, but which are not trained."""
+        components = {"vae"} if "latents" in self.objective.needs else set()
+        if "condition" in self.objective.needs:
+            components |= {*self.family.text_encoders}
+        if self.objective.sampling(self.options, self.process):
+            components |= {*components_of(self.family)}  # for previews
+        return _frozen(components, self.roles, adapters=bool(self.adapted))
+
+
+def components_of(family: Family) -> tuple[str, ...]:
+    """Returns the components of a folder that sample images together."""
+    return (family.denoiser, "vae", *family.text_encoders)
 
 
 def _trained(roles: Roles) -> dict[str, str]:
     return {roles.key(role): component for role, component in roles.trained.items()}
 
 
-def _frozen(objective: Objective, roles: Roles, family: Family, *, adapters: bool) -> dict[str, str]:
+def _frozen(components: set[str], roles: Roles, *, adapters: bool) -> dict[str, str]:
     trained = _trained(roles)
-    components = {"vae"} if "latents" in objective.needs else set()
-    if "condition" in objective.needs:
-        components |= {*family.text_encoders}
     if adapters:
         bases = set(trained.values())
         others = {role: component for role, component in roles.frozen.items() if component not in bases}
@@ -120,7 +127,7 @@ def make_parts(
     policy = Policy.named(config.model.dtype)
     of_denoiser = {"remat": config.model.remat, "attention": config.model.attention_on(jax.devices()[0])}
     components = {}
-    for name in (family.denoiser, "vae", *family.text_encoders):
+    for name in components_of(family):
         component, where = folder.components[name], str(folder.path / name)
         extra = of_denoiser if name == family.denoiser else {}
         components[name] = make_network(component.library_class, component.config, where=where, policy=policy, **extra)
