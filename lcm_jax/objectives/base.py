@@ -69,7 +69,7 @@ class Update:
       summary: aux averaged over the global batch → what is logged.
       trains: roles; all trained ones by default.
       every: steps between two updates; the first one is at step 0.
-      learning_rate: instead of the run's.
+      learning_rate: instead of the run's. Warm-up and decay are the run's, over its steps.
     """
 
     draw: Callable[[jax.Array, tuple[int, ...]], Any]

@@ -22,7 +22,7 @@ State = dict[str, Any]
 def initial_state(config: Config, losses: dict[str, Loss], params: dict[str, Flat]) -> State:
     """Returns the state before the first step. The EMA starts as a copy of the weights."""
     states = {
-        name: make_optimizer(config.optimizer, config.steps, loss.learning_rate).init(part(params, loss))
+        name: make_optimizer(config.optimizer, config.steps, loss.learning_rate, loss.every).init(part(params, loss))
         for name, loss in losses.items()
     }
     return {

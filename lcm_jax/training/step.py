@@ -87,7 +87,7 @@ def _make_update(config: Config, parts: Parts, mesh: Mesh, loss: Loss, number: i
         config=config.mesh,
         accumulate=config.accumulate,
     )
-    optimizer = make_optimizer(config.optimizer, config.steps, loss.learning_rate)
+    optimizer = make_optimizer(config.optimizer, config.steps, loss.learning_rate, loss.every)
     latent_shape = parts.latent_shape(config.data.image_size)
 
     def update(step: jax.Array, params: dict, average: dict, opt_state: Any, frozen: dict, batch: Batch) -> Outcome:
