@@ -21,6 +21,7 @@ class Loss(NamedTuple):
 
     Attributes:
       trains: keys of the weights that it changes.
+      averages: those of them whose average is kept.
       draw: (key, shape (B, h, w, C) of the latents) → all that is random, each array with B as its first axis.
       loss: (params, target, frozen, batch, draws) → (loss, aux), all of them means over the samples that it is given.
       summary: aux averaged over the global batch → what is logged.
@@ -28,6 +29,7 @@ class Loss(NamedTuple):
     """
 
     trains: tuple[str, ...]
+    averages: tuple[str, ...]
     draw: Callable[[jax.Array, tuple[int, ...]], Any]
     loss: Callable[..., tuple[jax.Array, Aux]]
     summary: Callable[[Aux], Aux]
@@ -55,13 +57,14 @@ def _loss(update: Update, parts: Parts) -> Loss:
         roles = parts.roles
         networks = Networks(
             by_role={role: _of_role(parts, role, role, params, frozen) for role in (*roles.trained, *roles.frozen)},
-            average={role: _of_role(parts, "target", role, target, frozen) for role in roles.trained},
+            average={role: _of_role(parts, "target", role, target, frozen) for role in roles.with_average},
         )
         return update.loss(networks, _inputs(parts, params, frozen, batch, noise), draws)
 
     roles = update.trains or tuple(parts.roles.trained)
     trains = tuple(key for key in map(parts.roles.key, roles) if not parts.adapted or key in parts.adapted)
-    return Loss(trains, draw, loss, update.summary, update.every, update.learning_rate)
+    averages = tuple(key for key in map(parts.roles.key, parts.roles.with_average) if key in trains)
+    return Loss(trains, averages, draw, loss, update.summary, update.every, update.learning_rate)
 
 
 def _bound(parts: Parts, scope: str, key: str, component: str, weights: dict, frozen: dict) -> Callable[..., Any]:

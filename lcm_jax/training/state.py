@@ -20,15 +20,16 @@ State = dict[str, Any]
 
 
 def initial_state(config: Config, losses: dict[str, Loss], params: dict[str, Flat]) -> State:
-    """Returns the state before the first step. The EMA starts as a copy of the weights."""
+    """Returns the state before the first step. The EMA starts as a copy of the weights, of those that it averages."""
     states = {
         name: make_optimizer(config.optimizer, config.steps, loss.learning_rate, loss.every).init(part(params, loss))
         for name, loss in losses.items()
     }
+    averages = {key: params[key] for loss in losses.values() for key in loss.averages}
     return {
         "step": jnp.int32(0),
         "params": params,
-        "ema": jax.tree.map(jnp.copy, params) if config.ema.decay else {},
+        "ema": jax.tree.map(jnp.copy, averages) if config.ema.decay else {},
         "opt_state": joined(states),
         "skipped": joined({name: jnp.int32(0) for name in losses}),
     }

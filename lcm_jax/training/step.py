@@ -114,8 +114,9 @@ def _make_update(config: Config, parts: Parts, mesh: Mesh, loss: Loss, number: i
         new = jax.lax.optimization_barrier(kept(optax.apply_updates(old, changes), old))
         if average:
             decay = ema.decay_at(step, config.ema.decay, warmup=config.ema.warmup)
-            before = part(average, loss)
-            average = {**average, **kept(ema.update(before, new, decay), before)}
+            before = {key: average[key] for key in loss.averages}
+            after = ema.update(before, {key: new[key] for key in before}, decay)
+            average = {**average, **kept(after, before)}
         metrics = {"loss": value, "grad_norm": grad_norm, **loss.summary(aux)}
         skipped = jnp.where(finite, 0, skipped + 1)
         return ({**params, **new}, average, kept(new_state, opt_state), skipped), metrics

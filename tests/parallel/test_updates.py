@@ -103,6 +103,7 @@ def test_each_network_is_updated_at_its_own_rate(history):
     assert all(metrics["critic/twice"] == 2 * metrics["critic/loss"] for _, metrics in history)
     assert "loss" not in history[0][1]  # which of the two would it be?
     assert history[-1][1]["skipped"] == 0
+    assert history[-1][0]["ema"].keys() == {"vae"}  # nothing reads the critic's
     averages = [state["ema"]["vae"][path] for state, _ in history]
     assert (averages[0] == averages[1]).all()
     counts = {

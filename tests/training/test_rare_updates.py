@@ -17,7 +17,7 @@ from lcm_jax.training.loop import train
 from lcm_jax.training.losses import Loss
 from lcm_jax.training.metrics import computed, losses_in
 
-ONE = Loss(("unet",), None, None, dict, 1, None)  # pyright: ignore[reportArgumentType]
+ONE = Loss(("unet",), ("unet",), None, None, dict, 1, None)  # pyright: ignore[reportArgumentType]
 TWO = {"critic": ONE, "generator": ONE._replace(every=2)}
 VALUES = {"critic/loss": 1.0, "generator/loss": 2.0, "generator/grad_norm": 3.0}
 
