@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lcm_jax.errors import one_of
+
 Aux = dict[str, jax.Array]
 
 
@@ -19,12 +21,19 @@ class Roles:
       exported: trained role → component as which it is written. In a run's state its weights have that name; those
         of other roles have the role's.
       averaged: trained roles that are not exported, but of which a loss reads the average.
+
+    Raises:
+      UserError: an exported or averaged role that is not trained.
     """
 
     trained: Mapping[str, str]
     frozen: Mapping[str, str] = dataclasses.field(default_factory=dict)
     exported: Mapping[str, str] = dataclasses.field(default_factory=dict)
     averaged: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for role in self.with_average:
+            one_of("an exported or averaged role", role, self.trained)
 
     @property
     def with_average(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.adapters import lora, side_branch
+from lcm_jax.errors import UserError, one_of
 from lcm_jax.host.images import to_signed
 from lcm_jax.models.vae import scaled_draw
 from lcm_jax.objectives.base import Aux, Inputs, Networks, Update
@@ -38,9 +39,24 @@ class Loss(NamedTuple):
 
 
 def make_losses(parts: Parts) -> dict[str, Loss]:
-    """Returns name → loss of the run's objective, in the order of its updates."""
+    """Returns name → loss of the run's objective, in the order of its updates.
+
+    Raises:
+      UserError: an update of a role that is not trained, a trained role without an update.
+    """
     updates = parts.objective.updates(parts.options, parts.process)
+    _check(updates, parts)
     return {name: _loss(update, parts) for name, update in updates.items()}
+
+
+def _check(updates: Mapping[str, Update], parts: Parts) -> None:
+    trained, where = parts.roles.trained, f"of the objective {parts.objective.name!r}"
+    for name, update in updates.items():
+        for role in update.trains:
+            one_of(f"a role that the update {name!r} {where} trains", role, trained)
+    for role in trained:
+        if not any(role in (update.trains or trained) for update in updates.values()):
+            raise UserError(f"no update {where} trains the role {role!r}; make it a frozen one")
 
 
 def _loss(update: Update, parts: Parts) -> Loss:

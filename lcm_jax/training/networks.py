@@ -20,7 +20,7 @@ from lcm_jax.adapters import lora
 from lcm_jax.config import Config
 from lcm_jax.data.batches import DataConfig
 from lcm_jax.diffusion.process import Process
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, one_of
 from lcm_jax.families import Family, family_of
 from lcm_jax.interop.folder import Folder, make_network
 from lcm_jax.models import Flat, Network, Policy
@@ -120,6 +120,9 @@ def make_parts(
     Args:
       config, folder, tokenizer: of the run.
       objective: the record and its options; those of the config by default.
+
+    Raises:
+      UserError: roles that don't fit the folder, adapters or an image size that don't fit the networks.
     """
     record, options = objective or chosen(config)
     family = family_of(folder.pipeline_class)
@@ -133,6 +136,7 @@ def make_parts(
         components[name] = make_network(component.library_class, component.config, where=where, policy=policy, **extra)
     networks = dict(components)
     for role, component in {**roles.trained, **roles.frozen}.items():
+        one_of(f"the component of the role {role!r} of the objective {record.name!r}", component, components)
         base = components[component]
         try:
             wanted = record.network_config(role, options, base.config, family)

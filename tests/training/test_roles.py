@@ -1,4 +1,4 @@
-"""The networks of an objective by role: which averages a run keeps."""
+"""The networks of an objective by role: which averages a run keeps, and roles that can't be."""
 
 import dataclasses
 
@@ -10,6 +10,7 @@ from fixtures_folders import write_little
 
 from lcm_jax.config import Config, EMAConfig, ModelConfig
 from lcm_jax.data.batches import DataConfig
+from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.objectives import OBJECTIVES
@@ -78,3 +79,22 @@ def test_an_average_that_is_not_kept_can_not_be_read(folder):
     for decay in (0.9, 0.0):
         with pytest.raises(KeyError, match="critic"):
             states(folder, decay=decay, reads="critic")
+
+
+@pytest.mark.parametrize(
+    ("roles", "said"),
+    [
+        (
+            {"trained": {"generator": "vae", "critic": "vea"}},
+            "component of the role 'critic' of the objective 'toy' is 'vea'; did you mean 'vae'",
+        ),
+        ({"frozen": {"teacher": "unit"}}, "component of the role 'teacher' .* is 'unit'; did you mean 'unet'"),
+        ({"exported": {"generate": "vae"}}, "exported or averaged role is 'generate'; did you mean 'generator'"),
+        ({"averaged": ("teacher",)}, "exported or averaged role is 'teacher'"),
+        ({"trains": ("critics",)}, "role that the update 'critic' .* trains is 'critics'; did you mean 'critic'"),
+        ({"trains": ("critic",)}, "no update of the objective 'toy' trains the role 'generator'"),
+    ],
+)
+def test_roles_that_can_not_be_are_one_line(folder, roles, said):
+    with pytest.raises(UserError, match=said):
+        make_losses(make(folder, **roles)[1])
