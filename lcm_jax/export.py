@@ -80,11 +80,15 @@ def export(
     if changed := identity.changed(workdir, {"model": identity.of_folder(source)}):
         raise UserError(changed)
     params, step = checkpoint.restore_params(workdir, which, step)
+    family = family_of(source.pipeline_class)
+    exported = objective.roles(options, family).exported.values()
     if config.lora.rank:
-        trained = trained_components(config, family_of(source.pipeline_class))
+        trained = trained_components(config, family)
         networks = {name: source.components[component].network() for name, component in trained.items()}
         adapters = {}
         for name, targets in adapted(config, trained, networks).items():
+            if name not in exported:
+                continue
             wanted = lora.shapes(networks[name].shapes, targets)
             if {path: array.shape for path, array in params.get(name, {}).items()} != wanted:
                 raise UserError(
@@ -95,12 +99,11 @@ def export(
         header = recipe_of(config, source, which, step).to_header() if objective.recipe else {}
         write_lora(out, adapters, dialect=dialect or DIALECTS[0], dtype=dtype, header=header)
     elif objective.recipe:
-        denoiser = params[family_of(source.pipeline_class).denoiser]
+        denoiser = params[family.denoiser]
         write_lcm_folder(source, denoiser, out, recipe=recipe_of(config, source, which, step), dtype=dtype)
     else:
         updates = {}
-        roles = objective.roles(options, family_of(source.pipeline_class))
-        params = {name: params[name] for name in roles.exported.values()}
+        params = {name: params[name] for name in exported}
         if objective.latent_std:
             data = open_data(config.data)
             if changed := identity.changed(workdir, {"data": identity.of_data(data)}):

@@ -5,16 +5,22 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from fixtures_folders import W_DIM
 
 from lcm_jax import cli, config, export, load_pipeline
+from lcm_jax.adapters import lora
+from lcm_jax.adapters.lora import LoraConfig
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.recipe import Recipe
+from lcm_jax.objectives import OBJECTIVES
 from lcm_jax.objectives.autoencoder import AutoencoderConfig
+from lcm_jax.objectives.base import Roles
 from lcm_jax.objectives.lcd import LCDConfig
 from lcm_jax.training import checkpoint
+from lcm_jax.training.networks import adapted
 
 
 @pytest.fixture
@@ -93,6 +99,23 @@ def test_diffusion_model(run, tmp_path, teacher_folder, monkeypatch):
     assert folder.pipeline_class == "StableDiffusionPipeline"
     np.testing.assert_array_equal(folder.components["unet"].params["conv_in.bias"], trained["conv_in.bias"])
     assert Recipe.read(out) is None
+
+
+def test_only_adapters_of_exported_roles_are_written(run, tmp_path, teacher_folder, monkeypatch):
+    def roles(options, family):
+        return Roles({"generator": family.denoiser, "critic": family.denoiser}, exported={"generator": family.denoiser})
+
+    monkeypatch.setitem(OBJECTIVES, "denoising", dataclasses.replace(OBJECTIVES["denoising"], roles=roles))
+    resolved = config.load_resolved(workdir := run("denoising", lora=LoraConfig(rank=2)))
+    network = read_folder(teacher_folder, only=("unet",)).components["unet"].network()
+    chosen = adapted(resolved, {"unet": "unet", "critic": "unet"}, {"unet": network, "critic": network})
+    shapes = lora.shapes(network.shapes, chosen["unet"])
+    weights = {name: {path: np.full(shapes[path], n) for path in shapes} for n, name in enumerate(chosen, 1)}
+    monkeypatch.setattr(checkpoint, "restore_params", lambda *_: (weights, 5))
+    export.main([f"--workdir={workdir}", f"--out={tmp_path}/lora.safetensors"])
+    written = safetensors.numpy.load_file(tmp_path / "lora.safetensors")
+    assert len(written) == len(shapes)
+    assert all(name.startswith("unet.") and (array == 1).all() for name, array in written.items())
 
 
 @pytest.mark.parametrize("latent_std", [1.0, 4.0])

@@ -3,7 +3,7 @@
 import collections
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -29,6 +29,7 @@ class Progress:
         self.total, self.batch_size, self._compiled = total_steps, batch_size, compiled
         self._console = console or Console()
         self._start, self._line = time.perf_counter(), -math.inf
+        self._losses: dict[str, float] = {}
         self._times: collections.deque[tuple[int, float]] = collections.deque(maxlen=WINDOW + 1)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[says]}", markup=False))
         self._bar = Bar(*columns, console=self._console, transient=False) if self._console.is_terminal else None
@@ -51,9 +52,10 @@ class Progress:
         """Prints a line without markup, above the bar if there is one."""
         self._console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
-    def update(self, step: int, loss: float) -> float:
+    def update(self, step: int, losses: Mapping[str, float]) -> float:
         """Shows that `step` steps are done; returns images/s over the last WINDOW steps (NaN at the first call).
 
+        Shows the last value of each of `losses`, also if a later step lacks it.
         Time is measured from the end of the first step, since that step includes compilation.
         """
         now = time.perf_counter()
@@ -63,7 +65,8 @@ class Progress:
         first, then = self._times[0]
         seconds = now - then
         rate = (step - first) * self.batch_size / seconds if seconds > 0 else math.nan
-        says = f"loss {loss:.4g}"
+        self._losses.update(losses)
+        says = "  ".join(f"{name} {loss:.4g}" for name, loss in self._losses.items())
         if rate > 0:
             says += f"  {rate:.1f} images/s  {_clock((self.total - step) * self.batch_size / rate)} left"
         if self._bar:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lcm_jax.errors import one_of
+
 Aux = dict[str, jax.Array]
 
 
@@ -18,11 +20,25 @@ class Roles:
       frozen: role → component, of those that are only called.
       exported: trained role → component as which it is written. In a run's state its weights have that name; those
         of other roles have the role's.
+      averaged: trained roles that are not exported, but of which a loss reads the average.
+
+    Raises:
+      UserError: an exported or averaged role that is not trained.
     """
 
     trained: Mapping[str, str]
     frozen: Mapping[str, str] = dataclasses.field(default_factory=dict)
     exported: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    averaged: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for role in self.with_average:
+            one_of("an exported or averaged role", role, self.trained)
+
+    @property
+    def with_average(self) -> tuple[str, ...]:
+        """The roles of whose weights a run keeps the average."""
+        return (*self.exported, *self.averaged)
 
     def key(self, role: str) -> str:
         """Returns the name of this role's weights in a run's state."""
@@ -35,8 +51,8 @@ class Networks(NamedTuple):
     Attributes:
       by_role: trained and frozen ones. A denoiser is called as (z, t, condition, w embedding or None) → raw output;
         another network as its class is, with `method=` for one of its methods.
-      average: the trained ones with the exponential moving average of their weights, or with the weights themselves
-        where the run keeps none.
+      average: those of `Roles.with_average` with the exponential moving average of their weights, or with the weights
+        themselves where the run keeps none.
     """
 
     by_role: Mapping[str, Callable[..., Any]]
@@ -69,7 +85,7 @@ class Update:
       summary: aux averaged over the global batch → what is logged.
       trains: roles; all trained ones by default.
       every: steps between two updates; the first one is at step 0.
-      learning_rate: instead of the run's.
+      learning_rate: instead of the run's. Warm-up and decay are the run's, over its steps.
     """
 
     draw: Callable[[jax.Array, tuple[int, ...]], Any]

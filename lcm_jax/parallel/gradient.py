@@ -37,7 +37,8 @@ def make_gradient(
     Args:
       loss: (params, target, frozen, batch, draws) -> (mean over the samples, {name: mean over the samples}). With
         `config.gather="block"` sharded weights are passed to it as `Shard`s.
-      params, frozen: shapes of the weights and the dtype in which networks use them; `params` also describes target.
+      params, frozen: shapes of the weights and the dtype in which networks use them; `params` also describes target,
+        which may lack networks whose average no loss reads.
       trains: names of the weights that the gradient is for; all by default.
       accumulate: number of micro-batches. Each device splits its own samples, so a micro-batch is strided over the
         global batch. Gradients are accumulated in float32.
@@ -91,14 +92,20 @@ def make_gradient(
         grads = _map(reduced, grads, axes)
         return jax.tree.map(lambda x: jax.lax.psum(x, AXES), values), grads
 
-    trained, others = partition.specs(axes), partition.specs(frozen_axes)
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(trained, trained, others, BATCH, BATCH),
-        out_specs=((P(), P()), {name: trained[name] for name in names}),
-        check_vma=False,  # the sums over devices are explicit, not inserted from "varying" types
-    )
+    trained = partition.specs(axes)
+
+    def gradient(weights: Weights, target: Weights, others: Weights, batch: Any, draws: Any) -> tuple[Values, Weights]:
+        averaged = {name: trained[name] for name in target}
+        mapped = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(trained, averaged, partition.specs(frozen_axes), BATCH, BATCH),
+            out_specs=((P(), P()), {name: trained[name] for name in names}),
+            check_vma=False,  # the sums over devices are explicit, not inserted from "varying" types
+        )
+        return mapped(weights, target, others, batch, draws)
+
+    return gradient
 
 
 def _map(f: Callable[..., Any], *trees: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -32,6 +32,8 @@ from lcm_jax.parallel.partition import place
 from lcm_jax.parallel.processes import is_first, meet
 from lcm_jax.training import identity
 from lcm_jax.training.checkpoint import FOLDER, Checkpoints, good_steps
+from lcm_jax.training.losses import make_losses
+from lcm_jax.training.metrics import computed, losses_in
 from lcm_jax.training.networks import frozen_params, initial_params, make_parts
 from lcm_jax.training.previews import make_preview
 from lcm_jax.training.program import make_program
@@ -124,6 +126,7 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
     metrics = Metrics(workdir, start_step=start) if is_first() else None
     console = Console(quiet=not is_first())
     progress = Progress(config.steps, start, config.batch_size, console, compiled=compile_cache.summary)
+    losses, unwritten = make_losses(parts), {}
 
     def read(done: int, values: dict[str, jax.Array], waited: float) -> int:
         """Waits for that step's metrics and passes them on; returns the signal that any process has received, or 0.
@@ -131,15 +134,16 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
         Raises: UserError if the loss stays non-finite.
         """
         scalars = {name: float(value) for name, value in jax.device_get(values).items()}
-        # an update that is not due in this step
-        scalars = {name: value for name, value in scalars.items() if not ("/" in name and math.isnan(value))}
-        received = int(scalars.pop("stop"))
-        rate = progress.update(done, scalars["loss"])
+        received, skipped = int(scalars.pop("stop")), scalars.pop("skipped")
+        scalars = computed(scalars, losses, done - 1)
+        rate = progress.update(done, losses_in(scalars, losses))
+        unwritten.update(scalars, skipped=skipped)  # so that a rare update has a point too, that of its last time
         if metrics and (done % config.log.every == 0 or done == config.steps):
             held.check()
             speed = {"images_per_second": rate} if math.isfinite(rate) else {}  # the first step has none
-            metrics.scalars(done, {**scalars, **speed, "data_wait_seconds": waited})
-        if scalars["skipped"] >= config.max_skipped:
+            metrics.scalars(done, {**unwritten, **speed, "data_wait_seconds": waited})
+            unwritten.clear()
+        if skipped >= config.max_skipped:
             checkpoints.wait()
             raise UserError(_diverged(workdir, config, done, checkpoints.newest_step()))
         return received

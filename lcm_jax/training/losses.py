@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.adapters import lora, side_branch
+from lcm_jax.errors import UserError, one_of
 from lcm_jax.host.images import to_signed
 from lcm_jax.models.vae import scaled_draw
 from lcm_jax.objectives.base import Aux, Inputs, Networks, Update
@@ -22,6 +23,7 @@ class Loss(NamedTuple):
 
     Attributes:
       trains: keys of the weights that it changes.
+      averages: those of them whose average is kept.
       draw: (key, shape (B, h, w, C) of the latents) → all that is random, each array with B as its first axis.
       loss: (params, target, frozen, batch, draws) → (loss, aux), all of them means over the samples that it is given.
       summary: aux averaged over the global batch → what is logged.
@@ -29,6 +31,7 @@ class Loss(NamedTuple):
     """
 
     trains: tuple[str, ...]
+    averages: tuple[str, ...]
     draw: Callable[[jax.Array, tuple[int, ...]], Any]
     loss: Callable[..., tuple[jax.Array, Aux]]
     summary: Callable[[Aux], Aux]
@@ -37,9 +40,24 @@ class Loss(NamedTuple):
 
 
 def make_losses(parts: Parts) -> dict[str, Loss]:
-    """Returns name → loss of the run's objective, in the order of its updates."""
+    """Returns name → loss of the run's objective, in the order of its updates.
+
+    Raises:
+      UserError: an update of a role that is not trained, a trained role without an update.
+    """
     updates = parts.objective.updates(parts.options, parts.process)
+    _check(updates, parts)
     return {name: _loss(update, parts) for name, update in updates.items()}
+
+
+def _check(updates: Mapping[str, Update], parts: Parts) -> None:
+    trained, where = parts.roles.trained, f"of the objective {parts.objective.name!r}"
+    for name, update in updates.items():
+        for role in update.trains:
+            one_of(f"a role that the update {name!r} {where} trains", role, trained)
+    for role in trained:
+        if not any(role in (update.trains or trained) for update in updates.values()):
+            raise UserError(f"no update {where} trains the role {role!r}; make it a frozen one")
 
 
 def _loss(update: Update, parts: Parts) -> Loss:
@@ -56,13 +74,14 @@ def _loss(update: Update, parts: Parts) -> Loss:
         roles = parts.roles
         networks = Networks(
             by_role={role: _of_role(parts, role, role, params, frozen) for role in (*roles.trained, *roles.frozen)},
-            average={role: _of_role(parts, "target", role, target, frozen) for role in roles.trained},
+            average={role: _of_role(parts, "target", role, target, frozen) for role in roles.with_average},
         )
         return update.loss(networks, _inputs(parts, params, frozen, batch, noise), draws)
 
     roles = update.trains or tuple(parts.roles.trained)
     trains = tuple(key for key in map(parts.roles.key, roles) if not parts.adapted or key in parts.adapted)
-    return Loss(trains, draw, loss, update.summary, update.every, update.learning_rate)
+    averages = tuple(key for key in map(parts.roles.key, parts.roles.with_average) if key in trains)
+    return Loss(trains, averages, draw, loss, update.summary, update.every, update.learning_rate)
 
 
 def _bound(parts: Parts, scope: str, key: str, component: str, weights: dict, frozen: dict) -> Callable[..., Any]:

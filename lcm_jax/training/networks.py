@@ -20,7 +20,7 @@ from lcm_jax.adapters import lora
 from lcm_jax.config import Config
 from lcm_jax.data.config import DataConfig
 from lcm_jax.diffusion.process import Process
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, one_of
 from lcm_jax.families import Family, family_of
 from lcm_jax.families.base import Tokens
 from lcm_jax.interop.folder import Folder, make_network
@@ -73,19 +73,26 @@ class Parts:
 
     @property
     def frozen(self) -> dict[str, str]:
-        """Key → component of the weights that the step reads but does not train."""
-        return _frozen(self.objective, self.roles, self.family, adapters=bool(self.adapted))
+        """Key → component of the weights that the step or a preview reads, but which are not trained."""
+        components = {"vae"} if "latents" in self.objective.needs else set()
+        if "condition" in self.objective.needs:
+            components |= {*self.family.text_encoders}
+        if self.objective.sampling(self.options, self.process):
+            components |= {*components_of(self.family)}  # for previews
+        return _frozen(components, self.roles, adapters=bool(self.adapted))
+
+
+def components_of(family: Family) -> tuple[str, ...]:
+    """Returns the components of a folder that sample images together."""
+    return (family.denoiser, "vae", *family.text_encoders)
 
 
 def _trained(roles: Roles) -> dict[str, str]:
     return {roles.key(role): component for role, component in roles.trained.items()}
 
 
-def _frozen(objective: Objective, roles: Roles, family: Family, *, adapters: bool) -> dict[str, str]:
+def _frozen(components: set[str], roles: Roles, *, adapters: bool) -> dict[str, str]:
     trained = _trained(roles)
-    components = {"vae"} if "latents" in objective.needs else set()
-    if "condition" in objective.needs:
-        components |= {*family.text_encoders}
     if adapters:
         bases = set(trained.values())
         others = {role: component for role, component in roles.frozen.items() if component not in bases}
@@ -115,6 +122,9 @@ def make_parts(
     Args:
       config, folder, tokenizer: of the run.
       objective: the record and its options; those of the config by default.
+
+    Raises:
+      UserError: roles that don't fit the folder, adapters or an image size that don't fit the networks.
     """
     record, options = objective or chosen(config)
     family = family_of(folder.pipeline_class)
@@ -122,12 +132,13 @@ def make_parts(
     policy = Policy.named(config.model.dtype)
     of_denoiser = {"remat": config.model.remat, "attention": config.model.attention_on(jax.devices()[0])}
     components = {}
-    for name in (family.denoiser, "vae", *family.text_encoders):
+    for name in components_of(family):
         component, where = folder.components[name], str(folder.path / name)
         extra = of_denoiser if name == family.denoiser else {}
         components[name] = make_network(component.library_class, component.config, where=where, policy=policy, **extra)
     networks = dict(components)
     for role, component in {**roles.trained, **roles.frozen}.items():
+        one_of(f"the component of the role {role!r} of the objective {record.name!r}", component, components)
         base = components[component]
         try:
             wanted = record.network_config(role, options, base.config, family)

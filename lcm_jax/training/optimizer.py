@@ -25,13 +25,22 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, own_rate: float | None = None) -> optax.GradientTransformation:
-    """Returns AdamW behind clipping by the global norm; `own_rate` replaces the config's learning rate."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, own_rate: float | None = None, every: int = 1
+) -> optax.GradientTransformation:
+    """Returns AdamW behind clipping by the global norm.
+
+    Args:
+      config: of the run.
+      steps: of the run, over which the learning rate decays.
+      own_rate: replaces the config's learning rate.
+      every: steps of the run between two updates; warm-up and decay are those of the run's steps.
+    """
     if own_rate is not None:
         config = dataclasses.replace(config, learning_rate=own_rate)
-    adamw = optax.adamw(
-        learning_rate(config, steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay
-    )
+    of_step = learning_rate(config, steps)
+    rate = of_step if every == 1 else lambda count: of_step(count * every)
+    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     return optax.chain(_clip(config.clip_norm), adamw) if config.clip_norm else adamw
 
 

@@ -14,7 +14,7 @@ from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
 from lcm_jax.families.base import Tokens
 from lcm_jax.host.images import to_signed, to_uint8, to_unit
 from lcm_jax.inference.generate import Sampler, generate
-from lcm_jax.training.networks import Parts
+from lcm_jax.training.networks import Parts, components_of
 
 Preview = Callable[[dict, dict], np.ndarray]
 SEED = 0
@@ -44,7 +44,7 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
     family = parts.family
     sampler = Sampler(
         family=family,
-        networks={name: parts.networks[name] for name in (family.denoiser, "vae", *family.text_encoders)},
+        networks={name: parts.networks[name] for name in components_of(family)},
         process=parts.process,
         kind=how.kind,
         guided=is_guided(config.log.guidance_scale, family.w_embedding_dim(parts.networks[family.denoiser].config)),
@@ -65,8 +65,8 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
 
     @jax.jit
     def draw(params: dict, frozen: dict) -> jax.Array:
-        for name, chosen in parts.adapted.items():
-            params = {**params, name: lora.merge(frozen[name], params[name], lora.alphas(chosen))}
+        for name in sampler.networks.keys() & parts.adapted.keys():
+            params = {**params, name: lora.merge(frozen[name], params[name], lora.alphas(parts.adapted[name]))}
         # the trained weights stand before the frozen ones of the same component
         return generate(sampler, {**frozen, **params}, ids, null_ids, w, grid, z_T, key_noise)
 

@@ -2,8 +2,8 @@
 
     state = {'step': int32, 'params': {key: Flat}, 'ema': {key: Flat} or {}, 'opt_state': optax, 'skipped': int32}
 
-Keys are those of `networks.py`. Master weights and EMA are float32. With several updates `opt_state` is a dict with one
-entry for each of them.
+Keys are those of `networks.py`. Master weights and EMA are float32. `skipped` counts updates in a row that were not
+finite. With several updates, `opt_state` and `skipped` are dicts with one entry for each of them.
 """
 
 from typing import Any
@@ -20,17 +20,18 @@ State = dict[str, Any]
 
 
 def initial_state(config: Config, losses: dict[str, Loss], params: dict[str, Flat]) -> State:
-    """Returns the state before the first step. The EMA starts as a copy of the weights."""
+    """Returns the state before the first step. The EMA starts as a copy of the weights, of those that it averages."""
     states = {
-        name: make_optimizer(config.optimizer, config.steps, loss.learning_rate).init(part(params, loss))
+        name: make_optimizer(config.optimizer, config.steps, loss.learning_rate, loss.every).init(part(params, loss))
         for name, loss in losses.items()
     }
+    averages = {key: params[key] for loss in losses.values() for key in loss.averages}
     return {
         "step": jnp.int32(0),
         "params": params,
-        "ema": jax.tree.map(jnp.copy, params) if config.ema.decay else {},
+        "ema": jax.tree.map(jnp.copy, averages) if config.ema.decay else {},
         "opt_state": joined(states),
-        "skipped": jnp.int32(0),
+        "skipped": joined({name: jnp.int32(0) for name in losses}),
     }
 
 
@@ -40,10 +41,10 @@ def part(params: dict[str, Flat], loss: Loss) -> dict[str, Flat]:
 
 
 def joined(states: dict[str, Any]) -> Any:
-    """Returns the optimizers' states as they stand in a run's state."""
+    """Returns what each update has of its own, by its name, as it stands in a run's state."""
     return states if len(states) > 1 else next(iter(states.values()))
 
 
-def divided(opt_state: Any, losses: dict[str, Loss]) -> dict[str, Any]:
-    """Returns loss → state of its optimizer: the inverse of `joined`."""
-    return opt_state if len(losses) > 1 else dict.fromkeys(losses, opt_state)
+def divided(states: Any, losses: dict[str, Loss]) -> dict[str, Any]:
+    """Returns name of the update → what it has of its own: the inverse of `joined`."""
+    return states if len(losses) > 1 else dict.fromkeys(losses, states)

@@ -32,10 +32,10 @@ def test_plain_lines(clock):
     console = plain()
     with Progress(total_steps=400, start_step=0, batch_size=8, console=console) as bar:
         clock.now += 60.0  # the compiler
-        bar.update(1, 0.123456)
+        bar.update(1, {"loss": 0.123456})
         for step in range(2, 401):
             clock.now += 0.5
-            bar.update(step, 1.0 / step)
+            bar.update(step, {"loss": 1.0 / step})
     assert lines(console)[:5] == [
         "Compiling the step ...",
         "First step after 60.0 s",
@@ -53,41 +53,53 @@ def test_the_last_step_is_told_at_once(clock):
     with Progress(3, 0, 8, console) as bar:
         for step in (1, 2, 3):
             clock.now += 0.1
-            bar.update(step, 1.0)
+            bar.update(step, {"loss": 1.0})
     assert [line.split("  ")[0] for line in lines(console)[2:]] == ["step 1/3", "step 3/3"]
+
+
+def test_each_loss_is_shown_until_it_has_a_new_value(clock):
+    console = plain()
+    with Progress(3, 0, 8, console) as bar:
+        for losses in ({"critic/loss": 1.0, "generator/loss": 2.0}, {"critic/loss": 3.0}, {"critic/loss": 4.0}):
+            clock.now += 10.0
+            bar.update(1, losses)
+    said = [line.split("loss ", 1)[1].split("  ")[:2] for line in lines(console)[2:]]
+    assert said == [["1", "generator/loss 2"], ["3", "generator/loss 2"], ["4", "generator/loss 2"]]
 
 
 def test_speed_is_nan_then_without_the_first_step_then_of_the_window(clock):
     with Progress(1000, 0, 4, plain()) as bar:
         clock.now += 100.0
-        assert math.isnan(bar.update(1, 1.0))
+        assert math.isnan(bar.update(1, {"loss": 1.0}))
         clock.now += 2.0
-        assert bar.update(2, 1.0) == pytest.approx(4 / 2.0)
+        assert bar.update(2, {"loss": 1.0}) == pytest.approx(4 / 2.0)
         clock.now += 1.0
-        assert bar.update(3, 1.0) == pytest.approx(2 * 4 / 3.0)
+        assert bar.update(3, {"loss": 1.0}) == pytest.approx(2 * 4 / 3.0)
         for step in range(4, 4 + progress.WINDOW - 1):
             clock.now += 0.5
-            assert bar.update(step, 1.0) < 8.0
+            assert bar.update(step, {"loss": 1.0}) < 8.0
         clock.now += 0.5
-        assert bar.update(4 + progress.WINDOW - 1, 1.0) == pytest.approx(8.0)  # the slow ones have left the window
+        assert bar.update(4 + progress.WINDOW - 1, {"loss": 1.0}) == pytest.approx(
+            8.0
+        )  # the slow ones have left the window
 
 
 def test_a_resumed_run_counts_only_its_own_steps(clock):
     console = plain()
     with Progress(1000, 900, 4, console) as bar:
         clock.now += 30.0
-        bar.update(901, 1.0)
+        bar.update(901, {"loss": 1.0})
         clock.now += 10.0
-        assert bar.update(902, 1.0) == pytest.approx(0.4)
+        assert bar.update(902, {"loss": 1.0}) == pytest.approx(0.4)
     assert lines(console)[-1] == "step 902/1000  loss 1  0.4 images/s  0:16:20 left"
 
 
 def test_long_runs_and_odd_losses(clock):
     console = plain()
     with Progress(100_000, 0, 1, console) as bar:
-        bar.update(1, math.nan)
+        bar.update(1, {"loss": math.nan})
         clock.now += 10.0
-        bar.update(2, math.inf)
+        bar.update(2, {"loss": math.inf})
     assert lines(console)[-2:] == [
         "step 1/100000  loss nan",
         "step 2/100000  loss inf  0.1 images/s  277:46:20 left",
@@ -96,8 +108,8 @@ def test_long_runs_and_odd_losses(clock):
 
 def test_a_clock_that_stands_still_is_no_error(clock):
     with Progress(3, 0, 4, plain()) as bar:
-        assert math.isnan(bar.update(1, 1.0))
-        assert math.isnan(bar.update(2, 1.0))
+        assert math.isnan(bar.update(1, {"loss": 1.0}))
+        assert math.isnan(bar.update(2, {"loss": 1.0}))
 
 
 def test_say_prints_lines_as_they_are():
@@ -111,9 +123,9 @@ def test_every_encoding_can_print_it(clock):
     raw = io.BytesIO()
     console = Console(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True))
     with Progress(2, 0, 1, console) as bar:
-        bar.update(1, 1.0)
+        bar.update(1, {"loss": 1.0})
         clock.now += 1.0
-        bar.update(2, 1.0)
+        bar.update(2, {"loss": 1.0})
     assert b"step 2/2" in raw.getvalue()
 
 
@@ -124,9 +136,9 @@ def test_a_terminal_gets_a_bar(clock, encoding):
     console = Console(file=file, force_terminal=True, width=100, legacy_windows=False)
     with Progress(8, 2, 4, console) as bar:
         clock.now += 10.0
-        bar.update(3, 0.5)
+        bar.update(3, {"loss": 0.5})
         clock.now += 2.0
-        assert bar.update(4, 0.25) == pytest.approx(2.0)
+        assert bar.update(4, {"loss": 0.25}) == pytest.approx(2.0)
         bar.say("a line above")
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw.getvalue().decode(encoding)).replace("\r", "\n")
     shown = [line.strip() for line in shown.split("\n") if line.strip()]
@@ -149,5 +161,5 @@ def test_the_first_step_says_what_the_compiler_did(clock):
     console = plain()
     with Progress(2, 0, 8, console, compiled=lambda: "compile cache: 3 hits, no miss (folder)") as bar:
         clock.now += 1.0
-        bar.update(1, 1.0)
+        bar.update(1, {"loss": 1.0})
     assert lines(console)[1] == "First step after 1.0 s; compile cache: 3 hits, no miss (folder)"
