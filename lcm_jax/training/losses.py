@@ -1,6 +1,6 @@
 """The losses of an objective as functions of weights: networks are bound, and the inputs of a loss are made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
