@@ -52,12 +52,8 @@ def test_consistency_model(run, tmp_path, teacher_folder, capsys):
     assert recipe is not None
     assert recipe.teacher == teacher_folder.name
     assert (recipe.weights, recipe.steps) == ("ema", 70)
-    assert (recipe.guidance_min, recipe.guidance_max, recipe.skip, recipe.original_inference_steps) == (
-        2.0,
-        8.0,
-        40,
-        25,
-    )
+    assert (recipe.guidance_min, recipe.guidance_max, recipe.original_inference_steps) == (2.0, 8.0, 25)
+    assert recipe.options == {"solver": "ddim", "skip": 40, "distance": "huber"}
     assert json.loads((out / "scheduler/scheduler_config.json").read_text())["original_inference_steps"] == 25
     pipe = load_pipeline(out)
     assert pipe.default_guidance == 5.0
@@ -66,6 +62,26 @@ def test_consistency_model(run, tmp_path, teacher_folder, capsys):
     assert "differ from those of lcm_jax by" in lines[-4 if len(lines) > 3 else 0]
     assert str(out) in lines[-2]
     assert f"python -m lcm_jax.sample --model={out}" in lines[-1]
+
+
+def test_few_step_model_of_another_objective(run, tmp_path, monkeypatch):
+    recipe = {
+        "method": "distribution matching",
+        "guidance_min": 1.0,
+        "guidance_max": 1.0,
+        "original_inference_steps": 4,
+        "timestep_scaling": 10.0,
+        "w_embedding_dim": W_DIM,
+        "options": {"generator_every": 5},
+    }
+    record = dataclasses.replace(OBJECTIVES["denoising"], recipe=lambda options, process: recipe)
+    monkeypatch.setitem(OBJECTIVES, "denoising", record)
+    out = tmp_path / "lcm"
+    export.main([f"--workdir={run('denoising')}", f"--out={out}"])
+    found = Recipe.read(out)
+    assert found is not None
+    assert (found.method, found.options) == ("distribution matching", {"generator_every": 5})
+    assert json.loads((out / "scheduler/scheduler_config.json").read_text())["original_inference_steps"] == 4
 
 
 def test_which_and_step(run, tmp_path):
@@ -154,6 +170,10 @@ def test_target_that_is_no_model(run, tmp_path):
 
 def test_recipe_covers_the_configuration(run, tmp_path):
     """Each value of the recipe follows its option."""
+
+    def flat(recipe):
+        return {**dataclasses.asdict(recipe), **recipe.options}
+
     resolved = config.load_resolved(run())
     folder = read_folder(resolved.model.folder, only=())
     base = export.recipe_of(resolved, folder, "ema", 1)
@@ -167,4 +187,4 @@ def test_recipe_covers_the_configuration(run, tmp_path):
         ("distance", "l2"),
     ):
         changed = dataclasses.replace(resolved, lcd=dataclasses.replace(resolved.lcd, **{name: value}))
-        assert getattr(export.recipe_of(changed, folder, "ema", 1), name) == value != getattr(base, name)
+        assert flat(export.recipe_of(changed, folder, "ema", 1))[name] == value != flat(base)[name]

@@ -67,13 +67,12 @@ def lcm_card(teacher: pathlib.Path, recipe: Recipe, pipeline: str) -> str:
     rows = {
         "teacher": f"`{recipe.teacher}`",
         "weights": "exponential moving average" if recipe.weights == "ema" else "student",
-        "ODE solver (psi)": recipe.solver,
-        "k, N": f"{recipe.skip}, {recipe.original_inference_steps}",
+        "timesteps of the trained grid": recipe.original_inference_steps,
         "guidance_scale trained": f"{recipe.guidance_min:g} to {recipe.guidance_max:g}",
-        "distance": recipe.distance,
         "EMA decay": f"{recipe.ema_decay:g}" if recipe.ema_decay else "none",
         "steps × batch": f"{recipe.steps} × {recipe.batch_size}",
         "learning rate": f"{recipe.learning_rate:g}",
+        **recipe.options,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
@@ -82,8 +81,7 @@ def lcm_card(teacher: pathlib.Path, recipe: Recipe, pipeline: str) -> str:
 
 # A latent consistency model of `{recipe.teacher}`
 
-Samples images in 1 to 8 network steps. Distilled with lcm_jax by latent consistency distillation
-([arXiv:2310.04378](https://arxiv.org/abs/2310.04378)).
+Samples images in 1 to 8 network steps. Distilled with lcm_jax by {recipe.method}.
 
 {terms}
 

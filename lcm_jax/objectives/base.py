@@ -140,7 +140,8 @@ class Objective:
       network_config: (role, options, config of the component, family) → config of that role's network.
       new_weight: (options, key, shape) → a weight that `network_config` added.
       sampling: (options, process) → how previews are sampled; None where they show reconstructions.
-      recipe: (options, process) → what lcm_jax.json and a LoRA's header say of a consistency model; None for others.
+      recipe: (options, process) → what lcm_jax.json, the model card and a LoRA's header say of a few-step model that an
+        LCMScheduler samples: the fields of `interop.recipe.Recipe` that the run doesn't know; None for other models.
       latent_std: options → the standard deviation of the exported VAE's latents; None where the VAE is not trained.
     """
 

@@ -204,14 +204,13 @@ def _sampling(config: LCDConfig, process: Process) -> Sampling:
 
 def _recipe(config: LCDConfig, process: Process) -> dict[str, Any]:
     return {
+        "method": "latent consistency distillation ([arXiv:2310.04378](https://arxiv.org/abs/2310.04378))",
         "guidance_min": config.guidance_min,
         "guidance_max": config.guidance_max,
-        "solver": config.solver,
-        "skip": config.skip,
         "original_inference_steps": config.solver_steps(process.num_train_timesteps),
         "timestep_scaling": config.timestep_scaling,
         "w_embedding_dim": config.w_embedding_dim,
-        "distance": config.distance,
+        "options": {"solver": config.solver, "skip": config.skip, "distance": config.distance},
     }
 
 

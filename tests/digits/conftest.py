@@ -14,19 +14,18 @@ from lcm_jax.interop.trained_folder import write_lcm_folder
 W_DIM = 16
 RECIPE = Recipe(
     teacher="micro",
+    method="latent consistency distillation",
     weights="ema",
     guidance_min=2.0,
     guidance_max=4.0,
-    solver="ddim",
-    skip=20,
     original_inference_steps=50,
     timestep_scaling=10.0,
     w_embedding_dim=W_DIM,
-    distance="huber",
     steps=1,
     batch_size=1,
     learning_rate=1e-4,
     ema_decay=0.9,
+    options={"solver": "ddim", "skip": 20, "distance": "huber"},
 )
 
 

@@ -19,8 +19,9 @@ TEXTS = ["", " ", "4", "null", "epsilon", "../evil", "/etc/passwd", "\x1b[31mred
 VALUES = [None, True, False, *NUMBERS, *TEXTS, [], {}, [[]], [1, "2", None], {"a": {"b": []}}, ["x"] * 5]
 WHOLE = ["null", "[]", "3", '"text"', "{}", "{", "", "NaN", "\ufeff{}", '{"a": 1' + "0" * 5000 + "}"]
 RECIPE = {
-    **{"teacher": "t", "weights": "ema", "guidance_min": 3.0, "guidance_max": 13.0, "solver": "ddim", "skip": 20},
-    **{"original_inference_steps": 50, "timestep_scaling": 10.0, "w_embedding_dim": 0, "distance": "huber"},
+    **{"teacher": "t", "method": "m", "weights": "ema", "guidance_min": 3.0, "guidance_max": 13.0},
+    **{"original_inference_steps": 50, "timestep_scaling": 10.0, "w_embedding_dim": 0},
+    **{"options": {"solver": "ddim", "skip": 20, "distance": "huber"}},
     **{"steps": 100, "batch_size": 8, "learning_rate": 1e-4, "ema_decay": 0.95},
 }
 

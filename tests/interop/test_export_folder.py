@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import diffusers
@@ -24,19 +25,18 @@ from lcm_jax.interop.trained_folder import write_lcm_folder, write_trained_folde
 
 RECIPE = Recipe(
     teacher="someone/teacher",
+    method="latent consistency distillation",
     weights="ema",
     guidance_min=3.0,
     guidance_max=9.0,
-    solver="ddim",
-    skip=20,
     original_inference_steps=50,
     timestep_scaling=10.0,
     w_embedding_dim=W_DIM,
-    distance="huber",
     steps=1000,
     batch_size=32,
     learning_rate=1e-5,
     ema_decay=0.95,
+    options={"solver": "ddim", "skip": 20, "distance": "huber"},
 )
 PLAIN = dataclasses.replace(RECIPE, w_embedding_dim=0)
 
@@ -101,7 +101,7 @@ def test_scheduler_is_the_teachers_with_lcm_settings(exported, teacher_folder):
 
 
 def test_scheduler_keeps_the_trained_grid(teacher, student_params, tmp_path):
-    recipe = dataclasses.replace(RECIPE, skip=40, original_inference_steps=25, timestep_scaling=5.0)
+    recipe = dataclasses.replace(RECIPE, original_inference_steps=25, timestep_scaling=5.0)
     scheduler = read(
         write_lcm_folder(teacher, student_params, tmp_path / "x", recipe=recipe), "scheduler/scheduler_config.json"
     )
@@ -185,20 +185,40 @@ def test_recipe_there_and_back(exported, teacher_folder):
     assert Recipe.read(teacher_folder) is None
 
 
+def test_recipe_from_before_other_objectives(tmp_path):
+    """Such a file has no method, and the options of latent consistency distillation among the other keys."""
+    values = dataclasses.asdict(RECIPE)
+    del values["method"]
+    (tmp_path / "lcm_jax.json").write_text(json.dumps(values.pop("options") | values))
+    recipe = Recipe.read(tmp_path)
+    assert recipe is not None
+    assert "arxiv.org/abs/2310.04378" in recipe.method
+    assert dataclasses.replace(recipe, method=RECIPE.method) == RECIPE
+
+
+def test_a_model_of_another_method(teacher, student_params, tmp_path):
+    recipe = dataclasses.replace(RECIPE, method="distribution matching", options={"generator_every": 5})
+    out = write_lcm_folder(teacher, student_params, tmp_path / "x", recipe=recipe)
+    assert Recipe.read(out) == recipe
+    card = (out / "README.md").read_text()
+    assert "by distribution matching." in card
+    assert "| generator_every | 5 |" in card
+    assert "solver" not in card
+
+
 def test_broken_recipe(tmp_path):
     (tmp_path / "lcm_jax.json").write_text('{"teacher": "x"}')
     with pytest.raises(UserError, match=r"lcm_jax.json has no batch_size"):
         Recipe.read(tmp_path)
     values = dataclasses.asdict(RECIPE)
     for name, value in (
-        ("skip", 20.5),
-        ("skip", 0),
+        ("method", None),
+        ("options", []),
+        ("options", {"skip": [20]}),
         ("guidance_min", "3"),
         ("guidance_min", 0.5),
         ("teacher", 1),
         ("weights", "other"),
-        ("solver", "heun"),
-        ("distance", None),
         ("original_inference_steps", 1001),
         ("timestep_scaling", 0),
         ("w_embedding_dim", -1),
@@ -208,7 +228,7 @@ def test_broken_recipe(tmp_path):
         ("ema_decay", 1),
     ):
         (tmp_path / "lcm_jax.json").write_text(json.dumps({**values, name: value}))
-        with pytest.raises(UserError, match=f"lcm_jax.json: {name} is {value!r}; supported: "):
+        with pytest.raises(UserError, match=re.escape(f"lcm_jax.json: {name} is {value!r}; supported: ")):
             Recipe.read(tmp_path)
     (tmp_path / "lcm_jax.json").write_text(json.dumps({**values, "guidance_min": 9.5}))
     with pytest.raises(UserError, match=r"lcm_jax.json: guidance_max is 9.0; it can't be below guidance_min 9.5"):
@@ -226,7 +246,16 @@ def test_recipe_of_a_lora_for_another_schedule(tmp_path):
 def test_model_card(exported):
     card = (exported / "README.md").read_text()
     assert "license: creativeml-openrail-m" in card.split("---")[1]
-    for text in ("someone/teacher", "3 to 9", "ddim", "20, 50", "exponential moving average", "0.95", "1e-05"):
+    for text in (
+        "someone/teacher",
+        "3 to 9",
+        "| solver | ddim |",
+        "| skip | 20 |",
+        "grid | 50 |",
+        "exponential moving average",
+        "0.95",
+        "1e-05",
+    ):
         assert text in card, text
 
 
