@@ -24,6 +24,9 @@ def main() -> int:
         for name, what in COMMANDS.items():
             print(f"  {name:9} {what}")
         return 0 if len(sys.argv) > 1 else 2
+    if sys.argv[1] == "--version":
+        print(cli.version())
+        return 0
     command, argv = sys.argv[1], sys.argv[2:]
     if command not in COMMANDS:
         print(f"lcm-jax: error: there is no command {command!r}{nearest(command, COMMANDS)}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Shared code of the commands: option parsing, and one-line errors and warnings on stderr without traceback."""
 
 import argparse
+import importlib.metadata
 import importlib.util
 import io
 import logging
@@ -18,10 +19,25 @@ from lcm_jax.errors import Unavailable, UserError, nearest, plain
 from lcm_jax.host import files
 
 Main = Callable[[Sequence[str]], int]
+# Options that users of diffusers, or of other trainers, look for → the option here
+OTHER_NAMES = {
+    "--num-inference-steps": "--steps",
+    "--generator": "--seed",
+    "--output-dir": "--workdir",
+    "--pretrained-model-name-or-path": "--config.model.folder",
+    "--pretrained-teacher-model": "--config.model.folder",
+    "--train-batch-size": "--config.batch_size",
+    "--max-train-steps": "--config.steps",
+    "--learning-rate": "--config.optimizer.learning_rate",
+    "--resolution": "--config.data.image_size",
+}
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError instead of printing its usage, and suggests the closest option."""
+    """An ArgumentParser that raises UserError instead of printing its usage, and suggests the closest option.
+
+    Options are spelled with hyphens; underscores are accepted ("--guidance_scale").
+    """
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError with argparse's message."""
@@ -29,38 +45,59 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses arguments like argparse; for an unknown option, raises UserError with the closest known one."""
-        self._check_names(args)
+        args = self._checked(args)
         values, unknown = self.parse_known_args(args, namespace)
         self._refuse(unknown)
         return values
 
     def parse_with_config(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """Parses the command's options; returns them and the remaining --config.<name>=<value> arguments."""
-        self._check_names(args)
-        values, overrides = self.parse_known_args(args)
+        values, overrides = self.parse_known_args(self._checked(args))
         self._refuse([text for text in overrides if text.startswith("--") and not text.startswith("--config.")])
         return values, overrides
 
-    def _check_names(self, args: Sequence[str] | None) -> None:
-        """Rejects misspelled options before argparse reports the correct one as missing, and `--x=--`, which argparse
-        parses as a list up to Python 3.12."""
+    def _checked(self, args: Sequence[str] | None) -> list[str]:
+        """Returns the arguments with hyphens in the options' names.
+
+        Rejects misspelled options before argparse reports the correct one as missing, and `--x=--`, which argparse
+        parses as a list up to Python 3.12.
+        """
         options = {name for action in self._actions for name in action.option_strings}
-        given = [text for text in (sys.argv[1:] if args is None else args) if text.startswith("--")]
+        args = [_with_hyphens(text) for text in (sys.argv[1:] if args is None else args)]
+        given = [text for text in args if text.startswith("--")]
         for text in given:
             if text.endswith("=--"):
                 raise UserError(f"{text}: -- is not a value of an option")
         self._refuse([t for t in given if not t.startswith("--config.") and t.split("=")[0] not in options])
+        return args
 
     def _refuse(self, unknown: Sequence[str]) -> None:
         if unknown:
             options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-            raise UserError(f"there is no option {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
+            name = unknown[0].split("=")[0]
+            ours = OTHER_NAMES.get(name, "")
+            hint = f"; it is {ours} here" if ours in options or ours.startswith("--config.") else nearest(name, options)
+            raise UserError(f"there is no option {unknown[0]}{hint}")
 
 
 def parser(command: str, doc: str | None) -> Parser:
     """Returns a parser for `lcm-jax <command>` whose --help prints the module docstring unchanged."""
-    return Parser(
+    made = Parser(
         f"lcm-jax {command}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    made.add_argument("--version", action="version", version=version())
+    return made
+
+
+def version() -> str:
+    """Returns the name and version of the package, and those of JAX."""
+    return f"lcm_jax {importlib.metadata.version('lcm_jax')} (jax {importlib.metadata.version('jax')})"
+
+
+def _with_hyphens(text: str) -> str:
+    name, equals, value = text.partition("=")
+    return (
+        name.replace("_", "-") + equals + value if text.startswith("--") and not text.startswith("--config") else text
     )
 
 

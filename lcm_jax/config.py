@@ -80,14 +80,14 @@ class ModelConfig:
 class OptimizerConfig:
     """AdamW with a linear warm-up, then a constant or cosine learning rate, and clipping by global norm."""
 
-    learning_rate: float = 1e-5
-    warmup_steps: int = 0
+    learning_rate: float = 1e-5  # after the warm-up
+    warmup_steps: int = 0  # steps over which the learning rate rises linearly from zero
     decay: str = "constant"  # constant | cosine (to zero at the last step)
-    b1: float = 0.9
-    b2: float = 0.999
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.999  # decay of the mean of squared gradients
     eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0  # 0: no clipping
+    weight_decay: float = 0.0  # decoupled, times the learning rate
+    clip_norm: float = 1.0  # max of the gradient's norm; 0: no clipping
 
     def __post_init__(self) -> None:
         _positive(self, "learning_rate", "eps")
@@ -114,8 +114,8 @@ class EMAConfig:
 class CheckpointConfig:
     """When the run's whole state is written, and how much of it is kept."""
 
-    every: int = 500  # steps
-    keep_last: int = 2
+    every: int = 500  # steps between checkpoints; a run that ends or is stopped writes one too
+    keep_last: int = 2  # number of newest checkpoints that are kept
     keep_every: int = 0  # also keep each checkpoint whose step is a multiple of this; 0: none
 
     def __post_init__(self) -> None:
@@ -125,13 +125,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What is seen of a run while it goes on. Nothing here changes the result."""
+    """What is seen of a run while it trains. Nothing here changes the result."""
 
     every: int = 10  # steps between TensorBoard scalars
     samples_every: int = 500  # steps between sample grids; 0: none
-    prompts: tuple[str, ...] = ()
-    sample_steps: int = 4  # network steps for each picture of a grid
-    guidance_scale: float = 8.0
+    prompts: tuple[str, ...] = ()  # one image of a sample grid for each
+    sample_steps: int = 4  # network steps per image of a grid
+    guidance_scale: float = 8.0  # of the sample grids; w + 1
 
     def __post_init__(self) -> None:
         _positive(self, "every", "sample_steps")
@@ -145,14 +145,12 @@ class Config:
     """One run."""
 
     model: ModelConfig
-    objective: str = "lcd"
-    seed: int = 0
-    steps: int = 1000
-    batch_size: int = 32  # of all devices together
-    accumulate: int = 1  # micro-batches that the batch is divided into, one after the other, to save memory
-    max_skipped: int = (
-        5  # steps in a row with a non-finite loss or gradient, whose update is left out, before the run stops
-    )
+    objective: str = "lcd"  # lcd (distillation) | denoising (a diffusion model, a fine-tune) | autoencoder (a VAE)
+    seed: int = 0  # of all random numbers of a run, 0 … 2^32 - 1
+    steps: int = 1000  # of the whole run
+    batch_size: int = 32  # images per step, over all devices
+    accumulate: int = 1  # micro-batches per batch, computed one after the other to save memory
+    max_skipped: int = 5  # a run stops after this many non-finite losses or gradients in a row; none changes weights
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

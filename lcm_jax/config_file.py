@@ -25,15 +25,14 @@ def load(file: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a config file and applies the command line's overrides.
 
     Args:
-      file: path of a Python file with `get_config(variant="")`; `path:variant` passes the variant.
+      file: path of a Python file with `get_config(variant="")`, or the name of one of lcm_jax's own; `path:variant`
+        passes the variant.
       overrides: `--config.<option>=<value>` strings.
 
     Raises:
       UserError: no such file or variant, an option that does not exist, a value of the wrong type or out of range.
     """
-    path = file.split(":")[0]
-    if not os.path.isfile(path):  # pathlib raises for a name that is too long
-        raise UserError(f"--config={plain(file, 100)}: there is no file {plain(path, 200)}")
+    file = _found(file)
     for override in overrides:
         if not override.startswith("--config."):
             raise UserError(
@@ -47,6 +46,25 @@ def load(file: str, overrides: Sequence[str] = ()) -> Config:
         if key not in known:
             raise UserError(f"{override}: there is no option config.{key}{_nearest_option(key, known)}")
     return from_dict(_parse(file, overrides).to_dict())
+
+
+def own_configs() -> dict[str, str]:
+    """Returns the name → path of each config file that lcm_jax comes with."""
+    folder = pathlib.Path(__file__).parent / "configs"
+    return {path.stem: str(path) for path in sorted(folder.glob("*.py"))}
+
+
+def _found(file: str) -> str:
+    """Returns the config file with its path: `file` itself, or lcm_jax's own config of that name."""
+    path, colon, variant = file.partition(":")
+    if os.path.isfile(path):  # pathlib raises for a name that is too long
+        return file
+    own = own_configs()
+    if path in own:
+        return own[path] + colon + variant
+    raise UserError(
+        f"--config={plain(file, 100)}: there is no file {plain(path, 200)}; lcm_jax's own are {', '.join(own)}"
+    )
 
 
 def _parse(file: str, overrides: Sequence[str]) -> ConfigDict:

@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=cli.folder, help="a folder for the results (default: beside the model)")
     parser.add_argument("--steps", type=_steps, default=STEPS, help="network steps of the model (default: 1,2,4,8)")
     parser.add_argument(
-        "--guidance_scale", type=float, help="default: the best one on other noise, chosen like the teacher's"
+        "--guidance-scale", type=float, help="default: the best one on other noise, chosen like the teacher's"
     )
     parser.add_argument("--diffusers", action="store_true", help="also sample in diffusers (needs lcm_jax[diffusers])")
     parser.add_argument(
@@ -137,9 +137,10 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{option} needs a model; add --model=FOLDER")
     for option in ("diffusers", "teacher", "guidance_scale") if args.lora else ("style", "weights"):
         if getattr(args, option) is not None and getattr(args, option) is not False:
-            raise UserError(f"--{option} has no effect with{'' if args.lora else 'out'} --lora; leave it out")
+            name = option.replace("_", "-")
+            raise UserError(f"--{name} has no effect with{'' if args.lora else 'out'} --lora; leave it out")
     if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
-        raise UserError(f"--guidance_scale={args.guidance_scale} is not a finite number")
+        raise UserError(f"--guidance-scale={args.guidance_scale} is not a finite number")
     out = args.out or (_beside(args.model) if args.model else pathlib.Path()) / "evaluation"
     compile_cache.enable()
     figure_class()  # fails before the long computation if matplotlib is missing

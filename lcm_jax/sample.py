@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     cli.add_lora(parser)
     parser.add_argument("--steps", type=int, help="network steps (default: 4 for a consistency model, else 50)")
     parser.add_argument(
-        "--guidance_scale",
+        "--guidance-scale",
         type=float,
         help="default: the middle of a consistency model's trained range, 7.5 for a diffusion model, 1 with "
         "--sampler=lcm; without a w-embedding, values up to 1 turn guidance off",
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--scale", type=int, default=1, help="enlarge small images by this factor (default: 1)")
     parser.add_argument("--label", action="store_true", help="write each prompt under its image")
     parser.add_argument(
-        "--negative_prompt", help="text that guidance steers away from; not for a consistency model with a w-embedding"
+        "--negative-prompt", help="text that guidance steers away from; not for a consistency model with a w-embedding"
     )
     parser.add_argument("--height", type=int, help="in pixels (default: the model's training size)")
     parser.add_argument("--width", type=int)

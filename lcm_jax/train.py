@@ -5,12 +5,13 @@ config.json, checkpoints/, tensorboard/ and samples/ to the workdir. Restarted w
 its last checkpoint, and its weights end up bit-identical to those of a run that was never stopped.
 """
 
+import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lcm_jax import cli, config_file
+from lcm_jax import cli, config_file, config_options
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import compile_cache, files
 from lcm_jax.objectives import OBJECTIVES
@@ -24,7 +25,9 @@ def main(argv: Sequence[str], devices: Sequence[Any] | None = None) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code. `devices`: as `train` takes them."""
     parser = cli.parser("train", __doc__)
     parser.add_argument(
-        "--config", required=True, help="a config file, optionally with a variant: configs/digits.py:smoke"
+        "--config",
+        required=True,
+        help="a config file, or the name of one of lcm_jax's own, optionally with a variant: my.py, digits:smoke",
     )
     parser.add_argument("--workdir", required=True, type=cli.workdir, help="the run's folder, or gs://BUCKET/PATH")
     parser.add_argument(
@@ -32,6 +35,7 @@ def main(argv: Sequence[str], devices: Sequence[Any] | None = None) -> int:
         metavar="FILE",
         help="compiled step from plan --save=FILE; loading it runs code, so use only files that you trust",
     )
+    parser.add_argument("--options", action=_ListOptions, nargs=0, help="list every --config.… option, and exit")
     processes.add_options(parser)
     try:
         args, overrides = parser.parse_with_config(argv)
@@ -58,6 +62,12 @@ def main(argv: Sequence[str], devices: Sequence[Any] | None = None) -> int:
     words = ("python", "-m", "lcm_jax.export", f"--workdir={args.workdir}", f"--out={beside}/{out}")
     say(f"  {shlex.join(words)}")
     return 0
+
+
+class _ListOptions(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        sys.stdout.write(config_options.text())
+        parser.exit()
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def test_other_errors_keep_their_traceback():
         (["--step=1"], "there is no option --step=1; did you mean '--steps'?"),
         (["--steps=four"], "argument --steps: invalid int value: 'four'"),
         (["--steps=--"], "--steps=--: -- is not a value of an option"),
+        (["--num_inference_steps=4"], "there is no option --num-inference-steps=4; it is --steps here"),
+        (["--max_train_steps=4"], "there is no option --max-train-steps=4; it is --config.steps here"),
         ([], "the following arguments are required: --steps"),
     ],
 )
@@ -71,11 +73,23 @@ def test_parser(argv, message):
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize("spelling", ["--guidance-scale", "--guidance_scale"])
+def test_hyphens_and_underscores_are_alike(spelling):
+    parser = cli.parser("sample", "doc")
+    parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--note")
+    args = parser.parse_args([f"{spelling}=4", "--note=a_b"])
+    assert (args.guidance_scale, args.note) == (4, "a_b")
+    args, rest = parser.parse_with_config([spelling, "5", "--config.data.image_size=8"])
+    assert (args.guidance_scale, rest) == (5, ["--config.data.image_size=8"])
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "text"),
     [
         (["lcm-jax"], 2, "usage: lcm-jax <command>"),
         (["lcm-jax", "--help"], 0, "  sample "),
+        (["lcm-jax", "--version"], 0, "lcm_jax 0."),
         (["lcm-jax", "sampel"], 2, "there is no command 'sampel'; did you mean 'sample'?"),
         (["lcm-jax", "sample"], 2, "lcm-jax sample: error: the following arguments are required: --model, --prompt"),
     ],

@@ -97,6 +97,15 @@ def test_a_wrong_file_or_variant_is_named(name, said):
         load(name)
 
 
+def test_a_config_of_lcm_jax_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert set(config_file.own_configs()) == {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert config_file.load("digits:smoke") == load("digits.py:smoke")
+    (tmp_path / "digits").write_text("def get_config():\n  return None\n")  # a file of this name comes first
+    with pytest.raises(UserError, match="returns NoneType"):
+        config_file.load("digits")
+
+
 def test_a_config_file_that_fails_is_one_line(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(

@@ -14,7 +14,7 @@ class DataConfig:
     directory: str = ""  # a data set that is read instead of `dataset`; what it holds says which source reads it
     data_dir: str = ""  # where `dataset` is stored or prepared; "": TFDS's default, ~/tensorflow_datasets
     split: str = "train"  # a TFDS split expression: "train", "train[:10%]"
-    image_key: str = "image"
+    image_key: str = "image"  # feature of a record that holds the image
     caption_key: str = "caption"  # "captions/text" for nested features; one of several captions is drawn each time
     latents: bool = False  # the data set holds pre-encoded images, as written by `lcm_jax.encode`
     image_size: int = 32  # pixels: the shorter side is resized to this, then a square is cropped

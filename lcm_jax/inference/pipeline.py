@@ -12,6 +12,7 @@ an LCM-LoRA trained by lcm_jax; other LoRA files do not record that they are one
 """
 
 import functools
+import inspect
 import os
 import pathlib
 import secrets
@@ -26,7 +27,7 @@ from jaxtyping import Float, Int
 
 from lcm_jax.diffusion import sampling
 from lcm_jax.diffusion.guidance import is_guided
-from lcm_jax.errors import UserError, one_of, plain
+from lcm_jax.errors import UserError, nearest, one_of, plain
 from lcm_jax.families import family_of
 from lcm_jax.host import arguments
 from lcm_jax.host.images import to_uint8, to_unit
@@ -39,6 +40,13 @@ from lcm_jax.interop.tokenizer import Tokenizer, Tokenizers, load_tokenizer
 from lcm_jax.models import Flat, Network, Policy
 
 SAMPLERS = ("ddim", "dpmpp", "lcm")  # diffusion models need an LCM-LoRA for "lcm"; consistency models have only "lcm"
+DIFFUSERS_NAMES = {  # argument of diffusers' pipelines → ours
+    "prompt": "prompts",
+    "num_inference_steps": "steps",
+    "generator": "seed=0, a whole number",
+    "output_type": "output",
+    "num_images_per_prompt": "prompts=[prompt] * count",
+}
 OUTPUTS = ("uint8", "float", "latents")
 PEER_LCM_GUIDANCE = 8.5  # default of diffusers' LatentConsistencyModelPipeline
 LARGEST = 2**14  # pixels per side; far above, XLA aborts the process
@@ -99,6 +107,7 @@ class Pipeline:
         noise: Float[np.ndarray, "n b h w c"] | None = None,
         output: str = "uint8",
         sampler: str | None = None,
+        **others: Any,
     ) -> np.ndarray:
         """Samples one image per prompt.
 
@@ -124,11 +133,17 @@ class Pipeline:
           output: "uint8" (B, H, W, 3), "float" (the same in [0, 1]) or "latents" (B, h, w, C), scaled.
           sampler: "ddim" (default) or "dpmpp" for a diffusion model; "lcm" with an LCM-LoRA, where it is the default
             if the LoRA records that it is one.
+          others: none; an argument of diffusers' pipelines is answered with its name here.
 
         Raises:
+          TypeError: an unknown argument.
           UserError: a value of the wrong type, out of range, or not supported by this kind of model; a token without an
             embedding in the text encoder.
         """
+        for name in others:
+            ours = DIFFUSERS_NAMES.get(name, "")
+            hint = f"; use {ours}" if ours else nearest(name, inspect.signature(self.__call__).parameters)
+            raise TypeError(f"there is no argument {name}{hint}")
         prompts = arguments.texts("prompts", prompts)
         if not prompts:
             raise UserError("prompts is empty; give at least one prompt")

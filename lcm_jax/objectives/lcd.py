@@ -31,13 +31,15 @@ class LCDConfig:
 
     skip: int = 20  # k, the training timesteps that one step of psi crosses
     solver: str = "ddim"  # psi: ddim | dpm (DPM-Solver-2) | dpmpp (DPM-Solver++(2S)); the latter two call twice
-    guidance_min: float = 3.0
+    guidance_min: float = 3.0  # each sample is distilled with a guidance_scale from this range, uniformly
     guidance_max: float = 15.0
-    distance: str = "huber"  # huber | l2
-    huber_c: float = 1e-3
+    distance: str = "huber"  # between f and its target: huber (pseudo-Huber) | l2
+    huber_c: float = 1e-3  # c of the pseudo-Huber distance
     timestep_scaling: float = 10.0  # of the boundary condition
     empty_prompts: float = 0.0  # the share of samples that are distilled under the empty prompt
-    w_embedding_dim: int = 256  # 0: the student isn't told w, and draws with the average guidance
+    w_embedding_dim: int = (
+        256  # width of the embedding of w; 0: no input for w, the student learns the mean over the guidance range
+    )
     w_embedding_init: str = "zeros"  # zeros (the student starts as the teacher, for every w) | random
 
     def __post_init__(self) -> None:

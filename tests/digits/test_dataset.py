@@ -9,6 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from lcm_jax.data.sources.tfds import PROVIDED
 from lcm_jax.digits import dataset
 from lcm_jax.digits.dataset import ALL_PAIRS, COLOURS, HELD_OUT_PAIRS, SEEN_PAIRS, caption, draw
 from lcm_jax.errors import UserError
@@ -21,6 +22,13 @@ def grids():
 
 def examples(builder, split):
     return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def test_every_builder_is_found_by_its_name():
+    """In a process that has imported nothing of the digits: a name is what imports them."""
+    builders = {dataset.CaptionedDigits.name, *(each.name for each in dataset.CaptionedDigits.__subclasses__())}
+    assert builders == set(PROVIDED)
+    assert len(builders) == len(dataset.STYLES)
 
 
 def test_draw_puts_the_digit_at_its_place():

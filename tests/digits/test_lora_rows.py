@@ -105,7 +105,7 @@ def test_the_sheet_shows_the_rows(micro_teacher, files):
         (["--model=TEACHER", "--lora=LCM", "--diffusers"], "--diffusers has no effect with --lora; leave it out"),
         (["--model=TEACHER", "--style=italic"], "--style has no effect without --lora; leave it out"),
         (["--model=TEACHER", "--weights=1"], "--weights has no effect without --lora; leave it out"),
-        (["--model=TEACHER", "--lora=LCM", "--guidance_scale=0"], "--guidance_scale has no effect with --lora; leave"),
+        (["--model=TEACHER", "--lora=LCM", "--guidance_scale=0"], "--guidance-scale has no effect with --lora; leave"),
         (["--model=TEACHER", "--lora=LCM", "--steps=100"], "steps is 100; it must be in 1 … 50"),
         (["--model=STUDENT", "--lora=LCM"], "STUDENT holds a consistency model; a diffusion model is needed here"),
         (["--model=TEACHER", "--lora=nowhere"], "there is no LoRA file nowhere"),

@@ -145,6 +145,19 @@ def test_consistency_model_without_w_embedding_takes_real_guidance(teacher_folde
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"num_inference_steps": 4}, "there is no argument num_inference_steps; use steps"),
+        ({"generator": None}, "there is no argument generator; use seed=0, a whole number"),
+        ({"setps": 4}, "there is no argument setps; did you mean 'steps'"),
+    ],
+)
+def test_arguments_of_diffusers_are_answered_with_ours(lcm, given, said):
+    with pytest.raises(TypeError, match=said):
+        lcm("red", **given)
+
+
 def test_seed_decides_the_picture(lcm):
     first, again, other = (lcm(PROMPTS, steps=1, seed=seed, output="latents") for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)

@@ -110,7 +110,7 @@ def ended(quick, other_model, other_data, other_file, tmp_path_factory):
         ("checkpoints", "config.checkpoint.every differs: process 1 on .* has 3, process 0 on .* has 2;"),
         ("mesh", "config.mesh.fsdp differs: process 1 on .* has 2, process 0 on .* has 1;"),
         ("file", "config.seed differs: process 1 on .* has 7, process 0 on .* has 0;"),
-        ("no file", "process 1 on .*: --config=/nowhere.py: there is no file /nowhere.py$"),
+        ("no file", "process 1 on .*: --config=/nowhere.py: there is no file /nowhere.py; "),
         ("no option", "process 1 on .*: there is no option --nothing=1"),
         ("no number", "process 1 on .*: argument --wait: invalid float value: 'long'$"),
         ("no step", "process 1 on .*: --compiled=/nowhere: the file does not exist"),

@@ -165,7 +165,10 @@ def test_why_one_ended_is_told_by_the_others(options, tmp_path):
 
 
 def test_others_that_do_not_come_are_one_line(options, tmp_path):
-    for only, said in (((0,), "timed out waiting for 1 of 2 processes: 1 (here: 0 on"), ((1,), "does not answer (")):
+    for only, said in (
+        ((0,), "timed out waiting for 1 of 2 processes: 1 (connected: 0 on"),
+        ((1,), "does not answer ("),
+    ):
         codes, outputs = Group(options, tmp_path / "run", 2, wait=1, only=only).end()
         assert codes == [1], outputs  # worth another try
         assert said in outputs[0].splitlines()[-1]

@@ -194,7 +194,7 @@ def test_search_recommends_the_fastest_that_fits(options, monkeypatch, capsys, t
     best = max((each for each in found if not each["why_not"]), key=lambda each: each["images_per_second"])
     assert found[0] == best
     expected = {"batch_size": best["batch_size"], "mesh.fsdp": best["fsdp"], "model.remat": best["remat"]}
-    assert "Take " + " ".join(f"--config.{name}={value}" for name, value in expected.items()) in output
+    assert "Use " + " ".join(f"--config.{name}={value}" for name, value in expected.items()) in output
     refused = [each for each in found if each["why_not"]]
     assert refused
     assert all("of 14 GiB" in each["why_not"] for each in refused)

@@ -26,7 +26,7 @@ from lcm_jax.data.sources.base import caption_text
 from lcm_jax.errors import UserError, nearest, plain, say
 
 # builders of this package: importing a builder's module registers it with TFDS
-PROVIDED = {"captioned_digits": "lcm_jax.digits.dataset"}
+PROVIDED = dict.fromkeys(("captioned_digits", "italic_digits"), "lcm_jax.digits.dataset")
 
 
 @dataclasses.dataclass(frozen=True)
