@@ -1,9 +1,11 @@
-# make demo    distil the digits teacher into a four-step model and sample from it (no accelerator needed)
-# make test    the whole test suite, lint and types, as CI runs it
+# make demo       distil the digits teacher into a four-step model, sample from it, evaluate it (no accelerator needed)
+# make test       the whole test suite, lint and types, as CI runs it
+# make lint       lint and types only
 # make demo-lora  the same as a LoRA, attached to a fine-tune that it was not trained on
-# make full    the same with seven times the training (three quarters of an hour)
-# make teacher train the digits teacher itself from scratch, and evaluate it (two hours)
-# PYTHON=python3.12 make …  chooses the interpreter (3.11 or newer) for .venv
+# make full       the same as make demo with seven times the training (three quarters of an hour)
+# make teacher    train the digits teacher itself from scratch, and evaluate it (two hours)
+# make clean      delete .venv, caches, runs and data
+# PYTHON=python3.12 make …  chooses the interpreter (3.11 or newer) for .venv; RUNS=DIR make …  where results go
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,7 +20,7 @@ PROMPTS := --prompt="a red seven on a blue background" --prompt="a white three o
   --prompt="a blue eight on a white background" --prompt="a cyan four on a red background" \
   --prompt="a black six on a yellow background"
 
-.PHONY: demo demo-lora full test lint teacher clean
+.PHONY: demo demo-lora full test lint teacher clean help
 
 demo: .venv/demo
 	$(BIN)/python -m lcm_jax.train --config=configs/digits.py --workdir=$(RUNS)/digits
@@ -86,6 +88,9 @@ teacher: .venv/demo
 .venv/test: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[test]'
 	@touch $@ .venv/demo
+
+help:
+	@sed -n 's/^# \(make\|PYTHON\)/\1/p' Makefile
 
 clean:
 	rm -rf .venv .cache runs data
