@@ -52,7 +52,14 @@ ACTION="" NAME="" ZONE="" TYPE="" SLICES=1 NETWORK=default MAX_RESTARTS=20 TIER=
 main() {
   parse "$@"
   need gcloud "install the Google Cloud CLI, or see --dry-run"
+  need_project
   "do_$ACTION"
+}
+
+# Fails at once without a project: gcloud would fail at each request, and each would be retried.
+need_project() {
+  [[ ! $DRY_RUN && ! ${PROJECT[*]} ]] || return 0
+  [[ $(gcloud config get-value project 2> /dev/null) =~ ^[^\(] ]] || die "no project is set; add --project=PROJECT, or type: gcloud config set project PROJECT"
 }
 
 parse() {

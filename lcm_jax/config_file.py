@@ -88,8 +88,8 @@ def _parse(file: str, overrides: Sequence[str]) -> ConfigDict:
 
 def _nearest_option(key: str, known: list[str]) -> str:
     """The closest option by its whole name, else by its last part."""
-    hint = nearest(key, known)
+    hint = nearest(f"config.{key}", [f"config.{name}" for name in known])
     if "did you mean" in hint:
         return hint
     by_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    return f"; did you mean {by_leaf[0]!r}?" if by_leaf else hint
+    return f"; did you mean 'config.{by_leaf[0]}'?" if by_leaf else hint

@@ -71,6 +71,10 @@ def export(
         raise UserError(f"the dialect {dialect} has no effect: {workdir} holds full networks, not a LoRA; leave it out")
     if config.lora.rank and out.suffix != ".safetensors":
         raise UserError(f"{workdir} holds a LoRA, which is one file: {out} should end in .safetensors")
+    if not config.lora.rank and out.suffix == ".safetensors":
+        raise UserError(
+            f"{workdir} holds all weights of a model, which is a folder: {out} should not end in .safetensors"
+        )
     objective, options = chosen(config)
     needs_ema = objective.recipe is not None and not config.lora.rank  # published LCM-LoRAs are trained without
     which = which or ("ema" if config.ema.decay or needs_ema else "student")

@@ -27,6 +27,11 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
         if not path.exists():
             unfinished.restore(pathlib.Path(os.path.realpath(path)))
         if path.is_dir():
+            if (path / "checkpoints").is_dir() and not (path / "model_index.json").exists():
+                raise UserError(
+                    f"{name} is the workdir of a run, not a model: python -m lcm_jax.export --workdir={name} "
+                    f"--out={name}/model writes one"
+                )
             return path
         if path.exists():
             raise UserError(f"{name} is a file; give the folder that holds model_index.json")
@@ -46,7 +51,7 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
     except Exception as error:  # hub errors, and those of an HTTP library that depends on the hub's version
         reason = " ".join(str(error).split()).split(". ")[0]
         raise UserError(
-            f"there is no folder {name}, and no model of that name could be downloaded from the hub: {reason}"
+            f"there is no folder {path.absolute()}, and no model {name} could be downloaded from the hub: {reason}"
         ) from None
 
 

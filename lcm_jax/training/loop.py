@@ -18,7 +18,7 @@ from lcm_jax import config as config_lib
 from lcm_jax.config import Config
 from lcm_jax.data.batches import batches
 from lcm_jax.data.sources import Source, open_data
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, plain
 from lcm_jax.host import compile_cache, files
 from lcm_jax.host.images import grid, write_png
 from lcm_jax.interop.folder import Folder, read_folder
@@ -76,8 +76,26 @@ def train(
     check_batch(config.batch_size, config.accumulate, mesh)
     if config.profile.steps and config.profile.steps[1] > config.steps:
         raise UserError(f"config.profile.steps={config.profile.steps} goes beyond the last step, {config.steps}")
-    with hold(workdir) as held:
+    with hold(workdir) as held, _out_of_memory_in_one_line(config, mesh):
         return _train(config, workdir, compiled, mesh, held)
+
+
+@contextmanager
+def _out_of_memory_in_one_line(config: Config, mesh: Mesh) -> Iterator[None]:
+    """Raises UserError with what may help, where XLA has no memory for the step or its arguments."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        why = plain(str(error).splitlines()[0], 200)
+        options = [f"--config.accumulate={2 * config.accumulate}"]
+        options += ["--config.model.remat=block"] if config.model.remat == "none" else []
+        options += ["--config.mesh.fsdp=-1"] if mesh.size > config.mesh.fsdp > 0 else []
+        raise UserError(
+            f"out of memory on {mesh.devices.flat[0].device_kind}: {why}; try {' or '.join(options)}; "
+            "python -m lcm_jax.plan --topology=local, with the same options, shows what takes it"
+        ) from None
 
 
 def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh, held: Held) -> Result:
@@ -125,6 +143,7 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
     preview = make_preview(config, parts, tokenizer)
     metrics = Metrics(workdir, start_step=start) if is_first() else None
     console = Console(quiet=not is_first())
+    console.print(f"Training on {mesh.size} × {mesh.devices.flat[0].device_kind}", highlight=False, markup=False)
     progress = Progress(config.steps, start, config.batch_size, console, compiled=compile_cache.summary)
     losses, unwritten = make_losses(parts), {}
 

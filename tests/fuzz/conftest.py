@@ -122,7 +122,7 @@ def pipe(micro):
     """A pipeline that samples zeros: what it is given is checked and converted, nothing is compiled."""
     pipe = load_pipeline(micro)
 
-    def program(kind, guided, decode):
+    def program(kind, guided, decode, negative):
         return lambda params, ids, negative, w, grid, z_T, between: np.zeros(
             (len(z_T), 32, 32, 3) if decode else z_T.shape
         )

@@ -516,7 +516,7 @@ def test_file_in_place_of_a_folder(tmp_path):
 def test_hub_id_without_network():
     fails(
         "someone/no-such-model",
-        "no folder someone/no-such-model, and no model of that name could be downloaded from the hub: ",
+        "someone/no-such-model, and no model someone/no-such-model could be downloaded from the hub: ",
     )
 
 

@@ -1,6 +1,7 @@
 """python stand_in.py TOOL WORD…: plays gcloud, kubectl, srun and the like from the files in the folder $FAKE.
 
 Each call is recorded as a line of `calls`. Files that set the answers:
+  project   gcloud's default project ("mine")
   state     state of the queued resource; each call uses up one of several lines; create writes ACTIVE, delete clears it
   nodes     names of the pod's nodes (default "pod"); each has two workers, with a home each in workers/NODE-NUMBER
   type      accelerator type (default v5p-16)
@@ -67,6 +68,9 @@ def ssh() -> int:
 
 
 def gcloud() -> int:
+    if words == ["config", "get-value", "project"]:
+        print(read("project", "mine"))
+        return 0
     verb = next(word for word in words if word in ("list", "create", "delete", "describe", "scp", "ssh"))
     if verb == "list":
         print(pop("state"))

