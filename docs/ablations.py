@@ -60,7 +60,7 @@ def main() -> None:
             # one guidance for all, the middle of the range; without w-embedding it is in the weights
             guidance = 1.0 if "--config.lcd.w_embedding_dim=0" in overrides else 2.5
             steps = ",".join(map(str, STEPS))
-            run("evaluate", f"--model={folder}/lcm", f"--steps={steps}", f"--guidance_scale={guidance}")
+            run("evaluate", f"--model={folder}/lcm", f"--steps={steps}", f"--guidance-scale={guidance}")
         rows = {r["steps"]: r["score"] for r in json.loads(result.read_text())["rows"] if r["name"] == "student"}
         cells = [f"{100 * rows[n]['prompt']['share']:.1f} %" for n in STEPS] + [
             f"{rows[n]['frechet']:.1f}" for n in STEPS

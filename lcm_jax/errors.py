@@ -9,6 +9,11 @@ LONGEST = 500  # characters of a message
 _FEW, _LISTED = 3, 12  # names shown of a longer list; maximum number of choices listed in full
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether XLA raised this error because a device has no memory for a program or its arguments."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def plain(text: Any, longest: int = LONGEST) -> str:
     """Returns text as one line that is safe to print, of at most `longest` characters.
 

@@ -273,7 +273,7 @@ def _digits_model(folder: str, *, is_lcm: bool) -> Pipeline:
     if pipe.is_lcm != is_lcm:
         kinds = ("a diffusion model", "a consistency model")
         raise UserError(f"{folder} holds {kinds[pipe.is_lcm]}; {kinds[is_lcm]} is needed here")
-    factor = 2 ** (len(pipe.vae.network.config.block_out_channels) - 1)
+    factor = pipe.vae.network.config.factor
     height, width = (side * factor for side in pipe.latent_shape(1)[1:3])
     if (height, width) != (SIZE, SIZE):
         raise UserError(

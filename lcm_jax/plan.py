@@ -21,7 +21,7 @@ import jax
 
 from lcm_jax import cli, config_file
 from lcm_jax.config import Config
-from lcm_jax.errors import UserError
+from lcm_jax.errors import UserError, is_out_of_memory
 from lcm_jax.host import compile_cache, files
 from lcm_jax.parallel.mesh import found_devices, make_mesh, split_cpu
 from lcm_jax.planning import estimate, flops, topology
@@ -48,7 +48,7 @@ def compile_step(config: Config, where: Topology | None) -> Compiled:
             executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             why = str(error).strip().splitlines()[0]
-            if "RESOURCE_EXHAUSTED" not in why:
+            if not is_out_of_memory(error):
                 raise UserError(f"the compiler failed: {why}") from None
             raise NoFit(why, step) from None
     return Compiled(step, lowered, executable, where, time.perf_counter() - start)

@@ -18,6 +18,14 @@ UNET = {
     "attention_head_dim": 2,
     "norm_num_groups": 4,
 }
+VAE = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+    "latent_channels": 4,
+}
 W_DIM = 32
 
 
@@ -74,14 +82,7 @@ def build_pipeline(tokenizer_folder: pathlib.Path, *, lcm: bool = False, predict
     )
     parts = {
         "unet": diffusers.UNet2DConditionModel(**UNET, time_cond_proj_dim=W_DIM if lcm else None),
-        "vae": diffusers.AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            sample_size=16,
-            latent_channels=4,
-        ),
+        "vae": diffusers.AutoencoderKL(**VAE),
         "text_encoder": transformers.CLIPTextModel(text_config),
     }
     for seed, part in enumerate(parts.values()):

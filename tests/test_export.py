@@ -162,6 +162,12 @@ def test_no_run(tmp_path, capsys):
     assert "x is not a run of lcm_jax" in capsys.readouterr().err
 
 
+def test_a_whole_model_is_a_folder(run, tmp_path):
+    with pytest.raises(UserError, match="holds all weights of a model, which is a folder: .* not end in .safetensors"):
+        export.main([f"--workdir={run()}", f"--out={tmp_path}/x.safetensors"])
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_target_that_is_no_model(run, tmp_path):
     workdir = run()
     with pytest.raises(UserError, match="nor a model folder"):

@@ -52,7 +52,7 @@ def trained_range(pipe: Pipeline) -> list[float]:
     if not pipe.recipe:
         warnings.warn(
             f"{pipe.folder.path} has no {RECIPE_FILE}, which records its guidance range: using "
-            f"{pipe.default_guidance:g}, as diffusers does; if that is wrong, give --guidance_scale",
+            f"{pipe.default_guidance:g}, as diffusers does; if that is wrong, give --guidance-scale",
             UserWarning,
             stacklevel=2,
         )

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 
 from lcm_jax.diffusion import sampling
 from lcm_jax.diffusion.guidance import is_guided
-from lcm_jax.errors import UserError, nearest, one_of, plain
+from lcm_jax.errors import UserError, is_out_of_memory, nearest, one_of, plain
 from lcm_jax.families import family_of
 from lcm_jax.host import arguments
 from lcm_jax.host.images import to_uint8, to_unit
@@ -197,7 +197,7 @@ class Pipeline:
             )
             drawn = np.asarray(result, np.float32)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise UserError(
                 f"{len(prompts)} latents of {shape[1]} x {shape[2]} don't fit into this device's memory; "

@@ -18,7 +18,7 @@ from lcm_jax import config as config_lib
 from lcm_jax.config import Config
 from lcm_jax.data.batches import batches
 from lcm_jax.data.sources import Source, open_data
-from lcm_jax.errors import UserError, plain
+from lcm_jax.errors import UserError, is_out_of_memory, plain
 from lcm_jax.host import compile_cache, files
 from lcm_jax.host.images import grid, write_png
 from lcm_jax.interop.folder import Folder, read_folder
@@ -86,14 +86,16 @@ def _out_of_memory_in_one_line(config: Config, mesh: Mesh) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         why = plain(str(error).splitlines()[0], 200)
-        options = [f"--config.accumulate={2 * config.accumulate}"]
+        options = [f"--config.batch_size={config.batch_size // 2}"] if config.batch_size > mesh.size else []
+        if config.batch_size % (2 * config.accumulate * mesh.size) == 0:
+            options = [f"--config.accumulate={2 * config.accumulate}"]
         options += ["--config.model.remat=block"] if config.model.remat == "none" else []
         options += ["--config.mesh.fsdp=-1"] if mesh.size > config.mesh.fsdp > 0 else []
         raise UserError(
-            f"out of memory on {mesh.devices.flat[0].device_kind}: {why}; try {' or '.join(options)}; "
+            f"out of memory on {mesh.devices.flat[0].device_kind}: {why}; try {' or '.join([*options, 'a LoRA'])}; "
             "python -m lcm_jax.plan --topology=local, with the same options, shows what takes it"
         ) from None
 

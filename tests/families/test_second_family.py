@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from commands import train_on_one
-from fixtures_folders import SCHEDULE, TOKENS, UNET, latents, randomize, write_tokenizer
+from fixtures_folders import SCHEDULE, TOKENS, UNET, VAE, latents, randomize, write_tokenizer
 from jaxtyping import Array, Float, Int
 
 import lcm_jax
@@ -124,15 +124,7 @@ def peer(tmp_path_factory):
             addition_time_embed_dim=TIME_DIM,
             projection_class_embeddings_input_dim=PROJECTION + 6 * TIME_DIM,
         ),
-        "vae": diffusers.AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            sample_size=16,
-            latent_channels=4,
-            scaling_factor=0.13025,
-        ),
+        "vae": diffusers.AutoencoderKL(**VAE, scaling_factor=0.13025),
         "text_encoder": transformers.CLIPTextModel(configs[0]),
         "text_encoder_2": transformers.CLIPTextModelWithProjection(configs[1]),
     }

@@ -24,12 +24,6 @@ def files(folder: pathlib.Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
-@pytest.fixture
-def copy(teacher_folder, tmp_path):
-    """A teacher folder that a test may break."""
-    return pathlib.Path(shutil.copytree(teacher_folder, tmp_path / "model"))
-
-
 def add(folder: pathlib.Path, **parts: str) -> None:
     """Adds parts of these classes to model_index.json, each with a configuration."""
     path = folder / "model_index.json"
