@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch", type=int, help="another batch than the size's own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla")
-    parser.add_argument("--remat", choices=("none", "block", "block_save_attention"), default="none")
+    parser.add_argument("--remat", choices=("none", "block", "block_save_attention", "layer"), default="none")
     parser.add_argument("--cpu-devices", type=int, default=2, help="as config.mesh.cpu_devices")
     parser.add_argument("--together", action="store_true", help="build all at once; compile times are then of no use")
     parser.add_argument("--torch", default="plain;channels_last", help=f"with ; between: {'; '.join(VARIANTS)}")

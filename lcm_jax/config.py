@@ -45,7 +45,8 @@ class ModelConfig:
     folder: str = ""  # a diffusers folder, or a hub id: what training starts from, and the teacher of a distillation
     dtype: str = "float32"  # compute dtype; master weights and EMA are float32 under each: float32 | bfloat16
     # what the denoiser's backward pass recomputes: none | block: each block from its input | block_save_attention: the
-    # same, but for the outputs of attention
+    # same, but for the outputs of attention | layer: each residual block and transformer layer from its input, the
+    # least memory where a block is a large part of the network (SDXL)
     remat: str = "none"
     # of the denoiser's large layers: xla | cudnn (bfloat16 on an NVIDIA GPU from Ampere on) | pallas (TPU) | auto: that
     # of the device, else xla
@@ -55,7 +56,7 @@ class ModelConfig:
         if not self.folder:
             raise UserError("folder is empty; give a diffusers folder or a hub id")
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        one_of("remat", self.remat, ("none", "block", "block_save_attention"))
+        one_of("remat", self.remat, ("none", "block", "block_save_attention", "layer"))
         one_of("attention", self.attention, ("auto", "xla", "cudnn", "pallas"))
 
     def attention_on(self, device: Any) -> str:

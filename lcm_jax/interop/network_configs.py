@@ -7,7 +7,7 @@ from typing import Any
 from lcm_jax.errors import UserError, one_of
 from lcm_jax.host import json_file
 from lcm_jax.host.json_file import Kind
-from lcm_jax.interop.config_json import BLOCKS, SIZE, SIZES, check_fixed, check_size, per_level, read_values
+from lcm_jax.interop.config_json import BLOCKS, LEVELS, SIZE, SIZES, check_fixed, check_size, per_level, read_values
 from lcm_jax.models import (
     AutoencoderKL,
     CLIPTextConfig,
@@ -18,8 +18,9 @@ from lcm_jax.models import (
     VAEConfig,
 )
 from lcm_jax.models.clip import ACTIVATIONS
-from lcm_jax.models.unet_config import CROSS
+from lcm_jax.models.unet_config import CROSS, MIDDLES
 
+_DEPTHS = Kind(f"{SIZES.name}, whose items may be such lists", json_file.or_list(SIZES, LEVELS).test)
 _UNET_KINDS: dict[str, Kind] = {
     "in_channels": SIZE,
     "out_channels": SIZE,
@@ -27,7 +28,9 @@ _UNET_KINDS: dict[str, Kind] = {
     "down_block_types": BLOCKS,
     "up_block_types": BLOCKS,
     "layers_per_block": SIZES,
-    "transformer_layers_per_block": SIZES,
+    "transformer_layers_per_block": _DEPTHS,
+    "reverse_transformer_layers_per_block": json_file.or_none(_DEPTHS),
+    "mid_block_type": json_file.or_none(json_file.TEXT),
     "attention_head_dim": SIZES,
     "cross_attention_dim": SIZES,  # a list must have equal values
     "use_linear_projection": json_file.or_none(json_file.BOOLEAN),
@@ -53,7 +56,6 @@ _UNET_FIXED: dict[str, Any] = {
     "downsample_padding": 1,
     "dropout": 0.0,
     "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
     "only_cross_attention": False,
     "resnet_out_scale_factor": 1.0,
     "resnet_time_scale_shift": "default",
@@ -70,7 +72,6 @@ _UNET_FIXED: dict[str, Any] = {
     "num_class_embeds": _OFF,
     "quantization_config": _OFF,
     "resnet_skip_time_act": _OFF,
-    "reverse_transformer_layers_per_block": _OFF,
     "time_embedding_act_fn": _OFF,
     "time_embedding_dim": _OFF,
     "timestep_post_act": _OFF,
@@ -144,8 +145,10 @@ def read_unet(config: Mapping[str, Any]) -> UNetConfig:
         raise UserError(f"cross_attention_dim is {list(widths)}; supported: one width for all levels")
     values["cross_attention_dim"] = widths[0]
     values["heads"] = per_level(values.pop("attention_head_dim", 8), levels, "attention_head_dim")
-    for name, default in (("layers_per_block", 2), ("transformer_layers_per_block", 1)):
-        values[name] = per_level(values.get(name, default), levels, name)
+    values["layers_per_block"] = per_level(values.get("layers_per_block", 2), levels, "layers_per_block")
+    values |= _depths(values, levels)
+    if values.get("mid_block_type") is not None:
+        one_of("mid_block_type", values["mid_block_type"], MIDDLES)
     for name in ("down_block_types", "up_block_types"):
         values[name] = per_level(values.get(name, getattr(UNetConfig, name)), levels, name)
         for block in values[name]:
@@ -162,6 +165,29 @@ def read_unet(config: Mapping[str, Any]) -> UNetConfig:
     read = UNetConfig(**values)
     check_size(read.least_tensors)
     return read
+
+
+def _depths(values: Mapping[str, Any], levels: int) -> dict[str, Any]:
+    """Returns the numbers of transformer layers; raises UserError if they don't fit the levels and their blocks.
+
+    A level's item may be a list, one number per transformer. diffusers then asks for the up blocks' list as well.
+    """
+    down, up = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+    layers = values["layers_per_block"]
+    read = {down: _depths_of(values.get(down, 1), down, layers)}
+    if values.get(up) is not None:
+        read[up] = _depths_of(values[up], up, tuple(n + 1 for n in layers[::-1]))
+    elif any(isinstance(depth, tuple) for depth in read[down]):
+        raise UserError(f"{down} has a list for a level; {up} must then be given, in the order of the up blocks")
+    return read
+
+
+def _depths_of(value: Any, key: str, counts: tuple[int, ...]) -> tuple[int | tuple[int, ...], ...]:
+    depths = tuple(tuple(d) if isinstance(d, (list, tuple)) else d for d in per_level(value, len(counts), key))
+    for depth, count in zip(depths, counts, strict=True):
+        if isinstance(depth, tuple) and len(depth) != count:
+            raise UserError(f"{key} has {list(depth)} for a block of {count} transformers; give one number for each")
+    return depths
 
 
 def _check_only_cross_attention(config: Mapping[str, Any], levels: int) -> None:

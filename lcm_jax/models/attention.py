@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lcm_jax.models.blocks import run_layer
 from lcm_jax.models.kernels.attend import Implementation, attend
 from lcm_jax.models.layers import conv
 from lcm_jax.models.norms import GroupNorm, LayerNorm
@@ -124,11 +125,12 @@ class Transformer2DModel(nnx.Module):
         groups: int,
         linear: bool,
         implementation: Implementation,
+        remat: str,
         policy: Policy,
         rngs: nnx.Rngs,
     ) -> None:
         dtype = policy.compute
-        self.linear = linear
+        self.remat = remat
         self.norm = GroupNorm(groups, dim, 1e-6, policy=policy)
         project = nnx.Linear if linear else conv
         size = () if linear else (1,)
@@ -143,8 +145,13 @@ class Transformer2DModel(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b m e"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
-        y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
-        for block in self.transformer_blocks:
-            y = block(y, context)
-        y = y.reshape(b, h, w, c)
-        return x + self.proj_out(y)
+        y = run_layer(_project_norm, nnx.List([self.norm, self.proj_in]), x, remat=self.remat).reshape(b, h * w, c)
+        for i, block in enumerate(self.transformer_blocks):
+            with jax.named_scope(f"transformer_blocks.{i}"):
+                y = run_layer(BasicTransformerBlock.__call__, block, y, context, remat=self.remat)
+        return x + run_layer(type(self.proj_out).__call__, self.proj_out, y.reshape(b, h, w, c), remat=self.remat)
+
+
+def _project_norm(layers: nnx.List, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    norm, project = layers
+    return project(norm(x))

@@ -11,12 +11,12 @@ from jaxtyping import Array, Float, Num
 
 from lcm_jax.errors import one_of
 from lcm_jax.models.attention import Transformer2DModel
-from lcm_jax.models.blocks import REMAT, run_block
+from lcm_jax.models.blocks import REMAT, run_block, run_layer
 from lcm_jax.models.kernels.attend import IMPLEMENTATIONS, Implementation
 from lcm_jax.models.layers import ResnetBlock2D, TimestepEmbedding, conv, enlarge, sinusoid
 from lcm_jax.models.norms import GroupNorm
 from lcm_jax.models.policy import FP32, Policy
-from lcm_jax.models.unet_config import CROSS, UNetConfig
+from lcm_jax.models.unet_config import UNetConfig
 
 
 class Downsample2D(nnx.Module):
@@ -40,7 +40,9 @@ class Upsample2D(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One level of the UNet: residual blocks, each with a transformer if `cross`, then down- or upsampling.
+    """One level of the UNet: residual blocks, each with a transformer if the level has any, then down- or upsampling.
+
+    `depths` is the number of layers of each transformer, or zeros where the level has none.
 
     A down block returns its intermediate maps as skip connections; an up block consumes them.
     """
@@ -51,31 +53,33 @@ class Block(nnx.Module):
         level: int,
         config: UNetConfig,
         *,
-        cross: bool,
+        depths: tuple[int, ...],
         down: bool,
         up: bool,
         attention: Implementation,
+        remat: str,
         policy: Policy,
         rngs: nnx.Rngs,
     ) -> None:
         channels, groups = config.block_out_channels[level], config.norm_num_groups
         time_dim = 4 * config.block_out_channels[0]
-        if cross:
+        self.cross, self.remat = any(depths), remat
+        if self.cross:
             self.attentions = nnx.List(
                 Transformer2DModel(
                     channels,
                     config.cross_attention_dim,
                     config.heads[level],
-                    config.transformer_layers_per_block[level],
+                    depth,
                     groups=groups,
                     linear=config.use_linear_projection,
                     implementation=attention,
+                    remat=remat,
                     policy=policy,
                     rngs=rngs,
                 )
-                for _ in pairs
+                for depth in depths
             )
-        self.cross = cross
         self.resnets = nnx.List(
             ResnetBlock2D(i, o, time_dim=time_dim, groups=groups, eps=config.norm_eps, policy=policy, rngs=rngs)
             for i, o in pairs
@@ -91,12 +95,12 @@ class Block(nnx.Module):
         """Returns the level's output and its skip connections."""
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = _scoped(f"resnets.{i}", resnet, x, time)
+            x = _scoped(f"resnets.{i}", _resnet, resnet, x, time, remat=self.remat)
             if self.cross:
                 x = _scoped(f"attentions.{i}", self.attentions[i], x, context)
             skips.append(x)
         if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0](x)
+            x = run_layer(Downsample2D.__call__, self.downsamplers[0], x, remat=self.remat)
             skips.append(x)
         return x, skips
 
@@ -110,43 +114,54 @@ class Block(nnx.Module):
     ) -> Float[Array, "b h2 w2 c2"]:
         """Returns the output; `skips` are in order of use, `size` is the next level's (None on the last level)."""
         for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
-            x = _scoped(f"resnets.{i}", resnet, jnp.concatenate([x, skip], axis=-1), time)
+            joined = jnp.concatenate([x, skip], axis=-1)
+            x = _scoped(f"resnets.{i}", _resnet, resnet, joined, time, remat=self.remat)
             if self.cross:
                 x = _scoped(f"attentions.{i}", self.attentions[i], x, context)
-        return self.upsamplers[0](x, size) if hasattr(self, "upsamplers") else x
+        if hasattr(self, "upsamplers"):
+            upsample = functools.partial(Upsample2D.__call__, size=size)
+            x = run_layer(upsample, self.upsamplers[0], x, remat=self.remat)
+        return x
 
 
 class MidBlock(nnx.Module):
-    """Residual block, transformer and residual block at the lowest resolution."""
+    """A residual block at the lowest resolution; with `cross`, a transformer and a second residual block follow."""
 
-    def __init__(self, config: UNetConfig, *, attention: Implementation, policy: Policy, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: UNetConfig, *, cross: bool, attention: Implementation, remat: str, policy: Policy, rngs: nnx.Rngs
+    ) -> None:
+        self.remat = remat
         channels, groups = config.block_out_channels[-1], config.norm_num_groups
         options = {"time_dim": 4 * config.block_out_channels[0], "groups": groups, "eps": config.norm_eps}
-        self.attentions = nnx.List(
-            [
-                Transformer2DModel(
-                    channels,
-                    config.cross_attention_dim,
-                    config.heads[-1],
-                    config.transformer_layers_per_block[-1],
-                    groups=groups,
-                    linear=config.use_linear_projection,
-                    implementation=attention,
-                    policy=policy,
-                    rngs=rngs,
-                )
-            ]
-        )
+        if cross:
+            self.attentions = nnx.List(
+                [
+                    Transformer2DModel(
+                        channels,
+                        config.cross_attention_dim,
+                        config.heads[-1],
+                        config.mid_depth,
+                        groups=groups,
+                        linear=config.use_linear_projection,
+                        implementation=attention,
+                        remat=remat,
+                        policy=policy,
+                        rngs=rngs,
+                    )
+                ]
+            )
         self.resnets = nnx.List(
-            ResnetBlock2D(channels, channels, **options, policy=policy, rngs=rngs) for _ in range(2)
+            ResnetBlock2D(channels, channels, **options, policy=policy, rngs=rngs) for _ in range(1 + cross)
         )
 
     def __call__(
         self, x: Float[Array, "b h w c"], time: Float[Array, "b e"], context: Float[Array, "b l d"]
     ) -> Float[Array, "b h w c"]:
-        x = _scoped("resnets.0", self.resnets[0], x, time)
-        x = _scoped("attentions.0", self.attentions[0], x, context)
-        return _scoped("resnets.1", self.resnets[1], x, time)
+        x = _scoped("resnets.0", _resnet, self.resnets[0], x, time, remat=self.remat)
+        for i, resnet in enumerate(self.resnets[1:], 1):
+            x = _scoped(f"attentions.{i - 1}", self.attentions[i - 1], x, context)
+            x = _scoped(f"resnets.{i}", _resnet, resnet, x, time, remat=self.remat)
+        return x
 
 
 class UNet2DConditionModel(nnx.Module):
@@ -167,7 +182,7 @@ class UNet2DConditionModel(nnx.Module):
         one_of("attention", attention, IMPLEMENTATIONS)
         self.config, self.policy, self.remat = config, policy, remat
         channels, dtype, n = config.block_out_channels, policy.compute, len(config.block_out_channels)
-        options = {"attention": attention, "policy": policy, "rngs": rngs}
+        options = {"attention": attention, "remat": remat, "policy": policy, "rngs": rngs}
         time_dim = 4 * channels[0]
         self.conv_in = conv(config.in_channels, channels[0], dtype=dtype, rngs=rngs)
         self.time_embedding = TimestepEmbedding(
@@ -189,7 +204,7 @@ class UNet2DConditionModel(nnx.Module):
                     pairs,
                     level,
                     config,
-                    cross=CROSS[config.down_block_types[level]],
+                    depths=config.down_depths(level),
                     down=not last,
                     up=False,
                     **options,
@@ -197,16 +212,15 @@ class UNet2DConditionModel(nnx.Module):
             )
             skips += [channels[level]] * (len(pairs) + (not last))
         self.down_blocks = nnx.List(downs)
-        self.mid_block = MidBlock(config, **options)
+        if config.mid_block_type:
+            self.mid_block = MidBlock(config, cross=config.mid_block_type == "UNetMidBlock2DCrossAttn", **options)
         ups, x = [], channels[-1]
         for i, level in enumerate(reversed(range(n))):
             pairs = []
             for _ in range(config.layers_per_block[level] + 1):
                 pairs.append((x + skips.pop(), channels[level]))
                 x = channels[level]
-            ups.append(
-                Block(pairs, level, config, cross=CROSS[config.up_block_types[i]], down=False, up=level > 0, **options)
-            )
+            ups.append(Block(pairs, level, config, depths=config.up_depths(i), down=False, up=level > 0, **options))
         self.up_blocks = nnx.List(ups)
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps, policy=FP32)
         self.conv_out = conv(channels[0], config.out_channels, dtype=jnp.float32, rngs=rngs)
@@ -250,7 +264,8 @@ class UNet2DConditionModel(nnx.Module):
         for i, block in enumerate(self.down_blocks):
             x, more = _scoped(f"down_blocks.{i}", run_block, Block.down, block, x, time, context, remat=self.remat)
             skips += more
-        x = _scoped("mid_block", run_block, MidBlock.__call__, self.mid_block, x, time, context, remat=self.remat)
+        if self.config.mid_block_type:
+            x = _scoped("mid_block", run_block, MidBlock.__call__, self.mid_block, x, time, context, remat=self.remat)
         for i, block in enumerate(self.up_blocks):
             count = len(block.resnets)
             skips, taken = skips[:-count], skips[-count:][::-1]
@@ -258,6 +273,9 @@ class UNet2DConditionModel(nnx.Module):
             up = functools.partial(Block.up, size=size)
             x = _scoped(f"up_blocks.{i}", run_block, up, block, x, taken, time, context, remat=self.remat)
         return self.conv_out(self.conv_norm_out(x, silu=True))
+
+
+_resnet = functools.partial(run_layer, ResnetBlock2D.__call__)
 
 
 def _scoped(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

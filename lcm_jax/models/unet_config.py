@@ -4,6 +4,9 @@ import dataclasses
 
 # whether a block type has cross-attention
 CROSS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+MIDDLES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")  # the second is a single residual block
+
+Depths = tuple[int | tuple[int, ...], ...]  # per level: one number for all its transformers, or one per transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +19,9 @@ class UNetConfig:
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
-    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
+    transformer_layers_per_block: Depths = (1, 1, 1, 1)
+    reverse_transformer_layers_per_block: Depths | None = None  # in the order of the up blocks
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"  # None: no middle block
     heads: tuple[int, ...] = (8, 8, 8, 8)  # heads per level; called `attention_head_dim` in the file
     cross_attention_dim: int = 1280
     use_linear_projection: bool = False
@@ -29,10 +34,32 @@ class UNetConfig:
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
 
+    def down_depths(self, level: int) -> tuple[int, ...]:
+        """Returns the number of layers of each transformer in down block `level`; 0 where it has none."""
+        cross = CROSS[self.down_block_types[level]]
+        return _each(cross * self.transformer_layers_per_block[level], self.layers_per_block[level])
+
+    def up_depths(self, block: int) -> tuple[int, ...]:
+        """Returns the number of layers of each transformer in up block `block`; 0 where it has none.
+
+        Unless `reverse_transformer_layers_per_block` is given, they are those of the down block of the same level.
+        """
+        depths = self.reverse_transformer_layers_per_block or self.transformer_layers_per_block[::-1]
+        cross = CROSS[self.up_block_types[block]]
+        return _each(cross * depths[block], self.layers_per_block[::-1][block] + 1)
+
+    @property
+    def mid_depth(self) -> int:
+        """The number of layers of the middle block's transformer, if it has one."""
+        return _each(self.transformer_layers_per_block[-1], 1)[0]
+
     @property
     def least_tensors(self) -> int:
-        """A lower bound on the number of tensors: those of the down blocks' residual blocks and transformers."""
-        attention = (
-            CROSS[block] * n for block, n in zip(self.down_block_types, self.transformer_layers_per_block, strict=True)
-        )
-        return sum(layers * (8 + 20 * n) for layers, n in zip(self.layers_per_block, attention, strict=True))
+        """A lower bound on the number of tensors: those of the residual blocks and transformers of all levels."""
+        levels = range(len(self.block_out_channels))
+        depths = [depth for i in levels for depth in (*self.down_depths(i), *self.up_depths(i))]
+        return sum(8 + 20 * depth for depth in depths)
+
+
+def _each(depth: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    return depth or (0,) * count if isinstance(depth, tuple) else (depth,) * count

@@ -29,7 +29,8 @@ class MeshConfig:
     fsdp: int = 1  # devices per group, over which weights, EMA and optimizer state are sharded; -1 likewise
     frozen: str = "replicated"  # teacher, VAE, text encoder: replicated | sharded (like the trained weights)
     # when sharded weights are gathered: step: once per step | block: at each use and again for the backward pass, with
-    # 50 % more traffic, but less memory where the gathered weights are larger than the activations
+    # 50 % more traffic, but less memory where the gathered weights are larger than the activations; per layer instead
+    # of per block with model.remat=layer
     gather: str = "step"
     cpu_devices: int = 0  # devices a CPU is split into, each with its share of the batch; 0: as set by XLA_FLAGS
     grad_dtype: str = "float32"  # dtype of the gradient sums over devices: float32 | bfloat16

@@ -17,20 +17,20 @@ from lcm_jax.models import (
 )
 
 NUMBER, OPTION = "; supported: a positive whole number", "; supported: None, False"
+LISTS = "; supported: a positive whole number up to 1048576, or a list of at most 16, whose items may be such lists"
 POSITIVE, BOOLEAN = "; supported: a positive number", "; supported: true, false"
 REFUSED = [  # class, key, value, what is said after "key is value"
     (read_unet, "act_fn", "gelu", "; supported: 'silu'"),
     (read_unet, "resnet_time_scale_shift", "scale_shift", "; supported: 'default'"),
     (read_unet, "only_cross_attention", True, "; supported: False"),
     (read_unet, "only_cross_attention", [True, False], "; supported: False"),
-    (read_unet, "mid_block_type", "UNetMidBlock2D", "; supported: 'UNetMidBlock2DCrossAttn'"),
-    (read_unet, "mid_block_type", None, "; supported: 'UNetMidBlock2DCrossAttn'"),
+    (read_unet, "mid_block_type", "UNetMidBlock2DSimpleCrossAttn", "; did you mean 'UNetMidBlock2DCrossAttn'"),
     (read_unet, "downsample_padding", 0, "; supported: 1"),
     (read_unet, "time_embedding_type", "fourier", "; supported: 'positional'"),
     (read_unet, "class_embed_type", "timestep", OPTION),
     (read_unet, "num_class_embeds", 10, OPTION),
     (read_unet, "center_input_sample", True, OPTION),
-    (read_unet, "reverse_transformer_layers_per_block", [[1]], OPTION),
+    (read_unet, "reverse_transformer_layers_per_block", [[[1]]], LISTS),
     (read_unet, "sample_size", [64, "64"], NUMBER),
     (read_unet, "sample_size", 10**6, NUMBER),
     (read_unet, "block_out_channels", [320] * 10**5, NUMBER),
@@ -90,7 +90,17 @@ INCONSISTENT = [  # class, config, message
     (read_unet, {"cross_attention_dim": [768]}, "cross_attention_dim has 1 values; block_out_channels has 4 levels"),
     (read_unet, {"only_cross_attention": [False]}, "only_cross_attention has 1 values; block_out_channels has 4"),
     (read_unet, {"attention_head_dim": [8, 8]}, "attention_head_dim has 2 values; block_out_channels has 4 levels"),
-    (read_unet, {"transformer_layers_per_block": [1, [2], 1, 1]}, "per_block is [1, [2], 1, 1]" + NUMBER),
+    (read_unet, {"transformer_layers_per_block": [1, [2], 1, 1]}, "per_block has [2] for a block of 2 transformers"),
+    (
+        read_unet,
+        {"transformer_layers_per_block": [1, [2, 1], 1, 1]},
+        "has a list for a level; reverse_transformer_layers_per_block must then be given",
+    ),
+    (
+        read_unet,
+        {"transformer_layers_per_block": 1, "reverse_transformer_layers_per_block": [1, [2, 1], 1, 1]},
+        "reverse_transformer_layers_per_block has [2, 1] for a block of 3 transformers",
+    ),
     (read_unet, {"attention_head_dim": 7}, "block_out_channels has 320, not a multiple of 7 heads and 32 norm groups"),
     (read_unet, {"norm_num_groups": 48}, "block_out_channels has 320, not a multiple of 8 heads and 48 norm groups"),
     (read_unet, {"layers_per_block": 10**6}, "it describes a network of more than 20000 tensors"),

@@ -77,6 +77,14 @@ SDXL_UNET = {
     "upcast_attention": None,
     "use_linear_projection": True,
 }
+SSD1B = {
+    "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    "mid_block_type": "UNetMidBlock2D",
+}
+VEGA = {"transformer_layers_per_block": [1, 1, 2], "mid_block_type": "UNetMidBlock2D"}
+KOALA_700M = {"transformer_layers_per_block": [1, 2, 5], "layers_per_block": 1, "mid_block_type": None}
+KOALA_1B = {"transformer_layers_per_block": [1, 2, 6], "layers_per_block": 1}
 LCM = {"time_cond_proj_dim": 256}
 VAE = {
     "act_fn": "silu",
@@ -123,6 +131,11 @@ CASES = {  # class, config.json, millions of parameters as published
     "SD 2.1": (UNet, SD21_UNET, 865.9),
     "LCM of SD 2.1": (UNet, {**SD21_UNET, **LCM}, 866.0),
     "SDXL": (UNet, SDXL_UNET, 2567.5),
+    "LCM of SDXL": (UNet, {**SDXL_UNET, **LCM}, 2567.5),
+    "SSD-1B": (UNet, {**SDXL_UNET, **SSD1B}, 1331.3),
+    "Segmind-Vega": (UNet, {**SDXL_UNET, **VEGA}, 745.2),
+    "KOALA-700M": (UNet, {**SDXL_UNET, **KOALA_700M}, 782.8),
+    "KOALA-1B": (UNet, {**SDXL_UNET, **KOALA_1B}, 1161.2),
     "autoencoder": (diffusers.AutoencoderKL, VAE, 83.7),
     "CLIP-L": (CLIP, CLIP_L, 123.1),
     "OpenCLIP-H": (CLIP, OPENCLIP_H, 340.4),

@@ -58,6 +58,20 @@ CASES = {
     "odd sizes, three levels": ({**SD, **DEEP, "attention_head_dim": (1, 2, 4)}, (7, 9)),
     "even sizes that turn odd, layers differ by level": ({**SD, **DEEP, "layers_per_block": (1, 2, 1)}, (6, 10)),
     "sdxl": (SDXL, (8, 8)),
+    "ssd-1b: depths by transformer, the up blocks' own, one residual block in the middle": (
+        {
+            **SDXL,
+            "layers_per_block": 2,
+            "transformer_layers_per_block": (1, (2, 1)),
+            "reverse_transformer_layers_per_block": ((1, 2, 3), 1),
+            "mid_block_type": "UNetMidBlock2D",
+        },
+        (6, 8),
+    ),
+    "koala: no middle block, with a w-embedding": (
+        {**SDXL, "mid_block_type": None, "time_cond_proj_dim": W_DIM},
+        (8, 6),
+    ),
     "an odd number of channels, whose sinusoids end in a zero": (
         {**SD, "block_out_channels": (9, 18), "norm_num_groups": 3, "attention_head_dim": 3, "sample_size": [4, 6]},
         (4, 6),
@@ -160,8 +174,9 @@ def test_whole_steps_may_be_given_as_ints(micro):
     np.testing.assert_array_equal(apply(params, z, t, context, w), apply(params, z, t.astype(np.float32), context, w))
 
 
-@pytest.mark.parametrize("remat", ["block", "block_save_attention"])
-def test_remat_recomputes_blocks_and_changes_no_value(micro, remat):
+# Blocks; or layers: residual blocks, transformer layers and what is around them, down- and upsampling.
+@pytest.mark.parametrize(("remat", "parts"), [("block", 2 + 1 + 2), ("layer", 8 + 3 * 4 + 2)])
+def test_remat_recomputes_blocks_and_changes_no_value(micro, remat, parts):
     peer, params, given = micro
 
     def program(remat):
@@ -170,7 +185,7 @@ def test_remat_recomputes_blocks_and_changes_no_value(micro, remat):
 
     plain, again = program("none"), program(remat)
     blocks = [count(walk(jax.make_jaxpr(f)(params).jaxpr), "remat2", "checkpoint") for f in (plain, again)]
-    assert blocks == [0, 2 + 1 + 2]
+    assert blocks == [0, parts]
     compiled = [jax.jit(jax.value_and_grad(f), compiler_options=QUICK)(params) for f in (plain, again)]
     (loss, gradients), (loss_again, gradients_again) = compiled
     np.testing.assert_allclose(loss, loss_again, rtol=1e-6)
