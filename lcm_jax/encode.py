@@ -19,7 +19,7 @@ from rich.progress import track
 from lcm_jax import cli, config_file
 from lcm_jax.config import Config
 from lcm_jax.data import latents
-from lcm_jax.data.batches import prepare_image
+from lcm_jax.data.batches import Prepared, prepare_image
 from lcm_jax.data.images import BadImage
 from lcm_jax.data.sources import Source, open_data
 from lcm_jax.data.sources.tfds import prepare
@@ -31,10 +31,10 @@ from lcm_jax.models import Policy
 from lcm_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, split_cpu
 
 
-def pictures(source: Source, config: Config, batch_size: int) -> Iterator[tuple[np.ndarray, list[list[str]]]]:
-    """Yields uint8 (B, S, S, 3) with the captions of each, in the data set's order; the last batch may be smaller."""
+def pictures(source: Source, config: Config, batch_size: int) -> Iterator[tuple[list[Prepared], list[list[str]]]]:
+    """Yields images with the captions of each, in the data set's order; the last batch may be smaller."""
 
-    def load(number: int, record: tuple[bytes, list[str]]) -> np.ndarray:
+    def load(number: int, record: tuple[bytes, list[str]]) -> Prepared:
         place, mirror = np.random.default_rng([config.seed, number]).random(2)
         place = place if config.data.crop == "random" else 0.5
         try:
@@ -46,11 +46,11 @@ def pictures(source: Source, config: Config, batch_size: int) -> Iterator[tuple[
         for start in range(0, len(source), batch_size):
             numbers = range(start, min(start + batch_size, len(source)))
             records = source.read(numbers)
-            yield np.stack(list(pool.map(load, numbers, records))), [captions for _, captions in records]
+            yield list(pool.map(load, numbers, records)), [captions for _, captions in records]
 
 
-def encode(config: Config, folder: Folder, source: Source, batch_size: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Yields (moments, captions) of each picture: float16 (h, w, 2C), mean and log-variance of q(z|x).
+def encode(config: Config, folder: Folder, source: Source, batch_size: int) -> Iterator[tuple[latents.Latent, list[str]]]:
+    """Yields (latent, captions) of each image; its moments are mean and log-variance of q(z|x).
 
     Raises: UserError for a record that can't be read or decoded, and for a batch that the devices do not divide.
     """
@@ -67,9 +67,11 @@ def encode(config: Config, folder: Folder, source: Source, batch_size: int) -> I
         return jnp.concatenate(mean_and_logvar, axis=-1).astype(jnp.float16)
 
     for images, captions in pictures(source, config, batch_size):
-        padded = np.concatenate([images, np.zeros((batch_size - len(images), *images.shape[1:]), np.uint8)])
+        pixels = np.stack([image.pixels for image in images])
+        padded = np.concatenate([pixels, np.zeros((batch_size - len(pixels), *pixels.shape[1:]), np.uint8)])
         of_all = np.asarray(moments(params, jax.device_put(padded, NamedSharding(mesh, BATCH))))
-        yield from zip(of_all, captions, strict=False)
+        found = [latents.Latent(of_one, image.sizes) for of_one, image in zip(of_all, images, strict=False)]
+        yield from zip(found, captions, strict=True)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -84,7 +84,7 @@ def export(
     if changed := identity.changed(workdir, {"model": identity.of_folder(source)}):
         raise UserError(changed)
     params, step = checkpoint.restore_params(workdir, which, step)
-    family = family_of(source.pipeline_class)
+    family = family_of(source.model_index)
     exported = objective.roles(options, family).exported.values()
     if config.lora.rank:
         trained = trained_components(config, family)

@@ -7,11 +7,11 @@ the state of the pipeline is one integer.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from lcm_jax.data import images, latents
 from lcm_jax.data.config import DataConfig
@@ -21,9 +21,17 @@ from lcm_jax.errors import UserError
 Tokenize = Callable[[list[str]], Any]  # captions → int32 (rows, L), or a tree of such arrays
 
 
-def prepare_image(
-    encoded: bytes, config: DataConfig, place: float = 0.5, mirror: bool = False
-) -> UInt8[np.ndarray, "size size 3"]:
+class Prepared(NamedTuple):
+    """A square image, and its sizes: int32 (6,), original height and width, top and left of the crop, height and width.
+
+    The crop lies in the resized image.
+    """
+
+    pixels: UInt8[np.ndarray, "size size 3"]
+    sizes: Int32[np.ndarray, " 6"]
+
+
+def prepare_image(encoded: bytes, config: DataConfig, place: float = 0.5, mirror: bool = False) -> Prepared:
     """Decodes one image, resizes its shorter side to config.image_size and crops a square.
 
     Orientation tags are applied; transparency is composited on white. `place` and `mirror` are those of
@@ -31,8 +39,10 @@ def prepare_image(
 
     Raises: BadImage, by the rules in `lcm_jax.data.images`.
     """
-    image = images.decode(encoded, config.image_size, config.max_pixels)
-    return images.square(image, config.image_size, config.resize, place, mirror)
+    size = config.image_size
+    image, (width, height) = images.decode(encoded, size, config.max_pixels)
+    pixels, corner = images.square(image, size, config.resize, place, mirror)
+    return Prepared(pixels, np.asarray([height, width, *corner, size, size], np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +53,7 @@ class _LoadBatch(grain.transforms.RandomMap):
     config: DataConfig
     tokenize: Tokenize
     rows: np.ndarray  # rows of the global batch that this process reads
+    sizes: bool  # whether a batch holds the sizes of the images
 
     def random_map(self, element: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
         config = self.config
@@ -50,17 +61,19 @@ class _LoadBatch(grain.transforms.RandomMap):
         if config.crop == "center":
             place = np.full(len(place), 0.5)
         numbers = element[self.rows].tolist()
-        rows, texts = [], []
+        rows, sizes, texts = [], [], []
         for i, (image, captions) in enumerate(self.source.read(numbers)):
             if not config.latents:
                 try:
                     image = prepare_image(image, config, place[i], config.flip and mirror[i] < 0.5)
                 except images.BadImage as error:
                     raise self.source.bad_image(numbers[i], error) from None
-            rows.append(image)
+            rows.append(image[0])
+            sizes.append(image[1])
             texts.append(captions[int(which[i] * len(captions))])
         name = "moments" if config.latents else "image"
-        return {name: np.stack(rows), "input_ids": self._token_ids(texts, numbers)}
+        batch = {name: np.stack(rows), "input_ids": self._token_ids(texts, numbers)}
+        return {**batch, "sizes": np.stack(sizes)} if self.sizes else batch
 
     def _token_ids(self, texts: list[str], numbers: list[int]) -> Any:
         try:
@@ -112,6 +125,7 @@ def batches(
     vae: Mapping[str, Any] | None = None,
     vae_config: Mapping[str, Any] | None = None,
     source: Source | None = None,
+    sizes: bool = False,
 ) -> Batches:
     """Returns an endless iterator over one process's rows of the batches.
 
@@ -125,10 +139,11 @@ def batches(
       vae: {path: array}, weights of the VAE that must have encoded the data set; used with config.latents only.
       vae_config: config.json of the VAE.
       source: an open data set to read instead of opening that of the config.
+      sizes: whether the batches hold the sizes of the images.
 
     Returns: iterator of {'image': uint8 (B, S, S, 3), 'input_ids': of `tokenize`} with get_state, set_state and close;
       B = number of rows, S = config.image_size. With config.latents, 'moments', float16 (B, h, w, 2C), replaces
-      'image'.
+      'image'. With `sizes`, there is 'sizes', int32 (B, 6), as in `Prepared`.
     Raises: UserError for a data set that cannot be opened (see `open_data`) or was encoded by another VAE or at
       another size, and, while iterating, for a record that cannot be read or decoded.
     """
@@ -139,13 +154,18 @@ def batches(
     source = source or open_data(config)
     if config.latents and vae is not None:
         latents.check(source.metadata, vae, config.image_size, source.where, vae_config)
+    if config.latents and sizes and source.read([0])[0][0].sizes is None:
+        raise UserError(
+            f"{source.where} holds no sizes of the images, on which this model conditions; run lcm_jax.encode again"
+        )
     numbers = grain.MapDataset.range(len(source)).seed(seed)
     if config.shuffle:
         numbers = numbers.shuffle()
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     loaded = (
         numbers.repeat()
         .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
-        .random_map(_LoadBatch(source, config, tokenize, np.arange(batch_size) if rows is None else np.asarray(rows)))
+        .random_map(_LoadBatch(source, config, tokenize, rows, sizes))
     )
     options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.threads)
     identity = {"seed": seed, "batch_size": batch_size, "examples": len(source)}

@@ -17,7 +17,7 @@ ICC profiles are not applied. Only the first frame or page is decoded.
 import io
 import itertools
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -34,6 +34,7 @@ _LARGE_JPEG = 2**24  # pixels; larger JPEG files are decoded at a reduced scale 
 _BAND = 2**20  # pixels converted at a time
 _WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's gray modes of more than 8 bits
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+_ORIENTATION, _TURNED = 274, (5, 6, 7, 8)  # EXIF tag, and its values that exchange width and height
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3  # values of SampleFormat
 
 _opening = threading.Lock()  # held while Pillow's global pixel limit is disabled
@@ -43,7 +44,21 @@ class BadImage(UserError):
     """A file that can't be used as an image. The message gives the reason and a remedy."""
 
 
-def decode(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
+class Decoded(NamedTuple):
+    """An RGB image, and width and height of the upright image in the file, which may be larger."""
+
+    image: Image.Image
+    original: tuple[int, int]
+
+
+class Square(NamedTuple):
+    """A square of an image, uint8 (S, S, 3), and where it lies: top and left in the resized image, upright."""
+
+    pixels: UInt8[np.ndarray, "size size 3"]
+    corner: tuple[int, int]
+
+
+def decode(encoded: bytes, size: int, max_pixels: int) -> Decoded:
     """Decodes the first frame of an image file (PNG, JPEG, …) to RGB and applies its EXIF orientation.
 
     `size` is the length in pixels to which the shorter side will be resized later. A JPEG of more than 2^24 pixels may
@@ -62,8 +77,9 @@ def decode(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
             if file.format in ("JPEG", "MPO") and width * height > _LARGE_JPEG:
                 file.draft(None, (2 * size, 2 * size))  # never smaller than this
             white = _white(file)
+            turned = file.getexif().get(_ORIENTATION) in _TURNED
             ImageOps.exif_transpose(file, in_place=True)
-            return _rgb(file, *white)
+            return Decoded(_rgb(file, *white), (height, width) if turned else (width, height))
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise many types
@@ -71,18 +87,18 @@ def decode(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
         raise BadImage(f"Pillow can't decode it: {reason}; the file may be damaged or truncated") from None
 
 
-def square(
-    image: Image.Image, size: int, resize: str, place: float = 0.5, mirror: bool = False
-) -> UInt8[np.ndarray, "size size 3"]:
+def square(image: Image.Image, size: int, resize: str, place: float = 0.5, mirror: bool = False) -> Square:
     """Resizes the shorter side of an RGB image to `size` and crops a square.
 
     `resize` is a key of RESAMPLING, `place` the position of the square along the longer side, 0 <= place < 1
-    (0.5 = center). `mirror` flips the result horizontally.
+    (0.5 = center). `mirror` flips the result horizontally; its corner is then that in the mirrored image.
     """
+    whole, cut = image.width, (0, 0)  # before the cut, whose left and top are needed below
     longest = MAX_ASPECT * min(image.size)
     if max(image.size) > longest:  # 2000 x 1 pixels would be resized to 1,024,000 x 512
         kept = [min(side, longest) for side in image.size]
         left, top = (int(place * (side - keep + 1)) for side, keep in zip(image.size, kept, strict=True))
+        cut = left, top
         image = image.crop((left, top, left + kept[0], top + kept[1]))
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
@@ -90,7 +106,10 @@ def square(
         image = image.resize((width, height), RESAMPLING[resize])
     left, top = int(place * (width - size + 1)), int(place * (height - size + 1))
     pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-    return np.ascontiguousarray(pixels[:, ::-1] if mirror else pixels)
+    top, left = (round(offset * scale) + part for offset, part in ((cut[1], top), (cut[0], left)))
+    if mirror:
+        return Square(np.ascontiguousarray(pixels[:, ::-1]), (top, round(whole * scale) - size - left))
+    return Square(np.ascontiguousarray(pixels), (top, left))
 
 
 def _open(encoded: bytes) -> ImageFile.ImageFile:

@@ -7,15 +7,24 @@ image size, which `check` verifies, and how the images were resized, cropped and
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Float16, Int32
 
 from lcm_jax.errors import UserError
 
 MOMENTS = "moments"  # (h, w, 2C) float16: mean and log-variance, not scaled
 CAPTIONS = "captions"
+SIZES = "sizes"  # (6,) int32, as in `batches.Prepared`
+
+
+class Latent(NamedTuple):
+    """A pre-encoded image: float16 (h, w, 2C), and its sizes, or None where the data set was written without them."""
+
+    moments: Float16[np.ndarray, "h w c"]
+    sizes: Int32[np.ndarray, " 6"] | None
 
 
 def fingerprint(vae: Mapping[str, Any]) -> str:
@@ -29,7 +38,7 @@ def fingerprint(vae: Mapping[str, Any]) -> str:
 
 def config_fingerprint(config: Mapping[str, Any]) -> str:
     """Returns a hash of the VAE's config.json, without the keys that do not affect the moments."""
-    beside = ("scaling_factor", "shift_factor", "sample_size", "force_upcast")
+    beside = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size", "force_upcast")
     meant = {key: value for key, value in config.items() if not key.startswith("_") and key not in beside}
     return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -64,9 +73,9 @@ class Encoded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     url_infos = {}  # noqa: RUF012 (nothing is downloaded)
 
     def __init__(
-        self, examples: Iterable[tuple[np.ndarray, list[str]]], *, shape: tuple[int, ...], made: dict, data_dir: str
+        self, examples: Iterable[tuple[Latent, list[str]]], *, shape: tuple[int, ...], made: dict, data_dir: str
     ) -> None:
-        """Takes (moments, captions) per image, the shape (h, w, 2C) of the moments, and the metadata for `check`."""
+        """Takes (latent, captions) per image, the shape (h, w, 2C) of the moments, and the metadata for `check`."""
         self._examples, self._shape, self._made = examples, shape, made
         self.written = False  # stays False if another process wrote the data set
         super().__init__(data_dir=data_dir)
@@ -78,6 +87,7 @@ class Encoded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             features=tfds.features.FeaturesDict(
                 {
                     MOMENTS: tfds.features.Tensor(shape=self._shape, dtype=np.float16),
+                    SIZES: tfds.features.Tensor(shape=(6,), dtype=np.int32),
                     CAPTIONS: tfds.features.Sequence(tfds.features.Text()),
                 }
             ),
@@ -90,6 +100,6 @@ class Encoded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-        for number, (moments, captions) in enumerate(self._examples):
-            yield number, {MOMENTS: moments, CAPTIONS: captions}
+        for number, (latent, captions) in enumerate(self._examples):
+            yield number, {MOMENTS: latent.moments, SIZES: latent.sizes, CAPTIONS: captions}
         self.written = True

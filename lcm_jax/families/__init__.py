@@ -1,19 +1,24 @@
 """Kinds of teachers: what is specific to each stands in one record here."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from lcm_jax.errors import UserError
 from lcm_jax.families.base import Condition, Family
 from lcm_jax.families.sd import SD
+from lcm_jax.families.sdxl import SDXL
 
-FAMILIES = (SD,)
+FAMILIES = (SD, SDXL)
 
 
-def family_of(pipeline_class: str) -> Family:
-    """Returns the family of the folders of a diffusers pipeline class; raises UserError for an unsupported one."""
+def family_of(model_index: Mapping[str, Any]) -> Family:
+    """Returns the family of the folder with this model_index.json; raises UserError for an unsupported pipeline."""
+    pipeline_class = model_index["_class_name"]
     for family in FAMILIES:
         if pipeline_class in family.pipelines:
-            return family
+            return family.of_folder(model_index)
     known = ", ".join(name for family in FAMILIES for name in family.pipelines)
     raise UserError(f"_class_name is {pipeline_class!r}; supported: {known}")
 
 
-__all__ = ["FAMILIES", "SD", "Condition", "Family", "family_of"]
+__all__ = ["FAMILIES", "SD", "SDXL", "Condition", "Family", "family_of"]

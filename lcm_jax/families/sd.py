@@ -13,10 +13,14 @@ from lcm_jax.families.base import Family
 from lcm_jax.models import UNetConfig
 
 
-def _condition(
-    encoders: Mapping[str, Callable[..., jax.Array]], input_ids: Int[Array, "b l"], size: tuple[int, int]
+def _encode(
+    encoders: Mapping[str, Callable[..., jax.Array]], input_ids: Int[Array, "b l"]
 ) -> Float[Array, "b l d"]:
     return encoders["text_encoder"](input_ids)
+
+
+def _condition(text: Float[Array, "b l d"], sizes: None) -> Float[Array, "b l d"]:
+    return text
 
 
 def _call(
@@ -42,6 +46,7 @@ SD = Family(
     pipelines=("StableDiffusionPipeline", "LatentConsistencyModelPipeline"),
     denoiser="unet",
     text_encoders=("text_encoder",),
+    encode=_encode,
     condition=_condition,
     call=_call,
     w_embedding_dim=_w_embedding_dim,

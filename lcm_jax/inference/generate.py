@@ -46,6 +46,7 @@ def generate(
     params: dict[str, Flat],
     input_ids: Tokens,
     null_ids: Tokens,
+    sizes: Int[Array, "b 6"] | None,
     w: Float[Array, " b"],
     timesteps: Int[Array, " n"],
     z_T: Float[Array, "b h w c"],
@@ -58,6 +59,7 @@ def generate(
       params: weights by component.
       input_ids: the prompts.
       null_ids: the negative or empty prompts; unused unless `sampler.guided`.
+      sizes: of the images, as in `families.base.default_sizes`; None for a family that doesn't use them.
       w: guidance_scale - 1.
       timesteps: descending, one per step.
       z_T: noise at the first timestep.
@@ -69,16 +71,13 @@ def generate(
     family, networks, process = sampler.family, sampler.networks, sampler.process
     bound = {name: functools.partial(network.apply, params[name]) for name, network in networks.items()}
     denoiser = functools.partial(family.call, bound[family.denoiser])
-    height, width = z_T.shape[1:3]
-    factor = networks["vae"].config.factor
-    size = (height * factor, width * factor)
-    condition = family.condition(bound, input_ids, size)
+    text = family.encode(bound, input_ids)
+    condition = family.condition(text, sizes)
 
     if sampler.guided:
-        null = family.condition(bound, null_ids, size)
-        if family.null and not sampler.negative:
-            null = family.null(null)
-        denoise = guidance.cfg_denoiser(denoiser, process, condition, null, w)
+        own = family.null and not sampler.negative
+        null = family.null(text) if own else family.encode(bound, null_ids)
+        denoise = guidance.cfg_denoiser(denoiser, process, condition, family.condition(null, sizes), w)
     else:
         dim = family.w_embedding_dim(networks[family.denoiser].config)
         w_embedding = guidance.w_embedding(w, dim) if dim else None

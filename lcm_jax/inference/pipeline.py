@@ -48,9 +48,8 @@ DIFFUSERS_NAMES = {  # argument of diffusers' pipelines → ours
     "num_images_per_prompt": "prompts=[prompt] * count",
 }
 OUTPUTS = ("uint8", "float", "latents")
-PEER_LCM_GUIDANCE = 8.5  # default of diffusers' LatentConsistencyModelPipeline
 LARGEST = 2**14  # pixels per side; far above, XLA aborts the process
-TEACHER_GUIDANCE, TEACHER_STEPS, LCM_STEPS = 7.5, 50, 4
+TEACHER_STEPS, LCM_STEPS = 50, 4
 
 
 class Bound:
@@ -76,7 +75,7 @@ class Pipeline:
         self.folder = folder
         self.tokenizer = tokenizer
         self.policy = policy
-        self.family = family_of(folder.pipeline_class)
+        self.family = family_of(folder.model_index)
         self.process = folder.schedule
         self.recipe = Recipe.read(folder.path)  # None unless lcm_jax distilled it
         self.networks = {name: _bind(component, policy) for name, component in folder.components.items()}
@@ -220,10 +219,10 @@ class Pipeline:
 
     def _default_guidance(self, kind: str) -> float:
         if kind != "lcm":
-            return TEACHER_GUIDANCE
+            return self.family.guidance
         if not self.w_embedding_dim:
             return 1.0  # guidance is distilled into such a student
-        return (self.recipe.guidance_min + self.recipe.guidance_max) / 2 if self.recipe else PEER_LCM_GUIDANCE
+        return (self.recipe.guidance_min + self.recipe.guidance_max) / 2 if self.recipe else self.family.student_guidance
 
     def latent_shape(
         self, count: int, height: int | None = None, width: int | None = None

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
+from lcm_jax.host import json_file
+from lcm_jax.host.json_file import Kind
 from lcm_jax.interop import fit
 
 # Only copied, so any class is accepted: the feature extractor's class name differs between transformers versions.
@@ -20,7 +21,7 @@ class Layout:
       copied: optional parts, which are only copied.
       students: the pipeline classes of a distilled model without and with a w-embedding.
       check_fit: (folder, network → its configuration) raises UserError if the networks don't fit each other.
-      settings: a setting of the pipeline that changes images → its only supported value, which is diffusers' default.
+      settings: setting of the pipeline in model_index.json → kind of its value.
     """
 
     networks: Mapping[str, str]
@@ -28,7 +29,7 @@ class Layout:
     copied: tuple[str, ...]
     students: tuple[str, str]
     check_fit: Callable[..., None]
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Kind] = dataclasses.field(default_factory=dict)
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -43,4 +44,12 @@ SD = Layout(
     students=("StableDiffusionPipeline", "LatentConsistencyModelPipeline"),
     check_fit=fit.check_sd,
 )
-LAYOUTS = {"StableDiffusionPipeline": SD, "LatentConsistencyModelPipeline": SD}
+SDXL = Layout(
+    networks={**SD.networks, "text_encoder_2": "CLIPTextModelWithProjection"},
+    tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
+    copied=("feature_extractor", "image_encoder"),
+    students=("StableDiffusionXLPipeline", "StableDiffusionXLPipeline"),
+    check_fit=fit.check_sdxl,
+    settings={"force_zeros_for_empty_prompt": json_file.or_none(json_file.BOOLEAN)},
+)
+LAYOUTS = {"StableDiffusionPipeline": SD, "LatentConsistencyModelPipeline": SD, "StableDiffusionXLPipeline": SDXL}

@@ -35,11 +35,15 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
     index = json_file.read(where, {"_class_name": json_file.TEXT}, largest=json_file.CONFIG)
     pipeline_class = index.get("_class_name")
     if pipeline_class not in LAYOUTS:
-        raise UserError(f"{where}: _class_name is {plain(str(pipeline_class), 100)}; supported: {', '.join(LAYOUTS)}")
+        refiner = index.get("text_encoder") == [None, None] and "text_encoder_2" in index
+        hint = "; it looks like SDXL's refiner, which continues another model's samples" if refiner else ""
+        raise UserError(
+            f"{where}: _class_name is {plain(str(pipeline_class), 100)}; supported: {', '.join(LAYOUTS)}{hint}"
+        )
     layout = LAYOUTS[pipeline_class]
-    for name, supported in layout.settings.items():
-        if (value := index.get(name, supported)) != supported:
-            raise UserError(f"{where}: {name} is {plain(repr(value), 100)}; supported: {supported}")
+    for name, kind in layout.settings.items():
+        if name in index:
+            kind.check(f"{where}: {name}", index[name])
     index.update({name: [None, None] for name in OPTIONAL if name in index and index[name] is None})
     classes = {}
     for name, value in index.items():

@@ -77,6 +77,10 @@ _UNET_FIXED: dict[str, Any] = {
     "timestep_post_act": _OFF,
 }
 
+_CHANNELS = Kind(
+    "a list of numbers, one per latent channel",
+    lambda value: isinstance(value, list) and all(map(json_file.NUMBER.test, value)),
+)
 _VAE_KINDS: dict[str, Kind] = {
     "in_channels": SIZE,
     "out_channels": SIZE,
@@ -88,6 +92,8 @@ _VAE_KINDS: dict[str, Kind] = {
     "norm_num_groups": SIZE,
     "scaling_factor": json_file.POSITIVE,
     "shift_factor": json_file.or_none(json_file.NUMBER),
+    "latents_mean": json_file.or_none(_CHANNELS),
+    "latents_std": json_file.or_none(_CHANNELS),
     "use_quant_conv": json_file.BOOLEAN,
     "use_post_quant_conv": json_file.BOOLEAN,
     "mid_block_add_attention": json_file.BOOLEAN,
@@ -95,8 +101,6 @@ _VAE_KINDS: dict[str, Kind] = {
 _VAE_FIXED: dict[str, Any] = {
     "act_fn": "silu",
     "force_upcast": (True, False, None),  # no effect: dtypes follow the policy
-    "latents_mean": None,
-    "latents_std": None,
     "quantization_config": None,
 }
 
@@ -215,9 +219,25 @@ def read_vae(config: Mapping[str, Any]) -> VAEConfig:
         values[name] = per_level(values.get(name, (block,)), levels, name)
         for value in values[name]:
             one_of(name, value, (block,))
+    _read_channels(values)
     read = VAEConfig(**values)
     check_size(read.least_tensors)
     return read
+
+
+def _read_channels(values: dict[str, Any]) -> None:
+    """Turns the latents' mean and std into tuples; raises UserError unless they belong to the latent channels."""
+    channels = values.get("latent_channels", VAEConfig.latent_channels)
+    names = ("latents_mean", "latents_std")
+    given = {name: tuple(map(float, values[name])) for name in names if values.get(name) is not None}
+    for name, value in given.items():
+        if len(value) != channels:
+            raise UserError(f"{name} has {len(value)} values; latent_channels is {channels}")
+    if len(given) == 1:
+        raise UserError(f"{next(iter(given))} is given alone; {' and '.join(names)} belong together")
+    if any(std <= 0 for std in given.get("latents_std", ())):
+        raise UserError(f"latents_std is {list(given['latents_std'])}; its values must be positive")
+    values.update(given)
 
 
 def read_clip_text(config: Mapping[str, Any]) -> CLIPTextConfig:

@@ -29,6 +29,8 @@ class VAEConfig:
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None  # one per channel; diffusers' SDXL pipelines use both
+    latents_std: tuple[float, ...] | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
@@ -223,7 +225,7 @@ class AutoencoderKL(nnx.Module):
 
     def to_images(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
         """Decodes scaled latents to float32 images, approximately in [-1, 1]."""
-        return self.decode(latents / self.config.scaling_factor + (self.config.shift_factor or 0.0))
+        return self.decode(unscaled(self.config, latents))
 
 
 def scaled_draw(
@@ -231,4 +233,13 @@ def scaled_draw(
 ) -> Float[Array, "b h w c"]:
     """Returns scaled latents of q(z|x) = N(mean, exp(logvar)): a sample with standard normal `noise`, or the mean."""
     z = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
-    return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+    if config.latents_mean is None or config.latents_std is None:
+        return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+    return (z - jnp.asarray(config.latents_mean)) * config.scaling_factor / jnp.asarray(config.latents_std)
+
+
+def unscaled(config: VAEConfig, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Returns the decoder's input for scaled latents."""
+    if config.latents_mean is None or config.latents_std is None:
+        return z / config.scaling_factor + (config.shift_factor or 0.0)
+    return z * jnp.asarray(config.latents_std) / config.scaling_factor + jnp.asarray(config.latents_mean)

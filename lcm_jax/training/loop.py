@@ -139,6 +139,7 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
         vae=folder.components["vae"].params,
         vae_config=folder.components["vae"].config,
         source=source,
+        sizes=parts.family.uses_sizes,
     )
     if data_state is not None:
         data.set_state(data_state)

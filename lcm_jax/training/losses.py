@@ -14,7 +14,7 @@ from lcm_jax.objectives.base import Aux, Inputs, Networks, Update
 from lcm_jax.training.networks import Parts
 
 # 'input_ids' tokens (`families.base`), and 'image' uint8 (B, H, W, 3) or 'moments' (B, h, w, 2C): mean and
-# log-variance of q(z|x)
+# log-variance of q(z|x); 'sizes' int32 (B, 6) for a family that uses them (`families.base.default_sizes`)
 Batch = dict[str, Any]
 
 
@@ -121,19 +121,10 @@ def _inputs(parts: Parts, params: dict, frozen: dict, batch: Batch, noise: Any) 
     condition = null_condition = None
     if "condition" in needs:
         encoders = {name: _bound(parts, name, name, name, params, frozen) for name in family.text_encoders}
-        size = _size(parts, batch)
-        condition = family.condition(encoders, batch["input_ids"], size)
-        null_condition = family.condition(encoders, parts.null_ids, size)
-        if family.null:
-            null_condition = family.null(null_condition)
+        text, sizes = family.encode(encoders, batch["input_ids"]), batch.get("sizes")
+        null = family.null(text) if family.null else family.encode(encoders, parts.null_ids)
+        condition, null_condition = family.condition(text, sizes), family.condition(null, sizes)
     return Inputs(images, z_0, condition, null_condition)
-
-
-def _size(parts: Parts, batch: Batch) -> tuple[int, int]:
-    """Returns height and width of the images in pixels."""
-    stored, factor = ("moments", parts.networks["vae"].config.factor) if "moments" in batch else ("image", 1)
-    _, height, width, _ = batch[stored].shape
-    return height * factor, width * factor
 
 
 def _latents(parts: Parts, vae: dict, batch: Batch, noise: jax.Array) -> jax.Array:

@@ -64,6 +64,8 @@ class Parts:
             shapes["moments"] = jax.ShapeDtypeStruct((*size, 2 * channels), jnp.float16)
         else:
             shapes["image"] = jax.ShapeDtypeStruct((config.image_size, config.image_size, 3), jnp.uint8)
+        if self.family.uses_sizes:
+            shapes["sizes"] = jax.ShapeDtypeStruct((6,), jnp.int32)
         return shapes
 
     @property
@@ -127,7 +129,7 @@ def make_parts(
       UserError: roles that don't fit the folder, adapters or an image size that don't fit the networks.
     """
     record, options = objective or chosen(config)
-    family = family_of(folder.pipeline_class)
+    family = family_of(folder.model_index)
     roles = record.roles(options, family)
     policy = Policy.named(config.model.dtype)
     of_denoiser = {"remat": config.model.remat, "attention": config.model.attention_on(jax.devices()[0])}

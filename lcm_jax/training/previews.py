@@ -11,7 +11,7 @@ from lcm_jax.config import Config
 from lcm_jax.data.batches import batches
 from lcm_jax.diffusion.guidance import is_guided
 from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
-from lcm_jax.families.base import Tokens
+from lcm_jax.families.base import Tokens, default_sizes
 from lcm_jax.host.images import to_signed, to_uint8, to_unit
 from lcm_jax.inference.generate import Sampler, generate
 from lcm_jax.training.networks import Parts, components_of
@@ -58,6 +58,7 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
     prompts = list(config.log.prompts) or [""]
     ids = jax.tree.map(jnp.asarray, tokenizer(prompts))
     null_ids = jax.tree.map(lambda of: jnp.repeat(of, len(prompts), 0), parts.null_ids)
+    sizes = default_sizes(len(prompts), config.data.image_size, config.data.image_size) if family.uses_sizes else None
     w = jnp.full(len(prompts), config.log.guidance_scale - 1.0, jnp.float32)
     shape = parts.latent_shape(config.data.image_size)
     key_z, key_noise = jax.random.split(jax.random.key(SEED))
@@ -68,6 +69,6 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
         for name in sampler.networks.keys() & parts.adapted.keys():
             params = {**params, name: lora.merge(frozen[name], params[name], lora.alphas(parts.adapted[name]))}
         # the trained weights stand before the frozen ones of the same component
-        return generate(sampler, {**frozen, **params}, ids, null_ids, w, grid, z_T, key_noise)
+        return generate(sampler, {**frozen, **params}, ids, null_ids, sizes, w, grid, z_T, key_noise)
 
     return lambda weights, frozen: to_uint8(to_unit(np.asarray(draw(weights, frozen))))

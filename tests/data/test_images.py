@@ -9,10 +9,13 @@ from image_files import KINDS, RAMP, RGB, SIZE, encode, png, rows, samples, tiff
 from little_photos import photo_pixels
 from PIL import Image, features
 
-from lcm_jax.data import images
-from lcm_jax.data.batches import prepare_image
+from lcm_jax.data import batches, images
 from lcm_jax.data.config import DataConfig
 from lcm_jax.data.images import BadImage
+
+
+def prepare_image(*args, **options):
+    return batches.prepare_image(*args, **options).pixels
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,16 +105,16 @@ def test_the_limit_is_checked_before_anything_is_decoded(width, height):
 
 def test_a_large_jpeg_is_decoded_at_a_reduced_scale():
     file = jpeg(4200, 4100)
-    assert images.decode(file, 100, 10**8).size == (525, 513)
-    assert images.decode(file, 1024, 10**8).size == (2100, 2050)
-    assert images.decode(file, 1026, 10**8).size == (4200, 4100)  # half of it would be less than twice the size
+    assert images.decode(file, 100, 10**8).image.size == (525, 513)
+    assert images.decode(file, 1024, 10**8).image.size == (2100, 2050)
+    assert images.decode(file, 1026, 10**8).image.size == (4200, 4100)  # half of it would be less than twice the size
     whole = np.asarray(Image.open(io.BytesIO(file)).convert("RGB").resize((102, 100), Image.Resampling.LANCZOS))
     found = prepare_image(file, DataConfig(image_size=100)).astype(int)
     assert np.abs(found - whole[:, 1:101]).max() <= 2
 
 
 def test_other_jpegs_are_decoded_in_full():
-    assert images.decode(jpeg(4000, 4000), 32, 10**8).size == (4000, 4000)
+    assert images.decode(jpeg(4000, 4000), 32, 10**8).image.size == (4000, 4000)
 
 
 @pytest.mark.parametrize("shape", [(1, 2000), (2000, 1), (1, 1)])
@@ -133,10 +136,10 @@ def test_a_strip_is_not_resized_as_a_whole(shape, monkeypatch):
 def test_large_images_are_converted_part_by_part(monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 4), np.uint8)
     for file in (encode(Image.fromarray(noise), "PNG"), encode(Image.fromarray(noise.view(np.uint16)[..., 0]), "PNG")):
-        whole = np.asarray(images.decode(file, 32, 10**6))
+        whole = np.asarray(images.decode(file, 32, 10**6).image)
         for band in (50, 1000):  # less than a row, and several rows
             monkeypatch.setattr(images, "_BAND", band)
-            np.testing.assert_array_equal(images.decode(file, 32, 10**6), whole)
+            np.testing.assert_array_equal(images.decode(file, 32, 10**6).image, whole)
         monkeypatch.undo()
 
 
@@ -232,3 +235,25 @@ def test_gray_transparent_and_turned_images():
     gradient = Image.fromarray(np.repeat(np.arange(0, 256, 32, dtype=np.uint8)[None], 8, 0))
     gradient.save(turned, format="PNG", exif=exif)
     assert prepare_image(turned.getvalue(), config)[0, 0, 0] == 224
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("shape", [(30, 60), (90, 30), (1, 40)])  # height, width; the last is cut before it is resized
+def test_sizes_are_those_of_the_file_and_of_the_crop(shape, mirror):
+    """A column's and a row's number is its grey value: the crop's corner shows where it was taken from."""
+    height, width = shape
+    grid = np.stack([*np.indices(shape, np.uint8), np.zeros(shape, np.uint8)], -1)
+    size = min(shape)
+    pixels, sizes = batches.prepare_image(encode(Image.fromarray(grid), "PNG"), DataConfig(image_size=size), 0.3, mirror)
+    top, left = pixels[0, 0, :2]
+    assert sizes.tolist() == [height, width, top, width - 1 - left if mirror else left, size, size]
+
+
+def test_sizes_of_what_is_resized_and_turned():
+    """Original height and width are those of the upright image; the corner lies in the resized one."""
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    file = encode(Image.fromarray(np.zeros((40, 80, 3), np.uint8)), "JPEG", exif=exif)
+    assert batches.prepare_image(file, DataConfig(image_size=20), 0.5).sizes.tolist() == [80, 40, 10, 0, 20, 20]
+    large = encode(Image.fromarray(np.zeros((4200, 4100, 3), np.uint8)), "JPEG")  # decoded at a reduced scale
+    assert batches.prepare_image(large, DataConfig(image_size=100), 0.0).sizes.tolist() == [4200, 4100, 0, 0, 100, 100]

@@ -33,8 +33,8 @@ class Source(Protocol):
         """Returns image and captions of each record, in the order of `indices`. Several threads may call it.
 
         The image is the stored file as bytes (PNG, JPEG, …), which `images.decode` may reject; with
-        config.data.latents, it is the moments instead, float16 (h, w, 2C), all of one shape. There is at least one
-        caption per record, each cleaned by `caption_text`.
+        config.data.latents, it is a `latents.Latent` instead, all of one shape. There is at least one caption per
+        record, each cleaned by `caption_text`.
 
         Raises: UserError naming the record that cannot be read or has no caption.
         """

@@ -21,7 +21,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from lcm_jax.data.config import DataConfig
 from lcm_jax.data.images import BadImage
-from lcm_jax.data.latents import CAPTIONS, MOMENTS
+from lcm_jax.data.latents import CAPTIONS, MOMENTS, SIZES, Latent
 from lcm_jax.data.sources.base import caption_text
 from lcm_jax.errors import UserError, nearest, plain, say
 
@@ -43,7 +43,7 @@ class TfdsSource:
         return len(self.records)
 
     def read(self, indices: Sequence[int]) -> list[tuple[Any, list[str]]]:
-        """Returns the image file (PNG, JPEG, …) or moments of each record, and its captions (at least one).
+        """Returns the image file (PNG, JPEG, …) or the `Latent` of each record, and its captions (at least one).
 
         Raises UserError naming the record that cannot be read or has no caption.
         """
@@ -51,7 +51,7 @@ class TfdsSource:
             records = self.records.__getitems__(indices)  # pyright: ignore[reportAttributeAccessIssue]
         except Exception:
             records = [self._read_one(i) for i in indices]  # finds the record that failed
-        return [(record[self.image_key], self._captions(record, i)) for record, i in zip(records, indices, strict=True)]
+        return [(self._image(record), self._captions(record, i)) for record, i in zip(records, indices, strict=True)]
 
     def stored(self, indices: Sequence[int]) -> list[bytes]:
         """Returns the stored records as serialized tf.Examples with sorted features.
@@ -78,6 +78,10 @@ class TfdsSource:
             return self.records[index]
         except Exception as error:
             raise UserError(f"{self.where}: record {index} cannot be read ({_line(error)})") from None
+
+    def _image(self, record: dict) -> Any:
+        image = record[self.image_key]
+        return Latent(image, record.get(SIZES)) if self.image_key == MOMENTS else image
 
     def _captions(self, record: dict, index: int) -> list[str]:
         value: Any = record
