@@ -46,13 +46,19 @@ class Counts:
 _counts: Counts | None = None
 
 
-def enable() -> str:
+def enable(*, keep_own: bool = False) -> str:
     """Enables JAX's persistent compilation cache, with atomic writes, and returns its folder.
 
     The folder is JAX_COMPILATION_CACHE_DIR (a path or `gs://…`) if set, else `~/.cache/lcm_jax/compiled`. A missing
     folder is created with mode 0700, since the entries are executed.
+
+    Args:
+      keep_own: whether to change nothing if the process has set another folder in `jax.config`.
     """
     global _counts
+    own = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if keep_own and own and own not in (_counts and _counts.folder, os.environ.get("JAX_COMPILATION_CACHE_DIR")):
+        return own
     if compilation_cache.get_file_cache is not cache_entries.open_cache:
         compilation_cache.get_file_cache = cache_entries.open_cache
         compilation_cache.reset_cache()  # in case something was compiled before

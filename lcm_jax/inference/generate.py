@@ -5,7 +5,6 @@ import functools
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lcm_jax.diffusion import consistency, guidance, sampling
@@ -99,12 +98,3 @@ def generate(
     else:
         z_0 = sampling.dpmpp_sample(denoise, process, z_T, timesteps)
     return bound["vae"](z_0, method="to_images") if sampler.decode else z_0
-
-
-def seed_key(seed: int) -> jax.Array:
-    """Returns the random key of a seed in 0 … 2^64 - 1, a different one for each seed.
-
-    `jax.random.key` drops a seed's upper 32 bits unless x64 is enabled; seeds below 2^32 give the same key either way.
-    """
-    with jax.enable_x64(True):
-        return jax.random.key(np.uint64(seed))
