@@ -49,7 +49,9 @@ def pictures(source: Source, config: Config, batch_size: int) -> Iterator[tuple[
             yield list(pool.map(load, numbers, records)), [captions for _, captions in records]
 
 
-def encode(config: Config, folder: Folder, source: Source, batch_size: int) -> Iterator[tuple[latents.Latent, list[str]]]:
+def encode(
+    config: Config, folder: Folder, source: Source, batch_size: int
+) -> Iterator[tuple[latents.Latent, list[str]]]:
     """Yields (latent, captions) of each image; its moments are mean and log-variance of q(z|x).
 
     Raises: UserError for a record that can't be read or decoded, and for a batch that the devices do not divide.

@@ -13,9 +13,7 @@ from lcm_jax.families.base import Family
 from lcm_jax.models import UNetConfig
 
 
-def _encode(
-    encoders: Mapping[str, Callable[..., jax.Array]], input_ids: Int[Array, "b l"]
-) -> Float[Array, "b l d"]:
+def _encode(encoders: Mapping[str, Callable[..., jax.Array]], input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
     return encoders["text_encoder"](input_ids)
 
 

@@ -32,8 +32,8 @@ from lcm_jax.inference.bound import Bound, bind, put
 from lcm_jax.inference.generate import Sampler
 from lcm_jax.inference.program import Program
 from lcm_jax.inference.request import Request, at_least_one, negatives
-from lcm_jax.inference.sizes import checked_sizes
 from lcm_jax.inference.rules import Rules
+from lcm_jax.inference.sizes import checked_sizes
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.folder_writing import write_folder
 from lcm_jax.interop.lora.merge import Loras, check, lcm_recipe, merged_kernels, with_kernels
@@ -116,9 +116,10 @@ class Pipeline:
             multi-vector textual inversion expands to all its vectors, as in diffusers.
           steps: number of sampling steps; 4 by default for a consistency model, 50 for a diffusion model.
           guidance_scale: w + 1. The default is 7.5 for a diffusion model (SDXL: 5), the middle of the trained range for
-            a consistency model with a w-embedding (8.5 if unknown; SDXL: 5), and 1 for one without, as with an LCM-LoRA. Values
-            outside the trained range give a warning. Without a w-embedding, values above 1 call the denoiser with and
-            without the prompt in each step; other values mean no guidance (also 0 and below, as in diffusers).
+            a consistency model with a w-embedding (8.5 if unknown; SDXL: 5), and 1 for one without, as with an
+            LCM-LoRA. Values outside the trained range give a warning. Without a w-embedding, values above 1 call the
+            denoiser with and without the prompt in each step; other values mean no guidance (also 0 and below, as in
+            diffusers).
           seed: in 0 … 2^64 - 1. Image i depends on the seed and on i, not on the other images. None takes a random
             seed for each call.
           negative_prompt: one string for all prompts, or one per prompt. Not supported by a consistency model with a
@@ -169,9 +170,9 @@ class Pipeline:
             latents=latents,
             noise=noise,
         )
-        height, width = (side * self.networks["vae"].network.config.factor for side in shape[1:3])
+        pixels = [side * self.networks["vae"].network.config.factor for side in shape[1:3]]
         given = {"original_size": original_size, "crop": crop, "target_size": target_size}
-        sizes = checked_sizes(self.family, request.batch_size, height, width, **given)
+        sizes = checked_sizes(self.family, request.batch_size, *pixels, **given)
         negative = bool(self.family.null) and negative_prompt is not None
         program = self._program(settings.sampler, settings.guided, output != "latents", negative)
         drawn = np.concatenate([*self._sample(request, program, prompts, null_prompts, sizes)])
@@ -308,7 +309,7 @@ def load_pipeline(
     dtype: str = "float32",
     quiet: bool = False,
 ) -> Pipeline:
-    """Loads a folder written by diffusers' `StableDiffusionPipeline`, `LatentConsistencyModelPipeline` or `StableDiffusionXLPipeline`.
+    """Loads a folder written by a diffusers pipeline in `interop.layouts.LAYOUTS`.
 
     Compiled programs are kept on disk, as by the commands, unless this process already set JAX's own compile cache.
 

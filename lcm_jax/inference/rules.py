@@ -112,7 +112,9 @@ class Rules:
             return self.family.guidance
         if not self.w_embedding_dim:
             return 1.0  # guidance is distilled into such a student
-        return (self.recipe.guidance_min + self.recipe.guidance_max) / 2 if self.recipe else self.family.student_guidance
+        return (
+            (self.recipe.guidance_min + self.recipe.guidance_max) / 2 if self.recipe else self.family.student_guidance
+        )
 
     def lcm_timesteps(self, steps: int) -> Int[np.ndarray, " n"]:
         """Returns `steps` of the timesteps that the model or LCM-LoRA was trained on; raises UserError for too many."""

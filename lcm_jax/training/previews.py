@@ -58,7 +58,8 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
     prompts = list(config.log.prompts) or [""]
     ids = jax.tree.map(jnp.asarray, tokenizer(prompts))
     null_ids = jax.tree.map(lambda of: jnp.repeat(of, len(prompts), 0), parts.null_ids)
-    sizes = default_sizes(len(prompts), config.data.image_size, config.data.image_size) if family.uses_sizes else None
+    side = config.data.image_size
+    sizes = jnp.asarray(default_sizes(len(prompts), side, side)) if family.uses_sizes else None
     w = jnp.full(len(prompts), config.log.guidance_scale - 1.0, jnp.float32)
     shape = parts.latent_shape(config.data.image_size)
     key_z, key_noise = jax.random.split(jax.random.key(SEED))

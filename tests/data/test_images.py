@@ -244,7 +244,9 @@ def test_sizes_are_those_of_the_file_and_of_the_crop(shape, mirror):
     height, width = shape
     grid = np.stack([*np.indices(shape, np.uint8), np.zeros(shape, np.uint8)], -1)
     size = min(shape)
-    pixels, sizes = batches.prepare_image(encode(Image.fromarray(grid), "PNG"), DataConfig(image_size=size), 0.3, mirror)
+    pixels, sizes = batches.prepare_image(
+        encode(Image.fromarray(grid), "PNG"), DataConfig(image_size=size), 0.3, mirror
+    )
     top, left = pixels[0, 0, :2]
     assert sizes.tolist() == [height, width, top, width - 1 - left if mirror else left, size, size]
 
