@@ -23,6 +23,8 @@ Main = Callable[[Sequence[str]], int]
 OTHER_NAMES = {
     "--num-inference-steps": "--steps",
     "--generator": "--seed",
+    "--num-images-per-prompt": "--images-per-prompt",
+    "--num-images": "--images-per-prompt",
     "--output-dir": "--workdir",
     "--pretrained-model-name-or-path": "--config.model.folder",
     "--pretrained-teacher-model": "--config.model.folder",
@@ -182,15 +184,16 @@ def run(main: Main, argv: Sequence[str] | None = None, command: str | None = Non
 
 @contextmanager
 def one_line_warnings(command: str) -> Iterator[None]:
-    """Context manager that prints every UserWarning as one plain line; other warnings are unchanged."""
+    """Context manager that prints every UserWarning as one plain line, once; other warnings are unchanged."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        usual = warnings.showwarning
+        usual, shown = warnings.showwarning, set()
 
         def show(message, category, filename, lineno, file=None, line=None):
-            if category is UserWarning:
+            if category is UserWarning and str(message) not in shown:
+                shown.add(str(message))
                 print(f"lcm-jax {command}: warning: {plain(message)}", file=sys.stderr)
-            else:
+            elif category is not UserWarning:
                 usual(message, category, filename, lineno, file, line)
 
         warnings.showwarning = show

@@ -32,7 +32,7 @@ from lcm_jax.digits.classifier import STYLE_WEIGHTS, WEIGHTS, Classifier, load_c
 from lcm_jax.digits.dataset import SIZE, STYLES
 from lcm_jax.digits.draw import BATCH, draw_all, in_batches
 from lcm_jax.digits.evaluation_set import Prompt, real_pictures, sheet_prompts, test_prompts
-from lcm_jax.digits.guidance import best_guidance, trained_range
+from lcm_jax.digits.guidance import best_guidance, trained_range, work
 from lcm_jax.digits.measures import METRICS, Score, score
 from lcm_jax.digits.report import Row, curves, figure_class, said, table
 from lcm_jax.digits.sheet import sheet
@@ -43,6 +43,7 @@ from lcm_jax.host.images import to_signed, to_uint8, to_unit, write_png
 from lcm_jax.inference import verify
 from lcm_jax.inference.pipeline import Pipeline, load_pipeline
 from lcm_jax.interop.lora.file import find
+from lcm_jax.monitor.progress import Sampling
 
 STEPS = (1, 2, 4, 8)
 
@@ -87,11 +88,13 @@ def student_rows(
     features, _ = classifier(real_pictures(prompts, "test"))
     candidates = trained_range(student) if guidance_scale is None else [guidance_scale]
     rows = []
-    for n in steps:
-        guidance = best_guidance(student, classifier, n, candidates)
-        pictures, rate = draw_all(student, prompts, n, guidance)
-        rows.append(Row("student", score(pictures, prompts, classifier, features), n, guidance, rate))
-        print(said(rows[-1]), flush=True)
+    with Sampling(work(steps, candidates, len(prompts))) as progress:
+        for n in steps:
+            guidance = best_guidance(student, classifier, n, candidates, progress=progress)
+            done = progress.series(f"student, {n} step{'s' * (n != 1)}", len(prompts), n)
+            pictures, rate = draw_all(student, prompts, n, guidance, done=done)
+            rows.append(Row("student", score(pictures, prompts, classifier, features), n, guidance, rate))
+            print(said(rows[-1]), flush=True)
     return rows
 
 
@@ -101,7 +104,9 @@ def diffusers_row(
     """Returns a row for the model, prompts and noise of `row`, sampled by diffusers (`draw` is from `lcm_drawer`)."""
     features, _ = classifier(real_pictures(prompts, "test"))
     there = functools.partial(draw, guidance_scale=row.guidance_scale)
-    pictures, rate = in_batches(there, prompts, student.latent_shape(1)[1:], row.steps or 1)
+    with Sampling(len(prompts)) as progress:
+        done = progress.series("student in diffusers", len(prompts))
+        pictures, rate = in_batches(there, prompts, student.latent_shape(1)[1:], row.steps or 1, done=done)
     measured = score(pictures, prompts, classifier, features)
     return Row("student in diffusers", measured, row.steps, row.guidance_scale, rate)
 
@@ -214,10 +219,11 @@ def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
     measured = lora_rows.Measured(pipe, (lcm, weight), dict(others), classifier, style)
     files.make_folder("--out", out)
     print("Measuring the model itself …", flush=True)
-    base = measured.without()
-    with_it = measured.with_lora(args.steps)
-    shown = min(with_it, key=lambda row: abs((row.steps or 1) - 4))
-    curve = measured.over_weights(shown, weights)
+    with measured.progress(args.steps, weights):
+        base = measured.without()
+        with_it = measured.with_lora(args.steps)
+        shown = min(with_it, key=lambda row: abs((row.steps or 1) - 4))
+        curve = measured.over_weights(shown, weights)
     rows = [*ceilings(pipe, classifier, test_prompts(), style), *base, *with_it, *curve]
     of_loras = {file: hashlib.sha256(find(file).read_bytes()).hexdigest() for file in cli.loras(args.lora)}
     values = {"model": args.model, "loras": cli.loras(args.lora), "lora_sha256": of_loras, "style": style}

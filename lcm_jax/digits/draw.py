@@ -11,6 +11,7 @@ from lcm_jax.digits.evaluation_set import SEED, Prompt, first_noise, later_noise
 from lcm_jax.inference.pipeline import Pipeline
 
 BATCH = 160  # images per call
+Done = Callable[[int], None]
 
 
 def draw_all(
@@ -22,6 +23,7 @@ def draw_all(
     *,
     fill: bool = False,
     seed: int = SEED,
+    done: Done | None = None,
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
     """Samples one image per prompt. Prompt i starts from noise i with every model and batch size.
 
@@ -30,16 +32,18 @@ def draw_all(
       sampler: for a diffusion model: "ddim", "dpmpp", or "lcm" with an LCM-LoRA.
       fill: whether to pad the last batch to BATCH, to reuse the compiled program of a full batch.
       seed: seed of the noise.
+      done: called after each batch with the number of images that are done.
 
     Returns:
       The images, and images/s without the first batch, which may include compilation.
     """
 
     def batch(texts: list[str], z_T: np.ndarray, between: np.ndarray | None) -> np.ndarray:
-        return pipe(texts, steps, guidance_scale, latents=z_T, noise=between, sampler=sampler)
+        given = {"latents": z_T, "noise": between, "sampler": sampler, "batch_size": len(texts)}
+        return pipe(texts, steps, guidance_scale, **given)
 
     lcm_steps = steps if pipe.is_lcm or sampler == "lcm" else 0
-    return in_batches(batch, prompts, pipe.latent_shape(1)[1:], lcm_steps, fill=fill, seed=seed)
+    return in_batches(batch, prompts, pipe.latent_shape(1)[1:], lcm_steps, fill=fill, seed=seed, done=done)
 
 
 Batch = Callable[[list[str], np.ndarray, np.ndarray | None], np.ndarray]
@@ -53,13 +57,14 @@ def in_batches(
     *,
     fill: bool = False,
     seed: int = SEED,
+    done: Done | None = None,
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], float]:
     """Calls `batch(texts, initial noise, noise between the steps)` for up to BATCH prompts at a time.
 
     Args:
       shape: shape of one latent (h, w, C).
       lcm_steps: number of consistency sampling steps that need noise between them; 0 for other samplers.
-      fill, seed: as in `draw_all`.
+      fill, seed, done: as in `draw_all`.
 
     Returns:
       As `draw_all`; the first batch is timed if it is the only one.
@@ -78,6 +83,8 @@ def in_batches(
             if pictures:
                 warnings.simplefilter("ignore")  # the first batch has issued them
             pictures.append(batch([prompts[i].text for i in chosen], first[chosen], between))
+        if done:
+            done(min(start + BATCH, len(prompts)))
     seconds = time.perf_counter() - starts[min(1, len(starts) - 1)]
     timed = sum(len(part) for part in pictures[1:]) or len(pictures[0])
     return np.concatenate(pictures)[: len(prompts)], timed / seconds

@@ -9,6 +9,7 @@ from lcm_jax.digits.evaluation_set import SEED, real_pictures, validation_prompt
 from lcm_jax.digits.measures import score
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.interop.recipe import RECIPE_FILE
+from lcm_jax.monitor.progress import Sampling
 
 VALIDATION_SEED = SEED + 2
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -22,6 +23,7 @@ def best_guidance(
     candidates: Sequence[float],
     sampler: str | None = None,
     style: str = "upright",
+    progress: Sampling | None = None,
 ) -> float:
     """Returns the best of the candidate guidance scales for sampling in `steps` steps.
 
@@ -34,11 +36,18 @@ def best_guidance(
     features, _ = classifier(real_pictures(prompts, "validation", style))
     scores = {}
     for guidance in candidates:
-        images, _ = draw_all(pipe, prompts, steps, guidance, sampler, seed=VALIDATION_SEED)
+        done = progress and progress.series(f"{steps} steps, guidance {guidance:g}?", len(prompts), steps)
+        images, _ = draw_all(pipe, prompts, steps, guidance, sampler, seed=VALIDATION_SEED, done=done)
         scores[guidance] = score(images, prompts, classifier, features)
     best = max(s.prompt.value for s in scores.values())
     good = {g: s.frechet for g, s in scores.items() if s.prompt.value >= best - WITHIN}
     return min(good, key=lambda g: good[g])
+
+
+def work(steps: Sequence[int], candidates: Sequence[float], images: int) -> int:
+    """Returns the network calls of `images` images for each number of steps, and of choosing the guidance for them."""
+    choosing = len(candidates) * len(validation_prompts()) if len(candidates) > 1 else 0
+    return sum(steps) * (images + choosing)
 
 
 def trained_range(pipe: Pipeline) -> list[float]:

@@ -1,6 +1,7 @@
 """Evaluates an LCM-LoRA on a digits model: against the model itself, per number of steps and per LoRA weight."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -9,11 +10,12 @@ from lcm_jax.digits.classifier import Classifier
 from lcm_jax.digits.dataset import STYLES
 from lcm_jax.digits.draw import draw_all
 from lcm_jax.digits.evaluation_set import Prompt, real_pictures, test_prompts
-from lcm_jax.digits.guidance import best_guidance
+from lcm_jax.digits.guidance import best_guidance, work
 from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row, figure_class, pixels, said
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.interop.lora.merge import Loras
+from lcm_jax.monitor.progress import Sampling
 
 WITHOUT, WITH = "the model, DDIM", "LCM-LoRA"
 BASE_STEPS = (4, 50)
@@ -40,6 +42,17 @@ class Measured:
         self._asked = None if style == STYLES[0] else style
         self._prompts = test_prompts()
         self._features, _ = classifier(real_pictures(self._prompts, "test", style))
+        self._progress: Sampling | None = None
+
+    @contextlib.contextmanager
+    def progress(self, steps: Sequence[int], weights: Sequence[float]) -> Iterator[None]:
+        """Shows the progress of all rows while the context lasts: those for these steps, and over these weights."""
+        count = len(self._prompts)
+        shown = min(steps, key=lambda n: abs(n - 4))
+        total = work(BASE_STEPS, BASE_GUIDANCE, count) + work(steps, LORA_GUIDANCE, count)
+        with Sampling(total + shown * len(weights) * count) as self._progress:
+            yield
+        self._progress = None
 
     def without(self) -> list[Row]:
         """Returns rows for the model without the LCM-LoRA, with DDIM in BASE_STEPS steps at the best guidance."""
@@ -74,8 +87,9 @@ class Measured:
         self.pipe.set_loras({**self._others, self._lcm[0]: weight})
 
     def _row(self, name: str, steps: int, candidates: Sequence[float], sampler: str) -> Row:
-        guidance = best_guidance(self.pipe, self._classifier, steps, candidates, sampler, self.style)
-        pictures, rate = draw_all(self.pipe, self._prompts, steps, guidance, sampler)
+        guidance = best_guidance(self.pipe, self._classifier, steps, candidates, sampler, self.style, self._progress)
+        done = self._progress and self._progress.series(f"{name}, {steps} steps", len(self._prompts), steps)
+        pictures, rate = draw_all(self.pipe, self._prompts, steps, guidance, sampler, done=done)
         measured = score(pictures, self._prompts, self._classifier, self._features, self._asked)
         row = Row(name, measured, steps, guidance, rate)
         print(said(row), flush=True)

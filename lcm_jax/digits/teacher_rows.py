@@ -12,13 +12,14 @@ import jax
 from lcm_jax.digits.classifier import WEIGHTS, Classifier
 from lcm_jax.digits.draw import draw_all
 from lcm_jax.digits.evaluation_set import real_pictures, test_prompts
-from lcm_jax.digits.guidance import GUIDANCE, best_guidance
+from lcm_jax.digits.guidance import GUIDANCE, best_guidance, work
 from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row
 from lcm_jax.digits.report import said as line_of
 from lcm_jax.errors import UserError
 from lcm_jax.host import json_file
 from lcm_jax.inference.pipeline import Pipeline
+from lcm_jax.monitor.progress import Sampling
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 TEACHER = ASSETS / "digits_teacher"
@@ -33,12 +34,14 @@ def measure(pipe: Pipeline, classifier: Classifier, say: Callable[[str], None]) 
     prompts = test_prompts()
     test_features, _ = classifier(real_pictures(prompts, "test"))
     rows = []
-    for sampler, name in SAMPLERS.items():
-        for steps in STEPS:
-            guidance = best_guidance(pipe, classifier, steps, GUIDANCE, sampler)
-            images, rate = draw_all(pipe, prompts, steps, guidance, sampler)
-            rows.append(Row(name, score(images, prompts, classifier, test_features), steps, guidance, rate))
-            say(line_of(rows[-1]))
+    with Sampling(work(STEPS, GUIDANCE, len(prompts)) * len(SAMPLERS)) as progress:
+        for sampler, name in SAMPLERS.items():
+            for steps in STEPS:
+                guidance = best_guidance(pipe, classifier, steps, GUIDANCE, sampler, progress=progress)
+                done = progress.series(f"{name}, {steps} steps", len(prompts), steps)
+                images, rate = draw_all(pipe, prompts, steps, guidance, sampler, done=done)
+                rows.append(Row(name, score(images, prompts, classifier, test_features), steps, guidance, rate))
+                say(line_of(rows[-1]))
     return rows
 
 

@@ -2,12 +2,12 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from lcm_jax.host import files
 
@@ -60,8 +60,17 @@ def grid(
     return np.array(canvas)
 
 
-def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Writes a PNG file atomically and creates its folder. Raises UserError if that fails."""
+def write_png(
+    path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"], texts: Mapping[str, str] | None = None
+) -> None:
+    """Writes a PNG file atomically and creates its folder. Raises UserError if that fails.
+
+    `texts` are stored in the file: keyword (1 to 79 characters of Latin-1) → text, as a tEXt chunk if the text is
+    Latin-1, else as an iTXt chunk in UTF-8 (PNG specification, section 11.3.3). What UTF-8 can't hold is escaped.
+    """
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, text in (texts or {}).items():
+        chunks.add_text(keyword, text.encode("utf-8", "backslashreplace").decode())
     encoded = io.BytesIO()
-    Image.fromarray(image).save(encoded, format="PNG")
+    Image.fromarray(image).save(encoded, format="PNG", pnginfo=chunks)
     files.write(path, encoded.getvalue())

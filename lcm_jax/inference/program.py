@@ -35,7 +35,8 @@ class Program:
         count, steps = len(z_T), len(timesteps)
         factor = self._sampler.networks["vae"].config.factor
         height, width = (side * factor for side in z_T.shape[1:3])
-        images = "1 image" if count == 1 else f"{count} images at once"
+        what = "image" if self._sampler.decode else "latent"
+        images = f"1 {what}" if count == 1 else f"{count} {what}s at once"
         return f"{steps} {self._sampler.kind} step{'s' * (steps != 1)} for {images} of {height} x {width} pixels"
 
 

@@ -149,6 +149,6 @@ class Rules:
                 warnings.warn(
                     f"guidance_scale {guidance_scale:g} is outside this model's trained range, {low:g} to {high:g}",
                     UserWarning,
-                    stacklevel=5,
+                    stacklevel=4,
                 )
         return guidance_scale

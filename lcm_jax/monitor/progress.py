@@ -1,4 +1,4 @@
-"""Console progress of a run: a bar with loss, images/s and ETA on a terminal, otherwise periodic plain lines."""
+"""Console progress of training and of sampling: a bar with images/s and ETA on a terminal, else plain lines."""
 
 import collections
 import math
@@ -75,6 +75,64 @@ class Progress:
             self._line = now
             self.say(f"step {step}/{self.total}  {says}")
         return rate
+
+
+class Sampling:
+    """Shows how many images are sampled, in one or several series; use as a context manager."""
+
+    def __init__(self, work: int, console: Console | None = None) -> None:
+        """Takes the total work, in images times their calls of the network, which the time left is estimated from."""
+        self._work, self._finished = work, 0
+        self._console = console or Console()
+        self._line, self._first = time.perf_counter(), (0, math.nan)
+        columns = (BarColumn(), TextColumn("{task.fields[says]}", markup=False))
+        self._bar = Bar(*columns, console=self._console, transient=True) if self._console.is_terminal else None
+        if self._bar:
+            self._task = self._bar.add_task("sample", total=work, says="compiling")
+
+    def __enter__(self) -> "Sampling":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def series(self, name: str, images: int, calls: int = 1) -> Callable[[int], None]:
+        """Starts a series of images; returns a function to call with the number of its images that are done.
+
+        Time is measured from the end of a series' first batch, since that may include compilation.
+
+        Args:
+          name: shown before the numbers, or "".
+          images: in this series.
+          calls: of the network per image.
+        """
+        before, start = self._finished, [math.nan, 0.0]  # time and images at the end of the first batch
+        self._finished += images * calls
+
+        def done(count: int) -> None:
+            now, work = time.perf_counter(), before + count * calls
+            if math.isnan(start[0]):
+                start[:] = now, count
+            if math.isnan(self._first[1]):
+                self._first = work, now
+            says = f"{name}  {count}/{images} images".strip()
+            if now > start[0]:
+                says += f"  {(count - start[1]) / (now - start[0]):.1f} images/s"
+            if now > self._first[1] and work > self._first[0]:
+                seconds = (now - self._first[1]) / (work - self._first[0])  # per image and call
+                says += f"  {_clock((self._work - work) * seconds)} left"
+            if self._bar:
+                self._bar.update(self._task, completed=work, says=says)
+            elif now - self._line >= LINE_EVERY:
+                self._line = now
+                self._console.print(says, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+        return done
 
 
 def _clock(seconds: float) -> str:
