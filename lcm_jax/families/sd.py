@@ -17,7 +17,7 @@ def _encode(encoders: Mapping[str, Callable[..., jax.Array]], input_ids: Int[Arr
     return encoders["text_encoder"](input_ids)
 
 
-def _condition(text: Float[Array, "b l d"], sizes: None) -> Float[Array, "b l d"]:
+def _condition(text: Float[Array, "b l d"], sizes: Int[Array, "b 6"] | None) -> Float[Array, "b l d"]:
     return text
 
 

@@ -74,8 +74,7 @@ def generate(
     condition = family.condition(text, sizes)
 
     if sampler.guided:
-        own = family.null and not sampler.negative
-        null = family.null(text) if own else family.encode(bound, null_ids)
+        null = family.null(text) if family.null and not sampler.negative else family.encode(bound, null_ids)
         denoise = guidance.cfg_denoiser(denoiser, process, condition, family.condition(null, sizes), w)
     else:
         dim = family.w_embedding_dim(networks[family.denoiser].config)

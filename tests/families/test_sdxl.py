@@ -1,93 +1,27 @@
-"""A second family, of another condition, is one record: here a small Stable Diffusion XL, compared with diffusers.
+"""Stable Diffusion XL at a small size, compared with diffusers: condition, samples, distillation and export."""
 
-The condition is a tree, its null is not the empty prompt's, it depends on the image size, and there are two tokenizers.
-"""
-
-import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+import shutil
 
 import diffusers
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 from commands import train_on_one
 from fixtures_folders import SCHEDULE, TOKENS, UNET, VAE, latents, randomize, write_tokenizer
-from jaxtyping import Array, Float, Int
 
 import lcm_jax
-from lcm_jax import cli, export, families
+from lcm_jax import cli, export
 from lcm_jax.errors import UserError
+from lcm_jax.families.base import default_sizes
 from lcm_jax.inference.verify import verify
-from lcm_jax.interop import layouts
 from lcm_jax.interop.folder import read_folder
-
-
-def condition(
-    encoders: Mapping[str, Callable[..., Any]], tokens: Mapping[str, Int[Array, "b l"]], size: tuple[int, int]
-) -> dict[str, Array]:
-    first, _ = encoders["text_encoder"](tokens["tokenizer"], method="hidden_states")
-    second, pooled = encoders["text_encoder_2"](tokens["tokenizer_2"], method="hidden_states")
-    time_ids = jnp.asarray((*size, 0, 0, *size), jnp.float32)  # original size, top left corner, size
-    return {
-        "context": jnp.concatenate([first[-2], second[-2]], axis=-1),
-        "pooled": pooled,
-        "time_ids": jnp.tile(time_ids, (len(pooled), 1)),
-    }
-
-
-def null(of: dict[str, Array]) -> dict[str, Array]:
-    """Zeros, as a folder's `force_zeros_for_empty_prompt` says."""
-    zeros = {name: jnp.zeros_like(of[name]) for name in ("context", "pooled")}
-    return {**of, **zeros}
-
-
-def call(
-    unet: Callable[..., jax.Array],
-    z: Float[Array, "b h w c"],
-    t: Array,
-    by: dict[str, Array],
-    w_embedding: Array | None = None,
-) -> Float[Array, "b h w c"]:
-    added = {"text_embeds": by["pooled"], "time_ids": by["time_ids"]}
-    return unet(z, t, by["context"], w_embedding, added)
-
-
-LAYOUT = dataclasses.replace(
-    layouts.SD,
-    networks={**layouts.SD.networks, "text_encoder_2": "CLIPTextModelWithProjection"},
-    tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
-    copied=("feature_extractor", "image_encoder"),
-    students=("StableDiffusionXLPipeline", "StableDiffusionXLPipeline"),
-    check_fit=lambda path, **configs: None,
-    settings={"force_zeros_for_empty_prompt": True},
-)
-SDXL = dataclasses.replace(
-    families.SD,
-    name="Stable Diffusion XL",
-    pipelines=("StableDiffusionXLPipeline",),
-    text_encoders=("text_encoder", "text_encoder_2"),
-    condition=condition,
-    null=null,
-    call=call,
-)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS = ["a red seven", "red red words"]
 WIDTHS, PROJECTION, TIME_DIM = (8, 16), 12, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(layouts.LAYOUTS, "StableDiffusionXLPipeline", LAYOUT)
-        patch.setattr(families, "FAMILIES", (*families.FAMILIES, SDXL))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +96,8 @@ def relative(ours, theirs):
 
 def test_condition_and_network(pipe, peer):
     """The teacher's raw output at a prompt, through the family's record."""
-    condition = pipe.family.condition(pipe.networks, pipe.tokenizer(PROMPTS), (16, 24))
+    text = pipe.family.encode(pipe.networks, pipe.tokenizer(PROMPTS))
+    condition = pipe.family.condition(text, default_sizes(2, 16, 24))
     z, t = latents(0, 2, 8, 12, 4), np.asarray([901, 20], np.int32)
     ours = pipe.family.call(pipe.unet, z, t, condition)
     with torch.no_grad():
@@ -176,20 +111,58 @@ def test_condition_and_network(pipe, peer):
     assert relative(ours, theirs) < 1e-4
 
 
-@pytest.mark.parametrize("negative", [None, "", "words"])
-def test_samples_against_diffusers(pipe, peer, negative):
+SIZES = {"original_size": (20, 30), "target_size": (17, 25)}
+
+
+@pytest.mark.parametrize(
+    ("negative", "sizes"), [(None, {}), ("", {"crop": (3, 5), **SIZES}), ("words", {})], ids=["none", "empty", "words"]
+)
+def test_samples_against_diffusers(pipe, peer, negative, sizes):
     """Without a negative prompt guidance leads away from zeros, with "" from the empty prompt."""
-    z_T = latents(1, 2, 8, 8, 4)
-    ours = pipe(PROMPTS, 4, 5.0, negative_prompt=negative, latents=z_T, output="latents")
+    z_T = latents(1, 2, 8, 12, 4)
+    ours = pipe(PROMPTS, 2, 5.0, negative_prompt=negative, latents=z_T, height=16, width=24, output="float", **sizes)
     theirs = peer(
         PROMPTS,
-        num_inference_steps=4,
+        height=16,
+        width=24,
+        num_inference_steps=2,
         guidance_scale=5.0,
         negative_prompt=negative if negative is None else [negative] * 2,
         latents=torch.from_numpy(z_T).permute(0, 3, 1, 2),
-        output_type="latent",
+        output_type="np",
+        **({"crops_coords_top_left": sizes["crop"], **SIZES} if sizes else {}),
     ).images
-    assert relative(ours, theirs.permute(0, 2, 3, 1)) < 1e-4
+    assert relative(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"crop": 3}, "crop is 3; it must be two whole numbers in 0 … 16384, top and left"),
+        ({"original_size": (-1, 8)}, "original_size is .-1, 8.; it must be two whole numbers in 0 … 16384, height"),
+        ({"target_size": (8, 0.5)}, "target_size is 0.5"),
+    ],
+    ids=["one", "negative", "broken"],
+)
+def test_sizes_out_of_range(pipe, sizes, message):
+    with pytest.raises(UserError, match=message):
+        pipe(PROMPTS, 2, **sizes)
+
+
+def changed(folder, to, part, **values):
+    """A copy of the folder with other values in one of its JSON files."""
+    shutil.copytree(folder, to)
+    (to / part).write_text(json.dumps({**json.loads((folder / part).read_text()), **values}))
+    return to
+
+
+def test_the_empty_prompt_is_encoded_where_the_folder_says_so(folder, peer, tmp_path):
+    path = changed(folder, tmp_path / "folder", "model_index.json", force_zeros_for_empty_prompt=False)
+    z_T = latents(1, 1, 8, 8, 4)
+    pipe = lcm_jax.load_pipeline(path)
+    ours, encoded = (pipe(PROMPTS[0], 2, latents=z_T, output="latents", negative_prompt=n) for n in (None, ""))
+    np.testing.assert_array_equal(ours, encoded)
+    assert pipe.default_guidance == 5.0
 
 
 def test_a_distillation_step_and_export(folder, digits_data_dir, tmp_path):
@@ -216,8 +189,22 @@ def test_a_distillation_step_and_export(folder, digits_data_dir, tmp_path):
     assert "StableDiffusionXLPipeline.from_pretrained" in (out / "README.md").read_text()
 
 
-def test_a_setting_that_is_not_supported(folder, tmp_path):
-    index = json.loads((folder / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
-    with pytest.raises(UserError, match="force_zeros_for_empty_prompt is False; supported: True"):
-        read_folder(tmp_path)
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("model_index.json", {"force_zeros_for_empty_prompt": "no"}, "force_zeros_for_empty_prompt is 'no'; supported"),
+        ("model_index.json", {"text_encoder_2": [None, None]}, "does not name a text_encoder_2"),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]},
+            "it looks like SDXL's refiner",
+        ),
+        ("unet/config.json", {"cross_attention_dim": 32}, "unet and text_encoder and text_encoder_2 don't fit"),
+        ("unet/config.json", {"addition_time_embed_dim": 8}, r"projection_dim \+ 6 · addition_time_embed_dim 60"),
+        ("unet/config.json", {"addition_embed_type": None}, "addition_embed_type is None; supported: 'text_time'"),
+    ],
+    ids=["setting", "encoder", "refiner", "width", "sizes", "unet of sd"],
+)
+def test_a_folder_that_does_not_fit(folder, tmp_path, part, values, message):
+    with pytest.raises(UserError, match=message):
+        read_folder(changed(folder, tmp_path / "folder", part, **values))
