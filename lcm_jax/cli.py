@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from etils import epath
 
 from lcm_jax.errors import Unavailable, UserError, nearest, plain
-from lcm_jax.host import files
+from lcm_jax.host import files, interrupts
 
 Main = Callable[[Sequence[str]], int]
 # Options that users of diffusers, or of other trainers, look for → the option here
@@ -161,7 +161,9 @@ def workdir(text: str) -> epath.Path:
 
 
 def run(main: Main, argv: Sequence[str] | None = None, command: str | None = None) -> int:
-    """Runs a command and returns its exit code: that of `main`, 2 for UserError, 1 for Unavailable, 130 for Ctrl-C.
+    """Runs a command and returns its exit code: that of `main`, 2 for UserError, 1 for Unavailable.
+
+    Ctrl-C and SIGTERM end it within two seconds, with 130 and 143, unless `main` handles them itself.
 
     Args:
       main: takes the arguments without the program's name and returns the exit code.
@@ -171,15 +173,19 @@ def run(main: Main, argv: Sequence[str] | None = None, command: str | None = Non
     command = command or _module_name(main)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold undecodable bytes: print them escaped
         sys.stdout.reconfigure(errors="backslashreplace")
+
+    def interrupted(error: KeyboardInterrupt) -> None:
+        print(f"lcm-jax {command}: {interrupts.word(error)}", file=sys.stderr, flush=True)
+
     try:
-        with one_line_warnings(command):
+        with one_line_warnings(command), interrupts.ends_soon(interrupted):
             return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"lcm-jax {command}: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, Unavailable) else 2
-    except KeyboardInterrupt:
-        print(f"lcm-jax {command}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        interrupted(error)
+        return interrupts.EXIT_CODES[interrupts.word(error)]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Console progress of training and of sampling: a bar with images/s and ETA on a terminal, else plain lines."""
 
 import collections
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+
+from lcm_jax.host import interrupts
 
 LINE_EVERY = 10.0  # seconds between plain lines
 WINDOW = 50  # steps over which throughput is measured
@@ -33,18 +36,21 @@ class Progress:
         self._times: collections.deque[tuple[int, float]] = collections.deque(maxlen=WINDOW + 1)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[says]}", markup=False))
         self._bar = Bar(*columns, console=self._console, transient=False) if self._console.is_terminal else None
+        self._acts = contextlib.ExitStack()
         if self._bar:
             self._task = self._bar.add_task("train", total=total_steps, completed=start_step, says="compiling")
 
     def __enter__(self) -> "Progress":
         self.say("Compiling the step ...")
-        if self._bar:
-            self._bar.start()
+        if bar := self._bar:
+            bar.start()
+            self._acts.enter_context(interrupts.last_act(lambda _: bar.stop()))  # which shows the cursor again
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._acts.close()
         if self._bar:
             self._bar.stop()
 

@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import contextlib
 import os
 import socket
 import sys
@@ -15,6 +16,7 @@ from jax._src.clusters import ClusterEnv  # used by jax.distributed.initialize; 
 from jax.experimental import multihost_utils
 
 from lcm_jax.errors import Unavailable, UserError, plain
+from lcm_jax.host import interrupts
 from lcm_jax.parallel.agreement import Disagreement, agree
 from lcm_jax.parallel.roll_call import RollCall
 from lcm_jax.parallel.roll_list import TOKEN
@@ -120,6 +122,7 @@ class Processes:
     def __init__(self, place: Place | None, wait: float = WAIT) -> None:
         """Waits for the other processes. Raises UserError if they can't be reached."""
         self._roll_call: RollCall | None = None
+        self._acts = contextlib.ExitStack()
         if place is None:
             return
         host, _, port = place.coordinator.rpartition(":")
@@ -155,26 +158,35 @@ class Processes:
             raise Unavailable(why) from None
 
     def __enter__(self) -> Self:
+        if call := self._roll_call:
+            self._acts.enter_context(interrupts.last_act(lambda error: call.leave(interrupts.word(error))))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._acts.close()
         if not self._roll_call:
             return
         if error is None or isinstance(error, Disagreement):  # the others raise it as well
             jax.distributed.shutdown()  # waits for the others
             self._roll_call.leave()
             return
-        self._roll_call.leave(" ".join(f"{error}".split()) or type(error).__name__)
+        why = " ".join(f"{error}".split()) or type(error).__name__
+        if isinstance(error, KeyboardInterrupt):
+            why = interrupts.word(error)
+        self._roll_call.leave(why)
         # at exit JAX would wait for the others, which are ending as well
-        atexit.register(_exit, {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
+        atexit.register(_exit, 2 if type(error) is UserError else interrupts.EXIT_CODES.get(why, 1))
 
     @staticmethod
     def _end(why: str) -> None:
-        """Ends this process, whose main thread may wait forever inside JAX for a lost process."""
+        """Ends this process, whose main thread may wait forever inside JAX for a lost process.
+
+        A signal to one process stops the run, so the others end with its code, which launchers read.
+        """
         _say(f"error: {why}; all processes end. Restart them: the run resumes from its last checkpoint.")
-        _exit(1)
+        _exit(interrupts.EXIT_CODES.get(why.rpartition("has ended: ")[2], 1))
 
 
 def tell(place: Place | None, problem: UserError) -> None:

@@ -2,11 +2,10 @@
 
 import dataclasses
 import math
-import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from lcm_jax.config import Config
 from lcm_jax.data.batches import batches
 from lcm_jax.data.sources import Source, open_data
 from lcm_jax.errors import UserError, is_out_of_memory, plain
-from lcm_jax.host import compile_cache, files
+from lcm_jax.host import compile_cache, files, interrupts
 from lcm_jax.host.images import grid, write_png
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
@@ -175,12 +174,14 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
         checkpoints,
         closing(data),
         progress,
-        _stop_signals() as stop,
         Profiler(profiled, workdir) as profiler,
         closing(metrics) if metrics else nullcontext(),
+        ExitStack() as steps_run,
     ):
         step = ahead.step(program.lower())
         meet("step compiled")  # it may take one longer than the devices wait for each other
+        # until here there was nothing to save, and a signal ended the run at once
+        stop = steps_run.enter_context(interrupts.as_flag())
         pending, received, last, done = None, 0, False, start
         while not last:
             before = time.perf_counter()
@@ -214,6 +215,7 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
                 if metrics:
                     metrics.images(done, "samples", pictures)
                     write_png(workdir / "samples" / f"step_{done:06d}.png", grid(pictures, columns=8))
+        checkpoints.wait()  # here, where a second SIGTERM does not cut the last one short
     held.check()
     _put_back(workdir, config, inputs)
     checkpoints.check_there(done)
@@ -302,26 +304,3 @@ def _diverged(workdir: epath.Path, config: Config, step: int, good: int | None) 
         f"loss or gradient was not finite in {config.max_skipped} steps in a row, up to step {step}; {kept}; "
         f"try a smaller config.optimizer.learning_rate (now {config.optimizer.learning_rate:g}) in a new workdir"
     )
-
-
-@dataclasses.dataclass
-class _Stop:
-    signal: int = 0
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads; a second Ctrl-C interrupts at once."""
-    stop = _Stop()
-
-    def handler(number: int, _: Any) -> None:
-        if stop.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

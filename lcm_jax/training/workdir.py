@@ -25,7 +25,7 @@ from typing import Any
 from etils import epath
 
 from lcm_jax.errors import Unavailable, UserError, plain, say
-from lcm_jax.host import files, json_file
+from lcm_jax.host import files, interrupts, json_file
 from lcm_jax.parallel import agreement
 from lcm_jax.parallel.processes import is_first
 
@@ -111,7 +111,8 @@ def hold(workdir: epath.PathLike) -> Iterator[Held]:
             problem = type(error)(f"--workdir={workdir}: {error}")
     try:
         agreement.agree({}, problem)
-        yield held
+        with interrupts.last_act(lambda _: held.release()):
+            yield held
     finally:
         held.release()
 
