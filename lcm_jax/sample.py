@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lcm_jax import cli
+from lcm_jax.data import images as image_files
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import arguments, compile_cache, files, platforms
 from lcm_jax.host.images import grid, write_png
@@ -44,7 +45,16 @@ def main(argv: Sequence[str]) -> int:
     platforms.skip_absent_tpu()
     compile_cache.enable()
     pipe = load_pipeline(args.model, loras=cli.loras(args.lora), dtype=args.dtype)
-    settings = pipe.rules.settings(args.steps, args.guidance_scale, args.sampler, args.timesteps)
+    settings = pipe.rules.settings(
+        args.steps,
+        args.guidance_scale,
+        args.sampler,
+        args.timesteps,
+        strength=args.strength,
+        from_image=args.image is not None,
+    )
+    if args.image is not None:
+        args.image, args.height, args.width = _read_image(args, pipe)
     pipe.rules.check_negatives([args.negative_prompt or ""], settings)
     arguments.seed(args.seed)
     size = pipe.default_batch_size(len(prompts), args.height, args.width)
@@ -111,6 +121,10 @@ def _parser() -> cli.Parser:
     )
     parser.add_argument("--height", type=int, help="in pixels (default: the model's training size)")
     parser.add_argument("--width", type=int)
+    parser.add_argument(
+        "--image", metavar="FILE", type=pathlib.Path, help="start from this image, resized and cropped to the size"
+    )
+    parser.add_argument("--strength", type=float, help="how much of it is replaced, in (0, 1] (default: 0.8, SDXL 0.3)")
     parser.add_argument("--timesteps", type=_timesteps, help="instead of --steps: decreasing, e.g. 999,759,499,259")
     parser.add_argument(
         "--sampler", choices=SAMPLERS, help="for a diffusion model (default: ddim; with an LCM-LoRA from lcm_jax: lcm)"
@@ -170,10 +184,24 @@ def _images(pipe: Pipeline, args: argparse.Namespace, prompts: list[str]) -> Ima
                 sampler=args.sampler,
                 batch_size=size,
                 first_image=args.first_image + start,
+                image=args.image,
+                strength=args.strength,
             )
             for i, image in enumerate(images):
                 yield args.first_image + start + i, image[None]
             done(start + len(images))
+
+
+def _read_image(args: argparse.Namespace, pipe: Pipeline) -> tuple[np.ndarray, int, int]:
+    """Returns the image of --image, uint8 (H, W, 3), and its height and width: those of the options or the model."""
+    _, *latent, _ = pipe.latent_shape(1, args.height, args.width)
+    height, width = (side * pipe.networks["vae"].network.config.factor for side in latent)
+    with files.one_line(args.image, "read"):
+        encoded = args.image.read_bytes()
+    try:
+        return image_files.fitted(encoded, height, width), height, width
+    except image_files.BadImage as error:
+        raise UserError(f"--image={args.image}: {error}") from None
 
 
 def _metadata(args: argparse.Namespace, settings: Settings, command: Sequence[str]) -> dict[str, str]:
@@ -185,6 +213,7 @@ def _metadata(args: argparse.Namespace, settings: Settings, command: Sequence[st
         "timesteps": args.timesteps and ",".join(map(str, args.timesteps)),
         "guidance_scale": f"{settings.guidance_scale:g}",
         "sampler": settings.sampler,
+        "strength": args.strength,
         "model": args.model,
         "lora": " ".join(args.lora) or None,
         "dtype": args.dtype,

@@ -112,6 +112,15 @@ def square(image: Image.Image, size: int, resize: str, place: float = 0.5, mirro
     return Square(np.ascontiguousarray(pixels), (top, left))
 
 
+def fitted(encoded: bytes, height: int, width: int, max_pixels: int = 64_000_000) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes an image file, scales it to cover height x width pixels and crops its middle.
+
+    Raises: BadImage, as `decode`.
+    """
+    image, _ = decode(encoded, max(height, width), max_pixels)
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+
+
 def _open(encoded: bytes) -> ImageFile.ImageFile:
     """Reads the header, without Pillow's pixel limit, which would warn or reject images that max_pixels allows."""
     Image.init()

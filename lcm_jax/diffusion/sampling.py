@@ -62,6 +62,37 @@ def trailing_timesteps(steps: int, num_train_timesteps: int = 1000) -> np.ndarra
     return np.round(num_train_timesteps - spacing * np.arange(steps)).astype(np.int32) - 1
 
 
+def leading_timesteps(steps: int, num_train_timesteps: int = 1000, offset: int = 0) -> np.ndarray:
+    """Returns multiples of T // n, plus `offset` ("leading", arXiv 2305.08891, table 2): SDXL's published scheduler.
+
+    Returns:
+      (n,) int32, falling: 751, 501, 251, 1 for n = 4 and an offset of 1.
+
+    Raises:
+      UserError: `steps` is not in 1 … T, or a timestep is above T-1.
+    """
+    if not 1 <= steps <= num_train_timesteps:
+        raise UserError(f"steps is {steps}; it must be in 1 … {num_train_timesteps}")
+    timesteps = (np.arange(steps, dtype=np.int32) * (num_train_timesteps // steps))[::-1] + np.int32(offset)
+    if not (timesteps[-1] >= 0 and timesteps[0] < num_train_timesteps):
+        raise UserError(f"{steps} steps with steps_offset {offset} leave 0 … {num_train_timesteps - 1}; take fewer")
+    return timesteps
+
+
+def last_part(timesteps: np.ndarray, strength: float) -> np.ndarray:
+    """Returns the last int(n strength) timesteps: image to image of diffusers' Stable Diffusion pipelines.
+
+    Raises:
+      UserError: `strength` is not in (0, 1], or no timestep is left.
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
+    kept = int(len(timesteps) * strength)
+    if not kept:
+        raise UserError(f"strength {strength} leaves none of {len(timesteps)} steps; raise strength or steps")
+    return timesteps[len(timesteps) - kept :]
+
+
 def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int = 1000) -> np.ndarray:
     """Returns a user's own timesteps as int32; raises UserError unless they are whole, in 0 … T-1, strictly falling."""
     given = list(timesteps)
@@ -112,16 +143,19 @@ def consistency_sample(
     return jax.lax.scan(step, z_T, (t, alpha, sigma, draws))[0]
 
 
-def ddim_sample(denoise: Denoise, process: Process, z_T: Latent, timesteps: Timesteps) -> Latent:
-    """DDIM (arXiv 2010.02502, eq. 12, no noise) along the timesteps; the last step ends at abar = final_alpha_cumprod.
+def ddim_sample(
+    denoise: Denoise, process: Process, z_T: Latent, timesteps: Timesteps, final_alpha_cumprod: float | None = None
+) -> Latent:
+    """DDIM (arXiv 2010.02502, eq. 12, no noise) along the timesteps: Euler's method in sigma_t / alpha_t.
 
     Args:
       denoise: (z, t (B,)) -> (x0, eps).
       z_T: (B, …) noise at the first timestep.
       timesteps: (n,).
+      final_alpha_cumprod: abar where the last step ends; the process's by default.
     """
     t = jnp.asarray(timesteps)
-    final = process.final_alpha_cumprod
+    final = process.final_alpha_cumprod if final_alpha_cumprod is None else final_alpha_cumprod
     alpha = jnp.append(process.alpha(t[1:]), final**0.5)
     sigma = jnp.append(process.sigma(t[1:]), (1 - final) ** 0.5)
 

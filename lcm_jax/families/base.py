@@ -38,6 +38,7 @@ class Family:
       null_setting: the setting in model_index.json that must be true, its default, for `null` to apply.
       uses_sizes: whether the condition depends on the sizes of the images.
       guidance: diffusers' default guidance_scale for a diffusion model.
+      strength: diffusers' default strength of image to image.
       student_guidance: the same for a consistency model with a w-embedding.
     """
 
@@ -56,6 +57,7 @@ class Family:
     uses_sizes: bool = False
     guidance: float = 7.5
     student_guidance: float = 8.5
+    strength: float = 0.8
 
     def of_folder(self, model_index: Mapping[str, Any]) -> "Family":
         """Returns this record as the settings in model_index.json make it."""

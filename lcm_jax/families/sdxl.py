@@ -54,4 +54,5 @@ SDXL = dataclasses.replace(
     uses_sizes=True,
     guidance=5.0,
     student_guidance=5.0,
+    strength=0.3,
 )

@@ -22,7 +22,7 @@ class Sampler:
       family: of the networks.
       networks: by component of the folder.
       process: the noise process.
-      kind: "lcm", "ddim" or "dpmpp".
+      kind: "lcm", "ddim", "dpmpp" or "euler".
       guided: whether each step applies classifier-free guidance, with and without the prompt. A denoiser
         with a w-embedding takes w as an input instead.
       timestep_scaling: for the consistency function's boundary condition; "lcm" only.
@@ -92,8 +92,8 @@ def generate(
             return consistency.with_boundary(x0, z, t, sampler.timestep_scaling)
 
         z_0 = sampling.consistency_sample(f, process, z_T, timesteps, noise)
-    elif sampler.kind == "ddim":
-        z_0 = sampling.ddim_sample(denoise, process, z_T, timesteps)
+    elif sampler.kind in ("ddim", "euler"):
+        z_0 = sampling.ddim_sample(denoise, process, z_T, timesteps, 1.0 if sampler.kind == "euler" else None)
     else:
         z_0 = sampling.dpmpp_sample(denoise, process, z_T, timesteps)
     return bound["vae"](z_0, method="to_images") if sampler.decode else z_0

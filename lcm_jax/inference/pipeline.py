@@ -30,6 +30,7 @@ from lcm_jax.host.images import to_uint8, to_unit
 from lcm_jax.inference import batches
 from lcm_jax.inference.bound import Bound, bind, put
 from lcm_jax.inference.generate import Sampler
+from lcm_jax.inference.image_to_image import image_array, image_size, initial_latents
 from lcm_jax.inference.program import Program
 from lcm_jax.inference.request import Request, at_least_one, negatives
 from lcm_jax.inference.rules import Rules
@@ -104,6 +105,8 @@ class Pipeline:
         original_size: Sequence[int] | None = None,
         crop: Sequence[int] | None = None,
         target_size: Sequence[int] | None = None,
+        image: Any = None,
+        strength: float | None = None,
         **others: Any,
     ) -> np.ndarray:
         """Samples the images of each prompt, one by default. B is the number of prompts times the images per prompt.
@@ -130,7 +133,8 @@ class Pipeline:
           latents: initial noise (B, h, w, C), instead of noise from the seed.
           noise: noise (n-1, B, h, w, C) between the n steps of a consistency model, instead of noise from the seed.
           output: "uint8" (B, H, W, 3), "float" (the same in [0, 1]) or "latents" (B, h, w, C), scaled.
-          sampler: "ddim" (default) or "dpmpp" for a diffusion model; "lcm" with an LCM-LoRA, where it is the default
+          sampler: "ddim" (default) or "dpmpp" for a diffusion model, on evenly spaced timesteps; "euler" as diffusers'
+            EulerDiscreteScheduler with the folder's timestep spacing; "lcm" with an LCM-LoRA, where it is the default
             if the LoRA records that it is one.
           batch_size: images that are sampled at once; the last batch is padded. Default: `default_batch_size`.
           first_image: number of the first image, to sample a long list in parts: with 8, the first prompt has image 8
@@ -138,6 +142,11 @@ class Pipeline:
           original_size, crop, target_size: of a model that conditions on sizes (SDXL): (height, width) of the image
             before it was resized, (top, left) of the crop, (height, width) of the result; by default the image's size
             and (0, 0).
+          image: to start from it instead of from noise: uint8 or float in [0, 1] (H, W, 3), one for all prompts or one
+            per prompt, or scaled latents (h, w, C). Its size is that of the result.
+          strength: in (0, 1], how much of the image is replaced; 0.8 by default (SDXL: 0.3). As in diffusers, a folder
+            of LatentConsistencyModelPipeline takes `steps` steps from the lower part of its trained grid, any other
+            model the last int(steps · strength) of `steps` steps.
           others: none; an argument of diffusers' pipelines is answered with its name here.
 
         Raises:
@@ -153,18 +162,29 @@ class Pipeline:
         if not prompts:
             raise UserError("prompts is empty; give at least one prompt")
         one_of("output", output, OUTPUTS)
-        settings = self.rules.settings(steps, guidance_scale, sampler, timesteps)
+        settings = self.rules.settings(
+            steps, guidance_scale, sampler, timesteps, strength=strength, from_image=image is not None
+        )
         null_prompts = negatives(negative_prompt, len(prompts))
         self.rules.check_negatives(null_prompts, settings)
         self._warn_of_cuts([*prompts, *null_prompts])
         each = at_least_one("images_per_prompt", images_per_prompt)
+        given_images = None
+        if image is not None:
+            given_images, height, width = self._images(image, height, width)
         shape = self.latent_shape(len(prompts) * each, height, width)
         default_size = self.default_batch_size(shape[0], height, width)
+        batch_size = default_size if batch_size is None else at_least_one("batch_size", batch_size)
+        start = None
+        if given_images is not None:
+            start = initial_latents(self.networks["vae"], given_images, shape[0], each, batch_size)
         request = Request.checked(
             settings,
             shape,
             images_per_prompt=each,
-            batch_size=default_size if batch_size is None else batch_size,
+            batch_size=batch_size,
+            start=start,
+            process=self.process,
             first_image=first_image,
             seed=seed,
             latents=latents,
@@ -208,6 +228,16 @@ class Pipeline:
                 f"{request.batch_size} latents of {request.shape[1]} x {request.shape[2]} don't fit into this device's "
                 f"memory; give {fewer}a smaller height and width"
             ) from None
+
+    def _images(self, image: Any, height: Any, width: Any) -> tuple[np.ndarray, int, int]:
+        """Returns the images that a call starts from, and their height and width in pixels."""
+        vae = self.networks["vae"].network.config
+        found = image_array(image, vae.latent_channels)
+        size = image_size(found, vae.factor)
+        for name, given, own in (("height", height, size[0]), ("width", width, size[1])):
+            if given is not None and arguments.whole(name, given) != own:
+                raise UserError(f"{name} is {given}, that of the image {own}; leave it out, or resize the image")
+        return found, *size
 
     def _warn_of_cuts(self, prompts: Iterable[str]) -> None:
         for prompt in dict.fromkeys(prompts):

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from lcm_jax.diffusion.process import Process
 from lcm_jax.errors import UserError
 from lcm_jax.families.base import Tokens
 from lcm_jax.host import arguments
@@ -50,6 +52,8 @@ class Request:
       first: number of the first image, on which its noise depends.
       key: of the seed.
       latents, noise: the caller's, instead of noise from the seed.
+      start: the image's latents, to which the initial noise is added at the first timestep; None to start from noise.
+      process: the noise process.
     """
 
     settings: Settings
@@ -60,6 +64,8 @@ class Request:
     key: jax.Array
     latents: Float[np.ndarray, "b h w c"] | None = None
     noise: Float[np.ndarray, "n b h w c"] | None = None
+    start: Float[np.ndarray, "b h w c"] | None = None
+    process: Process | None = None
 
     @classmethod
     def checked(
@@ -73,6 +79,8 @@ class Request:
         seed: Any,
         latents: Any,
         noise: Any,
+        start: Float[np.ndarray, "b h w c"] | None = None,
+        process: Process | None = None,
     ) -> "Request":
         """Checks the arguments of a call for latents of this shape; raises UserError."""
         if noise is not None and settings.sampler != "lcm":
@@ -88,6 +96,8 @@ class Request:
             key=_key(seed),
             latents=None if latents is None else np.asarray(arguments.array("latents", latents, shape)),
             noise=None if noise is None else np.asarray(arguments.array("noise", noise, (_between(settings), *shape))),
+            start=start,
+            process=process,
         )
 
     def parts(self) -> Iterator[Part]:
@@ -98,9 +108,16 @@ class Request:
             yield Part(
                 count=int(numbers[-1] - numbers[0]) + 1,
                 of_prompts=numbers // self.each,
-                z_T=z_T if self.latents is None else self.latents[numbers],
+                z_T=self._initial(z_T if self.latents is None else self.latents[numbers], numbers),
                 between=between if self.noise is None else self.noise[:, numbers],
             )
+
+    def _initial(self, z_T: Any, numbers: np.ndarray) -> Any:
+        if self.start is not None and self.process is not None:
+            return self.process.add_noise(
+                jnp.asarray(self.start[numbers]), z_T, jnp.asarray(self.settings.timesteps[0])
+            )
+        return z_T if self.settings.noise_scale == 1 else z_T * np.float32(self.settings.noise_scale)
 
 
 def at_least_one(name: str, value: Any) -> int:

@@ -16,7 +16,13 @@ from lcm_jax.host import arguments
 from lcm_jax.interop.folder import Folder
 from lcm_jax.interop.recipe import Recipe
 
-SAMPLERS = ("ddim", "dpmpp", "lcm")  # diffusion models need an LCM-LoRA for "lcm"; consistency models have only "lcm"
+SAMPLERS = (
+    "ddim",
+    "dpmpp",
+    "euler",
+    "lcm",
+)  # diffusion models need an LCM-LoRA for "lcm"; consistency models have only "lcm"
+SPACINGS = ("leading", "trailing")
 TEACHER_STEPS, LCM_STEPS = 50, 4
 
 
@@ -25,16 +31,18 @@ class Settings:
     """How a call samples, checked and with the model's defaults filled in.
 
     Attributes:
-      sampler: "lcm", "ddim" or "dpmpp".
+      sampler: "lcm", "ddim", "dpmpp" or "euler".
       timesteps: descending, one per step.
       guidance_scale: w + 1.
       guided: whether each step calls the denoiser with and without the prompt.
+      noise_scale: factor of the initial noise.
     """
 
     sampler: str
     timesteps: Int[np.ndarray, " n"]
     guidance_scale: float
     guided: bool
+    noise_scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +78,27 @@ class Rules:
         guidance_scale: float | None = None,
         sampler: str | None = None,
         timesteps: int | Sequence[int] | None = None,
+        *,
+        strength: float | None = None,
+        from_image: bool = False,
     ) -> Settings:
-        """Returns the checked settings of a call; raises UserError. The arguments are those of the pipeline's call."""
+        """Returns the checked settings of a call; raises UserError.
+
+        The arguments are those of the pipeline's call, and `from_image`: whether it starts from an image.
+        """
+        if strength is not None and not from_image:
+            raise UserError("strength has no effect without an image; give both, or neither")
+        if strength is not None and timesteps is not None:
+            raise UserError("give strength or timesteps, not both: sampling starts at the first timestep")
         kind = self.sampler(sampler)
-        grid = self._timesteps(kind, steps, timesteps)
+        if from_image and timesteps is None:
+            strength = self.family.strength if strength is None else arguments.number("strength", strength)
+        grid = self._timesteps(kind, steps, timesteps, strength)
         scale = self._guidance(kind, guidance_scale)
-        return Settings(kind, grid, scale, is_guided(scale, self.w_embedding_dim))
+        noise_scale = 1.0
+        if kind == "euler" and not from_image and self.folder.scheduler.get("timestep_spacing") == "trailing":
+            noise_scale = float(self.process.sigma(grid[0]))  # diffusers starts all others from more noise than z_t has
+        return Settings(kind, grid, scale, is_guided(scale, self.w_embedding_dim), noise_scale)
 
     def check_negatives(self, texts: Sequence[str], settings: Settings) -> None:
         """Raises UserError if a negative prompt is not empty and can't have an effect."""
@@ -129,15 +152,39 @@ class Rules:
             return scheduler.get("original_inference_steps", 50), float(scheduler.get("timestep_scaling", 10.0))
         return recipe.original_inference_steps, recipe.timestep_scaling
 
-    def _timesteps(self, kind: str, steps: int | None, timesteps: int | Sequence[int] | None) -> np.ndarray:
+    def _timesteps(
+        self, kind: str, steps: int | None, timesteps: int | Sequence[int] | None, strength: float | None
+    ) -> np.ndarray:
         total = self.process.num_train_timesteps
         if timesteps is not None:
             if steps is not None:
                 raise UserError("give steps or timesteps, not both")
             return sampling.check_timesteps(arguments.wholes("timesteps", timesteps), total)
+        if steps is None:
+            steps = LCM_STEPS if kind == "lcm" else TEACHER_STEPS
+        steps = arguments.whole("steps", steps)
+        if kind == "lcm" and strength is not None and self.folder.pipeline_class == "LatentConsistencyModelPipeline":
+            return sampling.lcm_timesteps(steps, self.process, self.lcm_grid[0], strength)
         if kind == "lcm":
-            return self.lcm_timesteps(LCM_STEPS if steps is None else steps)
-        return sampling.trailing_timesteps(TEACHER_STEPS if steps is None else arguments.whole("steps", steps), total)
+            grid = self.lcm_timesteps(steps)
+        elif kind == "euler":
+            grid = self._euler_timesteps(steps)
+        else:
+            grid = sampling.trailing_timesteps(steps, total)
+        return grid if strength is None else sampling.last_part(grid, strength)
+
+    def _euler_timesteps(self, steps: int) -> np.ndarray:
+        """Returns the timesteps of diffusers' EulerDiscreteScheduler with the folder's settings."""
+        scheduler = self.folder.scheduler
+        for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+            if scheduler.get(name):
+                raise UserError(f"{self.folder.path}/scheduler: {name} is true; the sampler euler supports false")
+        spacing = scheduler.get("timestep_spacing", "linspace")
+        one_of(f"{self.folder.path}/scheduler: timestep_spacing, for the sampler euler,", spacing, SPACINGS)
+        total = self.process.num_train_timesteps
+        if spacing == "trailing":
+            return sampling.trailing_timesteps(steps, total)
+        return sampling.leading_timesteps(steps, total, scheduler.get("steps_offset") or 0)
 
     def _guidance(self, kind: str, guidance_scale: float | None) -> float:
         if guidance_scale is None:

@@ -280,3 +280,20 @@ def test_timesteps_may_be_an_argument(name):
     constant = SAMPLERS[name](schedule, z_T, t)
     traced = jax.jit(lambda z, t: SAMPLERS[name](schedule, z, t))(z_T, t)
     np.testing.assert_allclose(traced, constant, rtol=1e-4, atol=1e-4)
+
+
+def test_leading_timesteps_and_the_last_part():
+    """diffusers' EulerDiscreteScheduler of SDXL, and the cut of its image-to-image pipeline."""
+    peer = diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1)
+    for steps in (1, 4, 30, 50, 999):
+        peer.set_timesteps(steps)
+        ours = sampling.leading_timesteps(steps, 1000, 1)
+        assert ours.tolist() == peer.timesteps.tolist()
+    assert sampling.last_part(sampling.leading_timesteps(4), 0.5).tolist() == [250, 0]
+    assert len(sampling.last_part(np.arange(10)[::-1], 0.3)) == int(10 * 0.3)
+    with pytest.raises(UserError, match="strength 0.3 leaves none of 2 steps; raise strength or steps"):
+        sampling.last_part(np.asarray([999, 499]), 0.3)
+    with pytest.raises(UserError, match="strength is 0; it must be above 0 and at most 1"):
+        sampling.last_part(np.asarray([999]), 0)
+    with pytest.raises(UserError, match="1000 steps with steps_offset 1 leave 0 … 999; take fewer"):
+        sampling.leading_timesteps(1000, 1000, 1)

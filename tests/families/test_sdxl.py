@@ -135,6 +135,36 @@ def test_samples_against_diffusers(pipe, peer, negative, sizes):
     assert relative(ours, theirs) < 1e-4
 
 
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # of diffusers' EulerDiscreteScheduler
+def test_image_to_image_and_euler_against_diffusers(peer, pipe, folder, tmp_path):
+    """The published scheduler: Euler with leading timesteps and an offset of one."""
+    path = changed(
+        folder, tmp_path / "folder", "scheduler/scheduler_config.json", timestep_spacing="leading", steps_offset=1
+    )
+    euler, z_0, z_T = lcm_jax.load_pipeline(path), latents(2, 2, 8, 8, 4), latents(3, 2, 8, 8, 4)
+    scheduler = diffusers.EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1)
+    parts = {**peer.components, "scheduler": scheduler}
+    options = {"guidance_scale": 1.0, "output_type": "latent"}
+    given = {"latents": torch.from_numpy(z_T).permute(0, 3, 1, 2), "num_inference_steps": 4}
+    theirs = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)(PROMPTS, **given, **options).images
+    ours = euler(PROMPTS, 4, 1.0, latents=z_T, sampler="euler", output="latents")
+    assert relative(ours, theirs.permute(0, 2, 3, 1)) < 1e-4
+
+    other = diffusers.StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+    with pytest.MonkeyPatch.context() as patch:  # its noise
+        patch.setattr(
+            "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img.randn_tensor",
+            lambda *_, **__: given["latents"],
+        )
+        image = torch.from_numpy(z_0).permute(0, 3, 1, 2)
+        theirs = other(PROMPTS, image=image, strength=0.6, num_inference_steps=7, **options).images  # 4 of 7 steps
+    ours = euler(PROMPTS, 7, 1.0, latents=z_T, image=z_0, strength=0.6, sampler="euler", output="latents")
+    assert relative(ours, theirs.permute(0, 2, 3, 1)) < 1e-4
+    assert len(pipe.rules.settings(10, from_image=True).timesteps) == 3  # the default strength is 0.3
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
