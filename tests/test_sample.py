@@ -7,6 +7,7 @@ import pytest
 from lcm_jax import cli, load_pipeline, sample
 from lcm_jax.errors import UserError
 from lcm_jax.host.images import GAP, LABEL
+from lcm_jax.inference.pipeline import Pipeline
 
 
 def test_one_prompt(lcm_folder, tmp_path, capsys):
@@ -52,7 +53,12 @@ def test_options_of_a_diffusion_model(teacher_folder, tmp_path):
         (["--negative_prompt=ugly"], "takes no negative_prompt"),
         (["--prompt=caf\udce9"], r"--prompt is 'caf.udce9', which is not UTF-8; give it in UTF-8"),
         (["--seed=18446744073709551616"], r"seed is 18446744073709551616; it must be in 0 … 18446744073709551615"),
-        (["--out=picture.jpg"], "should end in .png"),
+        (["--out=picture.jpg"], r"should end in .png; or .* with a slash: picture.jpg/"),
+        (["--out="], "--out= is empty"),
+        (["--images-per-prompt=0"], "--images-per-prompt is 0; it must be at least 1"),
+        (["--images-per-prompt=257"], r"would be a grid of 257 images, more than 256; give a folder: --out=FOLDER/"),
+        (["--batch-size=0", "--out=folder/"], "--batch-size is 0; it must be at least 1"),
+        (["--prompts=nowhere"], "nowhere can't be read: No such file or directory"),
         (["--step=4"], "there is no option --step=4; did you mean '--steps'"),
         (["--steps=1", "--out=/proc/nowhere/x.png"], "/proc/nowhere"),
     ],
@@ -66,9 +72,66 @@ def test_mistakes(lcm_folder, tmp_path, arguments, message, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+PROMPTS_FILE = """\ufeffa red seven
+# a comment
+
+  à la mer \r
+"""
+
+
+def test_a_file_per_image_of_a_file_of_prompts(lcm_folder, tmp_path, capsys):
+    """Each file holds what it takes to make the same image again."""
+    (tmp_path / "prompts.txt").write_text(PROMPTS_FILE, encoding="utf-8", newline="")
+    out = tmp_path / "images"
+    arguments = [f"--model={lcm_folder}", "--prompt=red", f"--prompts={tmp_path}/prompts.txt", "--images-per-prompt=2"]
+    assert sample.main([*arguments, "--steps=1", "--seed=3", f"--out={out}/"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"The 6 images are in {out}/"
+    prompts = [prompt for prompt in ("red", "a red seven", "à la mer") for _ in range(2)]
+    expected = load_pipeline(lcm_folder)(prompts, 1, seed=3)
+    assert sorted(path.name for path in out.iterdir()) == [f"0000{i}.png" for i in range(6)]
+    for i, prompt in enumerate(prompts):
+        with PIL.Image.open(out / f"0000{i}.png") as image:
+            assert np.array_equal(image, expected[i])
+            texts = image.text
+        assert (texts["prompt"], texts["image"], texts["seed"], texts["steps"]) == (prompt, str(i), "3", "1")
+    assert (texts["guidance_scale"], texts["sampler"], texts["model"]) == ("8.5", "lcm", str(lcm_folder))
+    assert texts["command"].startswith("lcm-jax sample --model=")
+    again = [f"--model={lcm_folder}", f"--prompt={texts['prompt']}", "--steps=1", "--seed=3", "--first-image=5"]
+    sample.main([*again, f"--out={tmp_path}/again.png"])
+    with PIL.Image.open(tmp_path / "again.png") as image:
+        assert np.array_equal(image, expected[5])
+
+
+def test_images_are_written_as_they_are_done(lcm_folder, tmp_path, monkeypatch):
+    """Whatever ends the command leaves the finished images, each whole."""
+    sampled = []
+
+    def images(self, prompts, **options):
+        sampled.append((prompts, options["first_image"], options["batch_size"]))
+        if len(sampled) == 3:
+            raise KeyboardInterrupt
+        return np.zeros((len(prompts), 4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(Pipeline, "__call__", images)
+    argv = [f"--model={lcm_folder}", *(f"--prompt={i}" for i in range(9)), "--batch-size=2", f"--out={tmp_path}/x"]
+    assert cli.run(sample.main, argv) == 130
+    assert sampled == [(["0", "1"], 0, 2), (["2", "3"], 2, 2), (["4", "5"], 4, 2)]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [f"0000{i}.png" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"red\ncaf\xe9\n", "line 2 is .*, which is not UTF-8; give it in UTF-8"), (b"# a\n\n", "has no prompt; write")],
+)
+def test_mistakes_in_a_file_of_prompts(lcm_folder, tmp_path, content, message):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(UserError, match=f"--prompts={tmp_path}/prompts.txt:? {message}"):
+        sample.main([f"--model={lcm_folder}", f"--prompts={tmp_path}/prompts.txt"])
+
+
 def test_warnings_are_plain_lines(lcm_folder, tmp_path, capsys):
-    prompt = " ".join(["red"] * 20)
-    code = cli.run(sample.main, [f"--model={lcm_folder}", f"--prompt={prompt}", "--steps=1", f"--out={tmp_path}/x.png"])
+    prompts = 2 * [f"--prompt={' '.join(['red'] * 20)}"]  # the same warning twice
+    code = cli.run(sample.main, [f"--model={lcm_folder}", *prompts, "--steps=1", f"--out={tmp_path}/x.png"])
     assert code == 0
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
     assert line.startswith("lcm-jax sample: warning: the prompt 'red red")

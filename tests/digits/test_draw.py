@@ -32,9 +32,11 @@ def test_batches(monkeypatch, lcm_steps, fill):
     for size, calls in ((2, [2, 2, 2 if fill else 1]), (5, [5]), (7, [7 if fill else 5])):
         monkeypatch.setattr(draw, "BATCH", size)
         seen = []
-        found, _ = draw.in_batches(record(seen), PROMPTS, SHAPE, lcm_steps, fill=fill)
+        counts = []
+        found, _ = draw.in_batches(record(seen), PROMPTS, SHAPE, lcm_steps, fill=fill, done=counts.append)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         assert seen == calls
+        assert counts == [min(size * (i + 1), 5) for i in range(len(calls))]
 
 
 @pytest.mark.parametrize(("size", "rate"), [(2, (2 + 1) / (3 + 3)), (5, 5 / 100)])
@@ -59,7 +61,8 @@ class Model:
     def latent_shape(self, count):
         return count, *SHAPE
 
-    def __call__(self, prompts, steps, guidance_scale, *, latents, noise, sampler):
+    def __call__(self, prompts, steps, guidance_scale, *, latents, noise, sampler, batch_size):
+        assert batch_size == len(prompts)  # nothing is padded here
         self.told = prompts, steps, guidance_scale, sampler
         return latents if noise is None else latents + noise.sum(0)
 

@@ -147,7 +147,7 @@ def test_rows_that_come_with_the_package(shipped, micro_student, tmp_path, capsy
     """Results are written next to the model, and the teacher's rows are used unchanged."""
     asked = []
 
-    def draw_all(pipe, prompts, steps, guidance_scale, sampler=None, *, fill=False):
+    def draw_all(pipe, prompts, steps, guidance_scale, sampler=None, *, fill=False, done=None):
         asked.append((pipe.is_lcm, len(prompts), steps, guidance_scale))
         return real_pictures(prompts, "train"), 7.0
 

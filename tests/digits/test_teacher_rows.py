@@ -33,7 +33,7 @@ def measured(monkeypatch, table, *, guidance):
     monkeypatch.setattr(choice, "validation_prompts", lambda: "validation prompts")
     monkeypatch.setattr(teacher_rows, "test_prompts", lambda: "test prompts")
 
-    def draw_all(pipe, prompts, steps, guidance_scale, sampler, *, seed=None):
+    def draw_all(pipe, prompts, steps, guidance_scale, sampler, *, seed=None, done=None):
         assert pipe == "a model"
         assert (seed == choice.VALIDATION_SEED) == (prompts == "validation prompts")  # the test rows use other noise
         asked.append((prompts, sampler, steps, guidance_scale))

@@ -101,6 +101,13 @@ def entries(tmp_path, monkeypatch):
     compilation_cache.reset_cache()
 
 
+def test_a_library_keeps_the_folder_that_its_user_set(entries, tmp_path):
+    assert compile_cache.enable(keep_own=True) == str(entries)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    assert compile_cache.enable(keep_own=True) == jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+    assert compile_cache.enable() == jax.config.jax_compilation_cache_dir == str(entries)
+
+
 def compile_two(number):
     """Compiles two small programs; returns whether both were in the cache."""
     before = compile_cache.from_cache()

@@ -111,3 +111,13 @@ def test_places_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match=r"folder.png can't be written: Is a directory$"):
         write_png(tmp_path / "folder.png", pictures(1)[0])
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.png"]
+
+
+def test_texts_in_a_png(tmp_path):
+    """Latin-1 is in tEXt chunks, all else in iTXt; bytes that are no UTF-8 are escaped."""
+    texts = {"prompt": "café, 50 %\nrouge", "command": "sample --prompt=七 --out=\udce9.png"}
+    write_png(tmp_path / "x.png", pictures(1)[0], texts)
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.text == {**texts, "command": "sample --prompt=七 --out=\\udce9.png"}
+    data = (tmp_path / "x.png").read_bytes()
+    assert (data.count(b"tEXtprompt"), data.count(b"iTXtcommand")) == (1, 1)

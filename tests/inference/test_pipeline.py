@@ -1,6 +1,7 @@
 """Parity of complete pipelines with diffusers, from prompts to pixels, and errors for invalid arguments."""
 
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 import lcm_jax
 from lcm_jax.errors import UserError
-from lcm_jax.inference.generate import generate, seed_key
+from lcm_jax.inference import noise
+from lcm_jax.inference.batches import default_size
+from lcm_jax.inference.generate import generate
+from lcm_jax.inference.noise import seed_key
 from lcm_jax.inference.verify import injected_noise
 from lcm_jax.interop.scheduler import read_schedule
 
@@ -150,6 +154,7 @@ def test_consistency_model_without_w_embedding_takes_real_guidance(teacher_folde
     [
         ({"num_inference_steps": 4}, "there is no argument num_inference_steps; use steps"),
         ({"generator": None}, "there is no argument generator; use seed=0, a whole number"),
+        ({"num_images_per_prompt": 2}, "there is no argument num_images_per_prompt; use images_per_prompt"),
         ({"setps": 4}, "there is no argument setps; did you mean 'steps'"),
     ],
 )
@@ -192,9 +197,30 @@ def test_a_single_negative_prompt_serves_all(teacher):
     np.testing.assert_array_equal(single, one_each)
 
 
-def test_first_noise_of_a_picture_does_not_depend_on_the_others(lcm):
-    alone = lcm(PROMPTS[:1], steps=1, seed=3, output="latents")
-    assert_close(lcm(PROMPTS, steps=1, seed=3, output="latents")[:1], alone)
+def test_an_image_depends_on_its_number_not_on_its_batch(lcm):
+    """With noise between the steps too; the last batch of two is padded."""
+    alone = lcm([PROMPTS[0], *PROMPTS], steps=4, seed=3, output="latents")
+    each = lcm(PROMPTS, steps=4, seed=3, output="latents", images_per_prompt=2, batch_size=3)
+    assert_close(each[[0, 1]], alone[[0, 1]], 1e-5)
+    rest = lcm(PROMPTS[1], steps=4, seed=3, output="latents", images_per_prompt=2, first_image=2)
+    np.testing.assert_array_equal(rest[0], alone[2])
+    assert_close(each[2:], rest, 1e-5)
+
+
+def test_noise_is_that_of_one_large_array():
+    """As JAX draws it for a batch of all images, to the last bit."""
+    key, shape = seed_key(2**40 + 1), (5, 2, 3, 4)
+    latent_key, noise_key = jax.random.split(key)
+    first = [jax.random.normal(jax.random.fold_in(latent_key, i), shape[1:]) for i in range(5)]
+    later = [jax.random.normal(of_step, shape) for of_step in jax.random.split(noise_key, 4)[:3]]
+    z_T, between = noise.draw(key, np.uint32(2), (3, *shape[1:]), 3)
+    np.testing.assert_array_equal(z_T, np.stack(first)[2:])
+    np.testing.assert_array_equal(between, np.stack(later)[:, 2:])
+
+
+def test_a_batch_on_an_accelerator_is_as_large_as_its_images_allow():
+    cases = [("cpu", 32, 512), ("gpu", 1, 512), ("gpu", 2, 512), ("tpu", 2, 32), ("gpu", 9, 1024), ("gpu", 9, 4096)]
+    assert [default_size(platform, count, side, side) for platform, count, side in cases] == [1, 1, 8, 32, 2, 1]
 
 
 def test_guidance_changes_the_picture(lcm, teacher):
@@ -207,19 +233,25 @@ def test_what_does_not_fit_into_memory_is_one_line(lcm):
         lcm(["a red seven"], steps=1, height=2**14, width=2**14, output="latents")
 
 
-def test_compiled_once_for_each_number_of_steps(lcm_folder, monkeypatch):
+def test_a_program_is_compiled_once_per_number_of_steps_whatever_the_number_of_prompts(lcm_folder, monkeypatch, capsys):
     traced = []
 
     def counted(*args):
         traced.append(1)
         return generate(*args)
 
-    monkeypatch.setattr("lcm_jax.inference.pipeline.generate", counted)
+    monkeypatch.setattr("lcm_jax.inference.program.generate", counted)
     pipe = lcm_jax.load_pipeline(lcm_folder)
     for seed, scale in ((0, 5.0), (1, 8.0), (2, None)):
         pipe(PROMPTS, 1, scale, seed)
         pipe(PROMPTS[::-1], 4, scale, seed)
+    for count in (1, 3, 32):
+        pipe(["red"] * count, 1)
     assert len(traced) == 2
+    said = re.sub(r"\d+\.\d s(, from the compile cache)?\n", "S\n", capsys.readouterr().err).splitlines()
+    assert said == [f"Compiling {steps} for 1 image of 16 x 16 pixels ... S" for steps in ("1 lcm step", "4 lcm steps")]
+    lcm_jax.load_pipeline(lcm_folder, quiet=True)("red", 1)
+    assert capsys.readouterr().err == ""
 
 
 def test_parts_are_callable(teacher, teacher_pipeline):
@@ -288,6 +320,9 @@ def test_saved_pipeline_draws_the_same(lcm, tmp_path):
         ({"width": 2 * 10**9}, "width is 2000000000; it must be a multiple of 2 in 2 … 16384"),
         ({"height": 17}, "height is 17; it must be a multiple of 2 in 2 … 16384"),
         ({"width": 0}, "width is 0"),
+        ({"images_per_prompt": 0}, "images_per_prompt is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"first_image": 2**24 - 2}, "first_image is 16777214 of 2; the images of a seed must be in 0 … 16777214"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"latents has the shape \(1, 4, 8, 8\); .* need \(2, 8, 8, 4\)"),
         ({"steps": 2, "noise": np.zeros((2, *SHAPE))}, r"noise has the shape .* need \(1, 2, 8, 8, 4\)"),
     ],
@@ -303,6 +338,7 @@ def test_wrong_arguments_of_a_consistency_model(lcm, arguments, message):
     ("arguments", "message"),
     [
         ({"steps": 1001}, "1001"),
+        ({"sampler": "lcm"}, "lcm needs a consistency model or an LCM-LoRA, .*: attach an LCM-LoRA .*, or use ddim"),
         ({"sampler": "euler"}, "sampler is 'euler'; choose from ddim, dpmpp"),
         ({"noise": np.zeros((3, *SHAPE))}, "noise has no effect with the sampler ddim"),
         ({"negative_prompt": "ugly", "guidance_scale": 1.0}, "negative_prompt has no effect"),

@@ -163,3 +163,31 @@ def test_the_first_step_says_what_the_compiler_did(clock):
         clock.now += 1.0
         bar.update(1, {"loss": 1.0})
     assert lines(console)[1] == "First step after 1.0 s; compile cache: 3 hits, no miss (folder)"
+
+
+def sample(console, clock):
+    """Two series: four images of two calls, then two of one; the first batch of each compiles for a minute."""
+    with progress.Sampling(10, console) as bar:
+        for name, images, calls in (("four", 4, 2), ("two", 2, 1)):
+            done = bar.series(name, images, calls)
+            for count in range(1, images + 1):
+                clock.now += 60.0 if count == 1 else 4.0 * calls
+                done(count)
+
+
+def test_lines_of_sampling(clock):
+    console = plain()
+    sample(console, clock)
+    assert lines(console) == [
+        "four  1/4 images",
+        "four  3/4 images  0.1 images/s  0:00:16 left",  # ten seconds after the line before
+        "two  1/2 images  0:00:12 left",  # 84 s for 7 calls
+    ]
+
+
+def test_a_terminal_gets_a_bar_of_all_series(clock):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, legacy_windows=False)
+    sample(console, clock)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
+    assert "compiling" in shown
+    assert "two  2/2 images  0.2 images/s  0:00:00 left" in shown

@@ -339,7 +339,7 @@ def test_each_recipe_has_its_own_program(files, folder, tmp_path):
         pipe.set_loras(loras)
         return pipe("a red seven", steps=1, sampler="lcm", output="latents")
 
-    base, one, other = (draw(loras) for loras in ({}, {files[0]: 1.0}, {files[1]: 1.0}))
+    base, one, other = (draw(loras) for loras in ({files[1]: 0.0}, {files[0]: 1.0}, {files[1]: 1.0}))
     assert np.abs(one - other).max() > 0.01 * np.abs(one).max()
     np.testing.assert_array_equal(draw({files[0]: 1.0}), one)
     np.testing.assert_array_equal(draw({files[0]: 0.0}), base)
