@@ -56,7 +56,9 @@ class JaxSampler:
 
     def run(self) -> np.ndarray:
         """Samples images, uint8 (B, H, W, 3)."""
-        return self._pipe([PROMPT] * self._work.batch, self._work.steps, GUIDANCE, **self._given)
+        return self._pipe(
+            [PROMPT] * self._work.batch, self._work.steps, GUIDANCE, **self._given, batch_size=self._work.batch
+        )
 
 
 class TorchSampler:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from etils import epath
 
 from lcm_jax.errors import Unavailable, UserError, nearest, plain
-from lcm_jax.host import files, interrupts
+from lcm_jax.host import files, interrupts, platforms
 
 Main = Callable[[Sequence[str]], int]
 # Options that users of diffusers, or of other trainers, look for → the option here
@@ -173,6 +173,7 @@ def run(main: Main, argv: Sequence[str] | None = None, command: str | None = Non
     command = command or _module_name(main)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold undecodable bytes: print them escaped
         sys.stdout.reconfigure(errors="backslashreplace")
+    platforms.skip_absent_tpu()
 
     def interrupted(error: KeyboardInterrupt) -> None:
         print(f"lcm-jax {command}: {interrupts.word(error)}", file=sys.stderr, flush=True)

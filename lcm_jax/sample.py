@@ -20,7 +20,7 @@ import numpy as np
 from lcm_jax import cli
 from lcm_jax.data import images as image_files
 from lcm_jax.errors import UserError, say
-from lcm_jax.host import arguments, compile_cache, files, platforms
+from lcm_jax.host import arguments, compile_cache, files
 from lcm_jax.host.images import grid, write_png
 from lcm_jax.inference.pipeline import Pipeline, load_pipeline
 from lcm_jax.inference.request import at_least_one
@@ -42,7 +42,6 @@ def main(argv: Sequence[str]) -> int:
         )
     if args.scale < 1:
         raise UserError(f"--scale={args.scale} must be at least 1")
-    platforms.skip_absent_tpu()
     compile_cache.enable()
     pipe = load_pipeline(args.model, loras=cli.loras(args.lora), dtype=args.dtype)
     settings = pipe.rules.settings(
