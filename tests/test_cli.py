@@ -127,3 +127,27 @@ def test_a_path_that_is_no_text_can_be_printed(capfd, monkeypatch):
         monkeypatch.setattr(sys, "stdout", stdout)
         assert cli.run(lambda argv: print("caf\udce9.png") or 0, [], "sample") == 0
     assert capfd.readouterr().out == "caf\\udce9.png\n"
+
+
+# The main thread is in C, where no handler runs; a folder stands for the lock that a run gives back.
+BLOCKED = """
+import hashlib, os, pathlib, signal, sys, threading
+from lcm_jax import cli
+from lcm_jax.host import interrupts
+def main(argv):
+    lock = pathlib.Path(argv[0])
+    lock.mkdir()
+    number = getattr(signal, argv[1])
+    threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+    with interrupts.last_act(lambda error: lock.rmdir()):
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+sys.exit(cli.run(main, command="train"))
+"""
+
+
+@pytest.mark.parametrize(("name", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_ends_a_command_that_is_not_in_python(name, code, word, tmp_path):
+    command = [sys.executable, "-c", BLOCKED, str(tmp_path / "lock"), name]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (code, f"lcm-jax train: {word}\n")
+    assert not (tmp_path / "lock").exists()

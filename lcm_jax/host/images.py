@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from lcm_jax.host import files
 
 GAP = 2  # pixels between images
-LABEL = 14  # height of a label in pixels
+LABEL = 14  # height of a label's line in pixels
 
 
 def to_signed(images: UInt8[Array, "*b 3"] | UInt8[np.ndarray, "*b 3"]) -> Float[Array, "*b 3"]:
@@ -31,33 +31,54 @@ def to_uint8(unit: Float[np.ndarray, "*b 3"]) -> UInt8[np.ndarray, "*b 3"]:
 
 
 def grid(
-    images: UInt8[np.ndarray, "n h w 3"], columns: int = 8, *, scale: int = 1, labels: Sequence[str] | None = None
+    images: UInt8[np.ndarray, "n h w 3"],
+    columns: int = 8,
+    *,
+    scale: int = 1,
+    labels: Sequence[str] | None = None,
+    lines: int = 1,
+    title: str = "",
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Arranges images row by row on a white sheet, each above its label.
+    """Arranges images row by row on a white sheet, each above its label, all below the title if there is one.
 
-    Images are enlarged by the integer `scale` without smoothing. `labels` has one label per image, printed on one line
-    and cut to the image's width, or is None.
+    Images are enlarged by the integer `scale` without smoothing. `labels` has one label per image, wrapped at the
+    image's width into `lines` lines, of which the last is cut, or is None.
     """
     if scale > 1:
         images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     n, h, w, _ = images.shape
     columns = min(columns, n)
     rows = -(-n // columns)
-    cell = h + (LABEL if labels else 0)
-    sheet = np.full((rows * (cell + GAP) - GAP, columns * (w + GAP) - GAP, 3), 255, np.uint8)
-    corners = [(i // columns * (cell + GAP), i % columns * (w + GAP)) for i in range(n)]
+    head, cell = LABEL if title else 0, h + (lines * LABEL if labels else 0)
+    sheet = np.full((head + rows * (cell + GAP) - GAP, columns * (w + GAP) - GAP, 3), 255, np.uint8)
+    corners = [(head + i // columns * (cell + GAP), i % columns * (w + GAP)) for i in range(n)]
     for image, (top, left) in zip(images, corners, strict=True):
         sheet[top : top + h, left : left + w] = image
-    if not labels:
+    if not labels and not title:
         return sheet
     canvas = Image.fromarray(sheet)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(10)
-    for text, (top, left) in zip(labels, corners, strict=True):
-        text = " ".join(text.split())
-        while pen.textlength(text, font=font) > w:
-            text = text[:-1]
-        pen.text((left, top + h), text, fill="black", font=font)
+
+    def write(text: str, top: int, left: int, width: int, lines: int) -> None:
+        for number, line in enumerate(_wrapped(text, lambda part: pen.textlength(part, font=font) <= width, lines)):
+            pen.text((left, top + number * LABEL), line, fill="black", font=font)
+
+    write(title, 0, 0, sheet.shape[1], 1)
+    for text, (top, left) in zip(labels or [], corners if labels else [], strict=True):
+        write(text, top + h, left, w, lines)
     return np.array(canvas)
+
+
+def _wrapped(text: str, fits: Callable[[str], bool], lines: int) -> list[str]:
+    """Breaks a text between words; cuts the last line, and a word that fits in none."""
+    found: list[str] = []
+    for word in text.split():
+        longer = f"{found[-1]} {word}" if found else word
+        if found and (fits(longer) or len(found) == lines):
+            found[-1] = longer
+        else:
+            found.append(word)
+    return [next(line[:end] for end in range(len(line), -1, -1) if fits(line[:end])) for line in found]
 
 
 def write_png(

@@ -36,17 +36,17 @@ def word(error: KeyboardInterrupt) -> str:
 
 @contextlib.contextmanager
 def ends_soon(say: Act) -> Iterator[None]:
-    """Ends the process within GRACE + TIDYING seconds of SIGINT or SIGTERM.
+    """Ends the process within GRACE + TIDYING seconds of SIGINT or SIGTERM, after `say`.
 
-    The main thread gets KeyboardInterrupt or Terminated. A process that is still there after GRACE seconds, in the
-    context or on its way out (Python waits for threads, JAX for devices), ends then: after `say` and the `last_act`s
-    if it is in the context. A signal that is ignored stays so. Does nothing in another thread than the main one, which
-    could not set handlers, nor while other handlers are set (`as_flag`).
+    The main thread gets KeyboardInterrupt or Terminated. When that has left the context, or after GRACE seconds, the
+    process ends, without Python's own end: that waits for threads and takes seconds with JAX. A signal that is ignored
+    stays so. Does nothing in another thread than the main one, which could not set handlers, nor while other handlers
+    are set (`as_flag`).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    raised, left, ending = threading.Event(), threading.Event(), threading.Event()
+    raised, left = threading.Event(), threading.Event()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
 
@@ -58,7 +58,7 @@ def ends_soon(say: Act) -> Iterator[None]:
     def watch() -> None:
         while received := os.read(reading, 1):
             if signal.getsignal(received[0]) is handler and not left.wait(GRACE):
-                _end(_error(received[0]), None if ending.is_set() else say)
+                _end(_error(received[0]), say)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -69,19 +69,19 @@ def ends_soon(say: Act) -> Iterator[None]:
             signal.signal(number, handler)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        left.set()
         if raised.is_set():
-            ending.set()
+            _end(error, say)
         raise
     finally:
-        if not ending.is_set():
-            left.set()
-            for number, old in before.items():
-                signal.signal(number, old)
-            signal.set_wakeup_fd(wakeup)
-            os.close(writing)
-            thread.join()
-            os.close(reading)
+        left.set()
+        for number, old in before.items():
+            signal.signal(number, old)
+        signal.set_wakeup_fd(wakeup)
+        os.close(writing)
+        thread.join()
+        os.close(reading)
 
 
 @contextlib.contextmanager
@@ -126,14 +126,14 @@ def _error(number: int) -> KeyboardInterrupt:
     return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
-def _end(error: KeyboardInterrupt, say: Act | None) -> None:
+def _end(error: KeyboardInterrupt, say: Act) -> None:
     def tidy() -> None:
         for act in reversed(_last_acts):
             with contextlib.suppress(Exception):  # the process ends: there is nobody to report it to
                 act(error)
-        if say:
-            say(error)
-        sys.stdout.flush()
+        say(error)
+        if sys.__stdout__:  # sys.stdout may be redirected at this moment
+            sys.__stdout__.flush()
 
     tidying = threading.Thread(target=tidy, daemon=True)  # which may wait for a network
     tidying.start()

@@ -19,7 +19,7 @@ from lcm_jax.data.batches import batches
 from lcm_jax.data.sources import Source, open_data
 from lcm_jax.errors import UserError, is_out_of_memory, plain
 from lcm_jax.host import compile_cache, files, interrupts
-from lcm_jax.host.images import grid, write_png
+from lcm_jax.host.images import write_png
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.monitor.profiler import ProfileConfig, Profiler
@@ -34,7 +34,7 @@ from lcm_jax.training.checkpoint import FOLDER, Checkpoints, good_steps
 from lcm_jax.training.losses import make_losses
 from lcm_jax.training.metrics import computed, losses_in
 from lcm_jax.training.networks import frozen_params, initial_params, make_parts
-from lcm_jax.training.previews import make_preview
+from lcm_jax.training.previews import make_preview, sheet
 from lcm_jax.training.program import make_program
 from lcm_jax.training.saved_step import Ahead
 from lcm_jax.training.workdir import Held, hold
@@ -213,8 +213,10 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
                 pictures = preview(*program.whole((state["ema"] or state["params"], frozen)))
                 held.check()
                 if metrics:
-                    metrics.images(done, "samples", pictures)
-                    write_png(workdir / "samples" / f"step_{done:06d}.png", grid(pictures, columns=8))
+                    shown, path = sheet(config, parts, pictures, done), workdir / "samples" / f"step_{done:06d}.png"
+                    metrics.images(done, "samples", shown[None])
+                    write_png(path, shown)
+                    progress.say(f"Samples of step {done}: {path}")
         checkpoints.wait()  # here, where a second SIGTERM does not cut the last one short
     held.check()
     _put_back(workdir, config, inputs)

@@ -12,12 +12,31 @@ from lcm_jax.data.batches import batches
 from lcm_jax.diffusion.guidance import is_guided
 from lcm_jax.diffusion.sampling import lcm_timesteps, trailing_timesteps
 from lcm_jax.families.base import Tokens, default_sizes
-from lcm_jax.host.images import to_signed, to_uint8, to_unit
+from lcm_jax.host.images import grid, to_signed, to_uint8, to_unit
 from lcm_jax.inference.generate import Sampler, generate
 from lcm_jax.training.networks import Parts, components_of
 
 Preview = Callable[[dict, dict], np.ndarray]
 SEED = 0
+LEAST = 128  # pixels; smaller images are enlarged on the sheet
+LINES = 3  # of a label
+
+
+def sheet(config: Config, parts: Parts, pictures: np.ndarray, step: int) -> np.ndarray:
+    """Returns the preview of a step to look at, uint8 (H, W, 3): enlarged, each image above its prompt."""
+    if parts.objective.sampling(parts.options, parts.process) is None:
+        labels, how = ["image", "reconstruction"] * (len(pictures) // 2), "images and what the autoencoder makes of them"
+    else:
+        labels = list(config.log.prompts) or [""]
+        how = f"{config.log.sample_steps} network steps, guidance scale {config.log.guidance_scale:g}"
+    return grid(
+        pictures,
+        columns=4,
+        scale=-(-LEAST // min(LEAST, *pictures.shape[1:3])),
+        labels=labels,
+        lines=LINES,
+        title=f"step {step} of {config.steps}; {how}",
+    )
 
 
 def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], Tokens]) -> Preview:
@@ -54,7 +73,7 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
         timesteps = lcm_timesteps(config.log.sample_steps, parts.process, how.grid_steps)
     else:
         timesteps = trailing_timesteps(config.log.sample_steps, parts.process.num_train_timesteps)
-    grid = jnp.asarray(timesteps)
+    times = jnp.asarray(timesteps)
     prompts = list(config.log.prompts) or [""]
     ids = jax.tree.map(jnp.asarray, tokenizer(prompts))
     null_ids = jax.tree.map(lambda of: jnp.repeat(of, len(prompts), 0), parts.null_ids)
@@ -70,6 +89,6 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
         for name in sampler.networks.keys() & parts.adapted.keys():
             params = {**params, name: lora.merge(frozen[name], params[name], lora.alphas(parts.adapted[name]))}
         # the trained weights stand before the frozen ones of the same component
-        return generate(sampler, {**frozen, **params}, ids, null_ids, sizes, w, grid, z_T, key_noise)
+        return generate(sampler, {**frozen, **params}, ids, null_ids, sizes, w, times, z_T, key_noise)
 
     return lambda weights, frozen: to_uint8(to_unit(np.asarray(draw(weights, frozen))))
