@@ -108,12 +108,24 @@ def build_pipeline(tokenizer_folder: pathlib.Path, *, lcm: bool = False, predict
 
 
 def write_little(folder: pathlib.Path, **sizes) -> pathlib.Path:
-    """Writes the micro preset with one level: every layer type, but few operations to trace and compile."""
+    """Writes the micro preset with few operations to trace and compile: every layer type, but as few as can be.
+
+    The UNet's only transformer is in its middle block; the text encoder has one layer.
+    """
     from lcm_jax.digits import presets  # late: it imports jax
 
+    preset = {**presets.PRESETS["micro"], "unet_channels": [8], "vae_channels": [8], **sizes}
+    levels = len(preset["unet_channels"])
+    unet = {
+        **presets.unet_config(preset),
+        "down_block_types": ["DownBlock2D"] * levels,
+        "up_block_types": ["UpBlock2D"] * levels,
+    }
+    text_config = presets.text_config
     with pytest.MonkeyPatch.context() as patch:
-        one_level = {"unet_channels": [8], "vae_channels": [8]}
-        patch.setitem(presets.PRESETS, "little", {**presets.PRESETS["micro"], **one_level, **sizes})
+        patch.setitem(presets.PRESETS, "little", preset)
+        patch.setattr(presets, "unet_config", lambda preset: unet)
+        patch.setattr(presets, "text_config", lambda *given: {**text_config(*given), "num_hidden_layers": 1})
         return presets.write_blank("little", folder)
 
 
