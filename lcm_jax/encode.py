@@ -52,7 +52,8 @@ def pictures(source: Source, config: Config, batch_size: int) -> Iterator[tuple[
 def encode(config: Config, folder: Folder, source: Source, batch_size: int) -> Iterator[tuple[np.ndarray, list[str]]]:
     """Yields (moments, captions) of each picture: float16 (h, w, 2C), mean and log-variance of q(z|x).
 
-    Raises: UserError for a record that can't be read or decoded, and for a batch that the devices do not divide.
+    Raises: UserError for a record that can't be read or decoded, latents that are not finite, and a batch that the
+      devices do not divide.
     """
     mesh = make_mesh(MeshConfig())
     if batch_size % mesh.size:
@@ -66,9 +67,17 @@ def encode(config: Config, folder: Folder, source: Source, batch_size: int) -> I
         mean_and_logvar = network.apply(params, to_signed(images), method="encode")
         return jnp.concatenate(mean_and_logvar, axis=-1).astype(jnp.float16)
 
+    count = 0
     for images, captions in pictures(source, config, batch_size):
         padded = np.concatenate([images, np.zeros((batch_size - len(images), *images.shape[1:]), np.uint8)])
         of_all = np.asarray(moments(params, jax.device_put(padded, NamedSharding(mesh, BATCH))))
+        finite = np.isfinite(of_all[: len(images)]).all(axis=(1, 2, 3))
+        if not finite.all():
+            raise UserError(
+                f"the VAE of {folder.path} gives latents that are not finite in float16, for image "
+                f"{count + int(finite.argmin())} of {source.where}; check the VAE, or try --config.model.dtype=float32"
+            )
+        count += len(images)
         yield from zip(of_all, captions, strict=False)
 
 

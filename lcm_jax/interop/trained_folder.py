@@ -89,7 +89,7 @@ def write_lcm_folder(
         )
     scheduler = lcm_scheduler(teacher, recipe.original_inference_steps, recipe.timestep_scaling)
     folder = Folder(teacher.path, model_index, scheduler, {**teacher.components, "unet": student})
-    text = card.lcm_card(teacher.path, recipe, folder.pipeline_class)
+    text = card.model_card(teacher.path, recipe, folder.pipeline_class)
     with replacing(out, teacher.path) as temporary:
         write_parts(_for_transformers(folder), temporary, recipe_holds=False)
         write_json(temporary / RECIPE_FILE, dataclasses.asdict(recipe))

@@ -67,7 +67,7 @@ def check(loras: Loras) -> None:
     for path, weight in loras.items():
         if not isinstance(path, str | os.PathLike):
             raise UserError(f"{path!r} in loras must be the path of a file")
-        if not isinstance(weight, numbers.Real) or not abs(weight) <= sys.float_info.max:
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not abs(weight) <= sys.float_info.max:
             raise UserError(f"the weight of {path} is {weight!r}; it must be a finite number")
         file = find(path).resolve()
         if file in seen:
