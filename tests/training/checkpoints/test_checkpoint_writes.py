@@ -108,7 +108,9 @@ def test_a_full_disk(workdir):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, old[1]))
     try:
         checkpoints.save(4, state, DATA)
-        with pytest.raises(UserError, match=r"could not be written to .*File too large.*; the newest complete one is of step 3"):
+        with pytest.raises(
+            UserError, match=r"could not be written to .*File too large.*; the newest complete one is of step 3"
+        ):
             checkpoints.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
