@@ -3,6 +3,7 @@
 from lcm_jax.errors import UserError
 from lcm_jax.families.base import Condition, Family
 from lcm_jax.families.sd import SD
+from lcm_jax.interop.layouts import LAYOUTS
 
 FAMILIES = (SD,)
 
@@ -10,10 +11,9 @@ FAMILIES = (SD,)
 def family_of(pipeline_class: str) -> Family:
     """Returns the family of the folders of a diffusers pipeline class; raises UserError for an unsupported one."""
     for family in FAMILIES:
-        if pipeline_class in family.pipelines:
+        if family.layout is LAYOUTS.get(pipeline_class):
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.pipelines)
-    raise UserError(f"_class_name is {pipeline_class!r}; supported: {known}")
+    raise UserError(f"_class_name is {pipeline_class!r}; supported: {', '.join(LAYOUTS)}")
 
 
 __all__ = ["FAMILIES", "SD", "Condition", "Family", "family_of"]

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from lcm_jax.interop.layouts import Layout
+
 Condition = Any
 Tokens = Any  # int32 (B, L), or {tokenizer: int32 (B, L)} in a family with several
 
@@ -20,8 +22,7 @@ class Family:
 
     Attributes:
       name: for messages.
-      pipelines: the diffusers pipeline classes of its folders.
-      denoiser: the component of a folder that predicts the noise.
+      layout: of its folders; `interop.layouts.LAYOUTS` has the diffusers pipeline classes of each layout.
       text_encoders: the components that make the condition.
       condition: (text encoder → its bound network, tokens, (height, width) of the images) → the condition.
       call: (bound denoiser, z, t, condition, w embedding or None) → its raw output.
@@ -32,8 +33,7 @@ class Family:
     """
 
     name: str
-    pipelines: tuple[str, ...]
-    denoiser: str
+    layout: Layout
     text_encoders: tuple[str, ...]
     condition: Callable[[Mapping[str, Callable[..., Any]], Tokens, tuple[int, int]], Condition]
     call: Callable[..., jax.Array]
@@ -41,3 +41,8 @@ class Family:
     with_w_embedding: Callable[[Any, int], Any]
     w_projection: str
     null: Callable[[Condition], Condition] | None = None
+
+    @property
+    def denoiser(self) -> str:
+        """The component of a folder that predicts the noise."""
+        return self.layout.denoiser

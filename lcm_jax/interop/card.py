@@ -55,13 +55,13 @@ def model_card(teacher: pathlib.Path, recipe: Recipe, pipeline: str) -> str:
     if recipe.w_embedding_dim:
         scale = middle
         guidance = (
-            f"The UNet takes the guidance as an input: `guidance_scale` from {recipe.guidance_min:g} to "
+            f"The model takes the guidance as an input: `guidance_scale` from {recipe.guidance_min:g} to "
             f"{recipe.guidance_max:g}, at no extra cost. A negative prompt has no effect."
         )
     else:
         scale = 1.0
         guidance = (
-            f"The UNet has learnt the mean over `guidance_scale` {recipe.guidance_min:g} to {recipe.guidance_max:g}, "
+            f"The model has learnt the mean over `guidance_scale` {recipe.guidance_min:g} to {recipe.guidance_max:g}, "
             "which is not an input: use 1 (off); slightly higher values add real guidance at twice the cost."
         )
     rows = {

@@ -40,7 +40,7 @@ def write_parts(folder: Folder, to: pathlib.Path, *, recipe_holds: bool = True) 
     Args:
       folder: the folder to write.
       to: the empty folder.
-      recipe_holds: whether to copy lcm_jax.json, because it still describes the UNet.
+      recipe_holds: whether to copy lcm_jax.json, because it still describes the denoiser.
 
     Raises:
       UserError: a part's name is not a plain name; a link leaves the folder; a part is missing or would not load.

@@ -63,6 +63,7 @@ LAYOUT = dataclasses.replace(
     networks={**layouts.SD.networks, "text_encoder_2": "CLIPTextModelWithProjection"},
     tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     copied=("feature_extractor", "image_encoder"),
+    flagged=(),
     students=("StableDiffusionXLPipeline", "StableDiffusionXLPipeline"),
     check_fit=lambda path, **configs: None,
     settings={"force_zeros_for_empty_prompt": True},
@@ -70,7 +71,7 @@ LAYOUT = dataclasses.replace(
 SDXL = dataclasses.replace(
     families.SD,
     name="Stable Diffusion XL",
-    pipelines=("StableDiffusionXLPipeline",),
+    layout=LAYOUT,
     text_encoders=("text_encoder", "text_encoder_2"),
     condition=condition,
     null=null,
