@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from lcm_jax import cli
-from lcm_jax.errors import nearest
+from lcm_jax.errors import UserError, nearest
 
 COMMANDS = {
     "train": "train the model of a config file: a consistency model, a teacher, an autoencoder",
@@ -29,7 +29,8 @@ def main() -> int:
         return 0
     command, argv = sys.argv[1], sys.argv[2:]
     if command not in COMMANDS:
-        print(f"lcm-jax: error: there is no command {command!r}{nearest(command, COMMANDS)}", file=sys.stderr)
+        error = UserError(f"there is no command {command!r}{nearest(command, COMMANDS)}")
+        print(f"lcm-jax: error: {error}", file=sys.stderr)
         return 2
     return cli.run(importlib.import_module(f"lcm_jax.{command}").main, argv, command)
 

@@ -54,7 +54,8 @@ def encode(
 ) -> Iterator[tuple[latents.Latent, list[str]]]:
     """Yields (latent, captions) of each image; its moments are mean and log-variance of q(z|x).
 
-    Raises: UserError for a record that can't be read or decoded, and for a batch that the devices do not divide.
+    Raises: UserError for a record that can't be read or decoded, latents that are not finite, and a batch that the
+      devices do not divide.
     """
     mesh = make_mesh(MeshConfig())
     if batch_size % mesh.size:
@@ -68,10 +69,18 @@ def encode(
         mean_and_logvar = network.apply(params, to_signed(images), method="encode")
         return jnp.concatenate(mean_and_logvar, axis=-1).astype(jnp.float16)
 
+    count = 0
     for images, captions in pictures(source, config, batch_size):
         pixels = np.stack([image.pixels for image in images])
         padded = np.concatenate([pixels, np.zeros((batch_size - len(pixels), *pixels.shape[1:]), np.uint8)])
         of_all = np.asarray(moments(params, jax.device_put(padded, NamedSharding(mesh, BATCH))))
+        finite = np.isfinite(of_all[: len(images)]).all(axis=(1, 2, 3))
+        if not finite.all():
+            raise UserError(
+                f"the VAE of {folder.path} gives latents that are not finite in float16, for image "
+                f"{count + int(finite.argmin())} of {source.where}; check the VAE, or try --config.model.dtype=float32"
+            )
+        count += len(images)
         found = [latents.Latent(of_one, image.sizes) for of_one, image in zip(of_all, images, strict=False)]
         yield from zip(found, captions, strict=True)
 

@@ -51,7 +51,7 @@ def export(
     dtype: str = "float32",
     dialect: str | None = None,
 ) -> tuple[int, str]:
-    """Writes the newest good checkpoint (or that of `step`) of the run in `workdir` to `out`.
+    """Writes the newest checkpoint (or that of `step`) of the run in `workdir` to `out`.
 
     Args:
       out: the new folder; of adapters, the file, *.safetensors.
@@ -183,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", help="instead of --workdir: a diffusers folder, or a hub id, to merge LoRAs into")
     parser.add_argument("--out", required=True, type=cli.folder, help="the new folder, or the LoRA file")
     parser.add_argument("--which", choices=("ema", "student"), help="which weights of the run (default: ema)")
-    parser.add_argument("--step", type=int, help="the run's checkpoint (default: the newest good one)")
+    parser.add_argument("--step", type=int, help="the run's checkpoint (default: the newest)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the trained weights (default: float32)")
     parser.add_argument("--dialect", choices=DIALECTS, help="format of the LoRA file (default: diffusers)")
     cli.add_lora(parser)

@@ -12,7 +12,7 @@ ITEMS = ("params", "ema", "opt_state", "counters")
 def everything(workdir):
     """Parameters, EMA, optimizer, counters and data position of the newest checkpoint, as comparable values."""
     folder = workdir / "checkpoints"
-    step = checkpoint.good_steps(folder)[0]
+    step = checkpoint.finalized_steps(folder)[0]
     with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         items = {name: ocp.args.StandardRestore() for name in ITEMS if (folder / str(step) / name).exists()}
         meta = ocp.args.JsonRestore()

@@ -65,8 +65,9 @@ class Schedule:
         falls = (np.diff(self.alphas_cumprod) < 0).all() and self.alphas_cumprod[0] < 1
         if not falls or (alpha < np.finfo(np.float32).tiny).any():
             raise UserError(
-                f"beta_start {self.beta_start}, beta_end {self.beta_end} and num_train_timesteps {T} give a schedule "
-                "that does not strictly decrease to a positive number"
+                f"beta_start {self.beta_start}, beta_end {self.beta_end} and num_train_timesteps {T} give an unusable "
+                "schedule: alpha = sqrt(alphas_cumprod) must start below 1, strictly decrease, and stay above 1.2e-38 "
+                "(float32), but for 0 at the last timestep with rescale_betas_zero_snr"
             )
 
     # ---- tables

@@ -7,6 +7,7 @@ from lcm_jax.errors import UserError
 from lcm_jax.families.base import Condition, Family
 from lcm_jax.families.sd import SD
 from lcm_jax.families.sdxl import SDXL
+from lcm_jax.interop.layouts import LAYOUTS
 
 FAMILIES = (SD, SDXL)
 
@@ -15,10 +16,9 @@ def family_of(model_index: Mapping[str, Any]) -> Family:
     """Returns the family of the folder with this model_index.json; raises UserError for an unsupported pipeline."""
     pipeline_class = model_index["_class_name"]
     for family in FAMILIES:
-        if pipeline_class in family.pipelines:
+        if family.layout is LAYOUTS.get(pipeline_class):
             return family.of_folder(model_index)
-    known = ", ".join(name for family in FAMILIES for name in family.pipelines)
-    raise UserError(f"_class_name is {pipeline_class!r}; supported: {known}")
+    raise UserError(f"_class_name is {pipeline_class!r}; supported: {', '.join(LAYOUTS)}")
 
 
 __all__ = ["FAMILIES", "SD", "SDXL", "Condition", "Family", "family_of"]

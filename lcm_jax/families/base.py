@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
+from lcm_jax.interop.layouts import Layout
+
 Condition = Any
 Text = Any  # tree of arrays (B, …); (1, …) for one text of all samples
 Tokens = Any  # int32 (B, L), or {tokenizer: int32 (B, L)} in a family with several
@@ -24,8 +26,7 @@ class Family:
 
     Attributes:
       name: for messages.
-      pipelines: the diffusers pipeline classes of its folders.
-      denoiser: the component of a folder that predicts the noise.
+      layout: of its folders; `interop.layouts.LAYOUTS` has the diffusers pipeline classes of each layout.
       text_encoders: the components that make the condition.
       encode: (text encoder → its bound network, tokens) → the text.
       condition: (text, sizes as in `default_sizes`, or None unless `uses_sizes`) → the condition. Texts (1, …) may stay
@@ -43,8 +44,7 @@ class Family:
     """
 
     name: str
-    pipelines: tuple[str, ...]
-    denoiser: str
+    layout: Layout
     text_encoders: tuple[str, ...]
     encode: Callable[[Mapping[str, Callable[..., Any]], Tokens], Text]
     condition: Callable[[Text, Int[Array, "b 6"] | None], Condition]
@@ -58,6 +58,11 @@ class Family:
     guidance: float = 7.5
     student_guidance: float = 8.5
     strength: float = 0.8
+
+    @property
+    def denoiser(self) -> str:
+        """The component of a folder that predicts the noise."""
+        return self.layout.denoiser
 
     def of_folder(self, model_index: Mapping[str, Any]) -> "Family":
         """Returns this record as the settings in model_index.json make it."""

@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from lcm_jax.families.base import Family
+from lcm_jax.interop import layouts
 from lcm_jax.models import UNetConfig
 
 
@@ -41,8 +42,7 @@ def _with_w_embedding(config: UNetConfig, dim: int) -> UNetConfig:
 
 SD = Family(
     name="Stable Diffusion",
-    pipelines=("StableDiffusionPipeline", "LatentConsistencyModelPipeline"),
-    denoiser="unet",
+    layout=layouts.SD,
     text_encoders=("text_encoder",),
     encode=_encode,
     condition=_condition,

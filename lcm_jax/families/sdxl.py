@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lcm_jax.families.sd import SD
+from lcm_jax.interop import layouts
 
 
 def _encode(encoders: Mapping[str, Callable[..., Any]], tokens: Mapping[str, Int[Array, "b l"]]) -> dict[str, Array]:
@@ -44,7 +45,7 @@ def _call(
 SDXL = dataclasses.replace(
     SD,
     name="Stable Diffusion XL",
-    pipelines=("StableDiffusionXLPipeline",),
+    layout=layouts.SDXL,
     text_encoders=("text_encoder", "text_encoder_2"),
     encode=_encode,
     condition=_condition,

@@ -88,8 +88,13 @@ def texts(name: str, value: Any) -> list[str]:
 
 
 def path(name: str, value: Any) -> str:
-    """Converts a path or a model's name to str. Raises UserError unless it is a str or a PathLike of str."""
-    if isinstance(value, (str, os.PathLike)) and isinstance(found := os.fspath(value), str):
+    """Converts a path or a model's name to str.
+
+    Raises UserError unless it is a str or a PathLike of str, not empty and without a null character, which no file
+    system allows.
+    """
+    found = os.fspath(value) if isinstance(value, (str, os.PathLike)) else ""
+    if isinstance(found, str) and found and "\0" not in found:
         return found
     _refuse(name, value, "a path")
 

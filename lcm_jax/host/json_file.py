@@ -15,7 +15,7 @@ from typing import Any
 
 from lcm_jax.errors import UserError, plain
 
-LARGEST = 64 * 2**20  # bytes: twice the largest JSON file of a published model, a weight index or a vocabulary
+LARGEST = 32 * 2**20  # bytes: ten times the largest JSON file of these models, a tokenizer; needs up to 1 GB to parse
 DEEPEST = 64  # levels of nested brackets
 CONFIG = 2**20  # bytes: the limit for a config; published ones have a few thousand
 MOST_DIGITS = 100  # digits of one number

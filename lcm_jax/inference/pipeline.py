@@ -244,7 +244,7 @@ class Pipeline:
             if cut := self.tokenizer.cut(prompt):
                 warnings.warn(
                     f"the prompt {_short(prompt)!r} is longer than {self.tokenizer.max_length} tokens; "
-                    f"cut off: {cut!r}",
+                    f"cut off: {plain(cut, 200)!r}",
                     UserWarning,
                     stacklevel=3,
                 )

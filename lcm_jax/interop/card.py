@@ -33,7 +33,7 @@ def teacher_licence(folder: pathlib.Path) -> dict[str, Any]:
     return {key: front[key] for key in _LICENCE_KEYS if key in front}
 
 
-def lcm_card(teacher: pathlib.Path, recipe: Recipe, pipeline: str) -> str:
+def model_card(teacher: pathlib.Path, recipe: Recipe, pipeline: str) -> str:
     """Returns the text of the model card of a distilled model, a folder of the diffusers class `pipeline`.
 
     The teacher's license also covers the distilled model. If the teacher's card names none, the text says so.
@@ -45,7 +45,7 @@ def lcm_card(teacher: pathlib.Path, recipe: Recipe, pipeline: str) -> str:
         **licence,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["latent-consistency-model", "text-to-image", "lcm_jax"],
+        tags=["few-step", "text-to-image", "lcm_jax"],
     )
     if licence:
         terms = f"The teacher's licence, `{licence.get('license', 'see above')}`, also applies to this model."
@@ -55,13 +55,13 @@ def lcm_card(teacher: pathlib.Path, recipe: Recipe, pipeline: str) -> str:
     if recipe.w_embedding_dim:
         scale = middle
         guidance = (
-            f"The UNet takes the guidance as an input: `guidance_scale` from {recipe.guidance_min:g} to "
+            f"The model takes the guidance as an input: `guidance_scale` from {recipe.guidance_min:g} to "
             f"{recipe.guidance_max:g}, at no extra cost. A negative prompt has no effect."
         )
     else:
         scale = 1.0
         guidance = (
-            f"The UNet has learnt the mean over `guidance_scale` {recipe.guidance_min:g} to {recipe.guidance_max:g}, "
+            f"The model has learnt the mean over `guidance_scale` {recipe.guidance_min:g} to {recipe.guidance_max:g}, "
             "which is not an input: use 1 (off); slightly higher values add real guidance at twice the cost."
         )
     rows = {
@@ -79,7 +79,7 @@ def lcm_card(teacher: pathlib.Path, recipe: Recipe, pipeline: str) -> str:
 {front.to_yaml()}
 ---
 
-# A latent consistency model of `{recipe.teacher}`
+# A few-step model distilled from `{recipe.teacher}`
 
 Samples images in 1 to 8 network steps. Distilled with lcm_jax by {recipe.method}.
 

@@ -3,9 +3,10 @@
 Other files are not copied: checkpoints in other formats, other variants, caches, training leftovers.
 """
 
+import contextlib
 import pathlib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from lcm_jax.errors import UserError, few
@@ -15,7 +16,10 @@ from lcm_jax.interop import places, weights
 from lcm_jax.interop.layouts import OPTIONAL
 from lcm_jax.interop.network_configs import MODEL_CLASSES
 
-_DOCUMENT = re.compile(r"(?:LICEN[CS]E|NOTICE|COPYING|AUTHORS|CITATION)(?:[._-].*)?|.*\.(?:md|txt)", re.IGNORECASE)
+_DOCUMENT = re.compile(  # vocab.txt and merges.txt are parts of a tokenizer
+    r"(?:LICEN[CS]E|NOTICE|COPYING|AUTHORS|CITATION)(?:[._-].*)?|.*\.md|(?!(?:vocab|merges)\.txt$).*\.txt",
+    re.IGNORECASE,
+)
 _SETTINGS = (".json", ".txt", ".model", ".jinja")  # configurations, vocabularies, merges
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?"
@@ -45,8 +49,8 @@ def documents(file_names: Iterable[str]) -> list[str]:
 def of_copied_part(file_names: Iterable[str]) -> list[str]:
     """Returns the files to copy for a part that is not loaded: settings, documents and one set of weights.
 
-    The weights are the ones that a loader finds first: safetensors before .bin, the unnamed variant before others, a
-    single file before shards.
+    The weights are the ones that a loader finds first: safetensors before .bin, variants in the order of
+    `weights.VARIANTS` and any other after them, a single file before shards.
     """
     file_names = list(file_names)
     chosen = set(documents(file_names)) | set(_one_arrangement(file_names))
@@ -55,10 +59,11 @@ def of_copied_part(file_names: Iterable[str]) -> list[str]:
 
 
 def _one_arrangement(file_names: Iterable[str]) -> list[str]:
-    groups: dict[tuple[bool, str], list[re.Match]] = {}
+    groups: dict[tuple[bool, int, str], list[re.Match]] = {}
     for found in filter(None, map(_WEIGHTS.fullmatch, file_names)):
         variant = found["variant"] or found["index_variant"] or ""
-        groups.setdefault((found["format"] == "bin", variant), []).append(found)
+        rank = weights.VARIANTS.index(variant) if variant in weights.VARIANTS else len(weights.VARIANTS)
+        groups.setdefault((found["format"] == "bin", rank, variant), []).append(found)
     if not groups:
         return []
     group = groups[min(groups)]
@@ -69,11 +74,11 @@ def _one_arrangement(file_names: Iterable[str]) -> list[str]:
 def copied_files(root: pathlib.Path, name: str) -> list[str]:
     """Returns the files to copy for the part `name` of the model folder `root`, after checking that they are safe.
 
-    Documents that are broken links are left out, except .txt files. Raises UserError for any other broken link, and for
-    links out of the folder.
+    Documents that are broken links are left out. Raises UserError for any other broken link, and for links out of the
+    folder.
     """
     chosen = of_copied_part(places.file_names(root, name))
-    lost = [] if not chosen else lost_documents(root / name, [n for n in chosen if not n.endswith(_SETTINGS)])
+    lost = lost_documents(root / name, chosen)
     chosen = [file for file in chosen if file not in lost]
     for file in chosen:
         places.part_file(root, name, file)
@@ -105,16 +110,24 @@ def check_copied(directory: pathlib.Path, part_class: str, source: pathlib.Path,
         raise _lacks(source, "weights")
     for name in sorted(there):
         if name.endswith("config.json") or name in ("tokenizer.json", "vocab.json"):
-            json_file.parse((directory / name).read_bytes(), str(source / name))
+            with _named(directory, source):
+                json_file.read(directory / name)
         if ".index." in name:
             shards = json_file.read(directory / name, {"weight_map": json_file.TEXTS}).get("weight_map", {}).values()
             if lost := sorted(set(shards) - set(there)):
                 raise UserError(f"{source / name} names missing files: {few(lost)}")
         if name.endswith(".safetensors"):
-            try:
+            with _named(directory, source):
                 weights.read_header(directory / name)
-            except UserError as error:
-                raise UserError(str(error).replace(str(directory), str(source))) from None
+
+
+@contextlib.contextmanager
+def _named(directory: pathlib.Path, source: pathlib.Path) -> Iterator[None]:
+    """Names the original part, instead of its copy, in the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(str(directory), str(source))) from None
 
 
 def _lacks(source: pathlib.Path, what: str) -> UserError:

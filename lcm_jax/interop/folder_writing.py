@@ -16,6 +16,7 @@ from lcm_jax.interop import contents, names, places, weights
 from lcm_jax.interop.folder import Component, Folder, Source, make_network
 from lcm_jax.interop.recipe import RECIPE_FILE
 from lcm_jax.interop.replace import keep_private, replacing
+from lcm_jax.interop.tokenizer import read_tokenizer
 
 
 def write_folder(folder: Folder, out: str | os.PathLike[str]) -> pathlib.Path:
@@ -39,7 +40,7 @@ def write_parts(folder: Folder, to: pathlib.Path, *, recipe_holds: bool = True) 
     Args:
       folder: the folder to write.
       to: the empty folder.
-      recipe_holds: whether to copy lcm_jax.json, because it still describes the UNet.
+      recipe_holds: whether to copy lcm_jax.json, because it still describes the denoiser.
 
     Raises:
       UserError: a part's name is not a plain name; a link leaves the folder; a part is missing or would not load.
@@ -55,6 +56,8 @@ def write_parts(folder: Folder, to: pathlib.Path, *, recipe_holds: bool = True) 
             copied = contents.copied_files(folder.path, name)
             _copy_files(folder.path, name, to, copied)
             contents.check_copied(to / name, part_class, folder.path / name, copied)
+            if name in folder.layout.tokenizers:
+                read_tokenizer(folder.path / name)
     for name in parts:
         if name == "scheduler":
             (to / name).mkdir()

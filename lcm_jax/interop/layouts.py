@@ -17,18 +17,24 @@ class Layout:
 
     Attributes:
       networks: part → class.
+      denoiser: the network that predicts the noise.
+      w_embedding_key: the key of the denoiser's config.json with the dimension of its w-embedding, null for none.
       tokenizers: part → the text encoder that takes its ids.
       copied: optional parts, which are only copied.
+      flagged: those of them that model_index.json has a `requires_PART` for.
       students: the pipeline classes of a distilled model without and with a w-embedding.
       check_fit: (folder, network → its configuration) raises UserError if the networks don't fit each other.
       settings: setting of the pipeline in model_index.json → kind of its value.
     """
 
     networks: Mapping[str, str]
+    denoiser: str
+    w_embedding_key: str
     tokenizers: Mapping[str, str]
     copied: tuple[str, ...]
     students: tuple[str, str]
     check_fit: Callable[..., None]
+    flagged: tuple[str, ...] = ()
     settings: Mapping[str, Kind] = dataclasses.field(default_factory=dict)
 
     @property
@@ -39,13 +45,18 @@ class Layout:
 
 SD = Layout(
     networks={"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"},
+    denoiser="unet",
+    w_embedding_key="time_cond_proj_dim",
     tokenizers={"tokenizer": "text_encoder"},
     copied=OPTIONAL,
     students=("StableDiffusionPipeline", "LatentConsistencyModelPipeline"),
     check_fit=fit.check_sd,
+    flagged=("safety_checker",),
 )
 SDXL = Layout(
     networks={**SD.networks, "text_encoder_2": "CLIPTextModelWithProjection"},
+    denoiser=SD.denoiser,
+    w_embedding_key=SD.w_embedding_key,
     tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     copied=("feature_extractor", "image_encoder"),
     students=("StableDiffusionXLPipeline", "StableDiffusionXLPipeline"),

@@ -1,7 +1,7 @@
 """Writes trained models as folders that diffusers loads.
 
-The pipeline class is that of `Layout.students`. A distilled UNet with a w-embedding becomes a
-`LatentConsistencyModelPipeline`. A UNet without one (w_embedding_dim 0) becomes a `StableDiffusionPipeline` with an
+The pipeline class is that of `Layout.students`. A distilled SD model with a w-embedding becomes a
+`LatentConsistencyModelPipeline`. A model without one (w_embedding_dim 0) becomes a `StableDiffusionPipeline` with an
 `LCMScheduler`, since LatentConsistencyModelPipeline always embeds the guidance scale. Run it with guidance_scale 1
 (off), or slightly above 1 for classifier-free guidance. Both kinds of students of SDXL stay in its own pipeline.
 """
@@ -53,43 +53,42 @@ def lcm_scheduler(
 
 def write_lcm_folder(
     teacher: Folder,
-    unet_params: Mapping[str, np.ndarray | Array],
+    denoiser_params: Mapping[str, np.ndarray | Array],
     out: str | os.PathLike[str],
     *,
     recipe: Recipe,
     dtype: str = "float32",
 ) -> pathlib.Path:
-    """Writes the teacher's folder with the distilled UNet, an LCMScheduler, lcm_jax.json and a model card.
+    """Writes the teacher's folder with the distilled denoiser, an LCMScheduler, lcm_jax.json and a model card.
 
     Args:
       teacher: the teacher's folder. Its text encoder, VAE, tokenizer and any safety checker are reused.
-      unet_params: path → array, the student's parameters.
+      denoiser_params: path → array, the student's parameters.
       out: the new folder; an existing model folder is replaced.
       recipe: written to lcm_jax.json and the model card.
-      dtype: dtype of the UNet's weights: float32, float16 or bfloat16. Other parts keep their dtypes.
+      dtype: dtype of the denoiser's weights: float32, float16 or bfloat16. Other parts keep their dtypes.
 
     Raises:
-      UserError: the parameters don't fit the UNet, or `out` can't be written.
+      UserError: the parameters don't fit the denoiser, or `out` can't be written.
     """
     one_of("dtype", dtype, DTYPES)
-    unet = teacher.components["unet"]
-    config = {**unet.config, "time_cond_proj_dim": recipe.w_embedding_dim or None}
-    student = replace_params(unet, unet_params, jnp.dtype(dtype), config)
+    layout = teacher.layout
+    denoiser = teacher.components[layout.denoiser]
+    config = {**denoiser.config, layout.w_embedding_key: recipe.w_embedding_dim or None}
+    student = replace_params(denoiser, denoiser_params, jnp.dtype(dtype), config)
     model_index = {
         **teacher.model_index,
-        "_class_name": teacher.layout.students[bool(recipe.w_embedding_dim)],
+        "_class_name": layout.students[bool(recipe.w_embedding_dim)],
         "scheduler": ["diffusers", "LCMScheduler"],
     }
-    for name in teacher.layout.copied:
+    for name in layout.copied:
         model_index.setdefault(name, [None, None])
-    if "safety_checker" in teacher.layout.copied:
-        has_checker = model_index["safety_checker"][1] is not None
-        model_index["requires_safety_checker"] = bool(
-            has_checker and teacher.model_index.get("requires_safety_checker", True)
-        )
+    for name in layout.flagged:
+        there, flag = model_index[name][1] is not None, f"requires_{name}"
+        model_index[flag] = bool(there and teacher.model_index.get(flag, True))
     scheduler = lcm_scheduler(teacher, recipe.original_inference_steps, recipe.timestep_scaling)
-    folder = Folder(teacher.path, model_index, scheduler, {**teacher.components, "unet": student})
-    text = card.lcm_card(teacher.path, recipe, folder.pipeline_class)
+    folder = Folder(teacher.path, model_index, scheduler, {**teacher.components, layout.denoiser: student})
+    text = card.model_card(teacher.path, recipe, folder.pipeline_class)
     with replacing(out, teacher.path) as temporary:
         write_parts(_for_transformers(folder), temporary, recipe_holds=False)
         write_json(temporary / RECIPE_FILE, dataclasses.asdict(recipe))
@@ -126,7 +125,7 @@ def write_trained_folder(
         components[name] = replace_params(components[name], flat, jnp.dtype(dtype))
     folder = dataclasses.replace(source, components=components)
     with replacing(out, source.path) as temporary:
-        write_parts(_for_transformers(folder), temporary, recipe_holds="unet" not in params)
+        write_parts(_for_transformers(folder), temporary, recipe_holds=source.layout.denoiser not in params)
     return pathlib.Path(out)
 
 

@@ -33,7 +33,7 @@ def published() -> dict[str, tuple[Folder, np.ndarray]]:
     for file in sorted(resources.files("lcm_jax").joinpath("assets", "published").iterdir(), key=lambda f: f.name):
         content = json.loads(file.read_text())
         components = {name: Component(name, content["classes"][name], content[name], {}) for name in content["classes"]}
-        index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", content["scheduler_class"]]}
+        index = {"_class_name": content["pipeline_class"], "scheduler": ["diffusers", content["scheduler_class"]]}
         tokens = content["prompt_tokens"]
         empty_prompt = np.full((1, tokens["length"]), tokens["padding"], np.int32)
         empty_prompt[0, :2] = tokens["start"], tokens["end"]

@@ -122,7 +122,7 @@ class Checkpoints:
 
     def check_there(self, step: int) -> None:
         """Raises UserError, in the first process, unless the checkpoint of this step is on disk and finalized."""
-        if is_first() and step not in good_steps(self.folder):
+        if is_first() and step not in finalized_steps(self.folder):
             raise UserError(
                 f"the checkpoint of step {step} was deleted from {self.folder} during the run; put it back, or run "
                 "the same command again: it resumes from the last remaining checkpoint"
@@ -166,8 +166,8 @@ class Checkpoints:
             raise failed
 
     def _failed(self, error: Exception) -> UserError:
-        good = good_steps(self.folder)
-        rest = f"the checkpoint of step {good[0]} is good" if good else "there is no earlier one"
+        steps = finalized_steps(self.folder)
+        rest = f"the newest complete one is of step {steps[0]}" if steps else "there is no earlier one"
         kind = Unavailable if files.in_bucket(self.folder) else UserError  # a restart may succeed with a bucket
         return kind(f"a checkpoint could not be written to {self.folder}: {_line(error)}; {rest}")
 
@@ -183,7 +183,7 @@ class Checkpoints:
           UserError: the checkpoint is of another model, or all checkpoints are damaged.
         """
         damaged: dict[int, str] = {}
-        for step in good_steps(self.folder):
+        for step in finalized_steps(self.folder):
             try:
                 state, data_state = _read(self.folder / str(step), like)
             except Damaged as error:
@@ -214,7 +214,7 @@ class Checkpoints:
             return (self.folder / str(step)).rename(target)
 
 
-def good_steps(folder: epath.PathLike) -> list[int]:
+def finalized_steps(folder: epath.PathLike) -> list[int]:
     """Returns the steps of the finalized checkpoints, newest first.
 
     An interrupted save leaves a temporary name or, in a bucket, a folder without the object that Orbax writes last.
@@ -245,7 +245,7 @@ def restore_params(
     """
     orbax_noise.silence()
     folder = files.absolute(workdir) / FOLDER
-    steps = good_steps(folder)
+    steps = finalized_steps(folder)
     if not steps:
         raise UserError(f"{workdir} holds no checkpoint yet; train first")
     if step is not None and step not in steps:

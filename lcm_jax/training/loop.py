@@ -30,7 +30,7 @@ from lcm_jax.parallel.mesh import check_batch, found_devices, make_mesh
 from lcm_jax.parallel.partition import place
 from lcm_jax.parallel.processes import is_first, meet
 from lcm_jax.training import identity
-from lcm_jax.training.checkpoint import FOLDER, Checkpoints, good_steps
+from lcm_jax.training.checkpoint import FOLDER, Checkpoints, finalized_steps
 from lcm_jax.training.losses import make_losses
 from lcm_jax.training.metrics import computed, losses_in
 from lcm_jax.training.networks import frozen_params, initial_params, make_parts
@@ -232,7 +232,7 @@ def _claim(workdir: epath.Path, config: Config) -> bool:
     for name in () if files.in_bucket(workdir) else (FOLDER, "samples", "tensorboard"):
         if (workdir / name).exists() and not (workdir / name).is_dir():
             raise UserError(f"--workdir={workdir}: {workdir / name} is a file; move it away, or choose another folder")
-    begun = bool(good_steps(workdir / FOLDER))
+    begun = bool(finalized_steps(workdir / FOLDER))
     if begun:
         config_path = workdir / "config.json"
         with files.one_line(config_path, "read"):
@@ -298,10 +298,8 @@ def _put_back(workdir: epath.Path, config: Config, inputs: Inputs) -> None:
             write()
 
 
-def _diverged(workdir: epath.Path, config: Config, step: int, good: int | None) -> str:
-    kept = (
-        f"the checkpoint of step {good} in {workdir}/checkpoints is good" if good else "no checkpoint was written yet"
-    )
+def _diverged(workdir: epath.Path, config: Config, step: int, newest: int | None) -> str:
+    kept = f"the newest checkpoint in {workdir}/checkpoints is of step {newest}" if newest else "there is no checkpoint"
     return (
         f"loss or gradient was not finite in {config.max_skipped} steps in a row, up to step {step}; {kept}; "
         f"try a smaller config.optimizer.learning_rate (now {config.optimizer.learning_rate:g}) in a new workdir"

@@ -90,6 +90,15 @@ def test_the_loss_is_that_of_the_pictures(encoded, teacher, digits_data_dir):
     assert losses[0] != losses[1]
 
 
+def test_latents_that_are_not_finite_are_refused(teacher, digits_data_dir):
+    config, folder = default_config(), read_folder(teacher, only=("vae",))
+    vae = folder.components["vae"]
+    vae.params = {**vae.params, "quant_conv.bias": np.full_like(vae.params["quant_conv.bias"], 1e5)}
+    data = open_data(DataConfig(data_dir=digits_data_dir, split=SPLIT))
+    with pytest.raises(UserError, match=r"gives latents that are not finite in float16, for image 0 of .*captioned"):
+        next(encode.encode(config, folder, data, 8))
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [

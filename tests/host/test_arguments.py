@@ -154,6 +154,6 @@ def test_what_is_no_array(value):
 
 def test_paths():
     assert arguments.path("folder", pathlib.Path("a/b")) == arguments.path("folder", "a/b") == "a/b"
-    for value in (None, 7, b"a/b", ["a"]):
+    for value in (None, 7, b"a/b", ["a"], "", "a\0b"):
         with pytest.raises(UserError, match=r"path_or_hub_id is .*; supported: a path"):
             lcm_jax.load_pipeline(value)

@@ -38,7 +38,7 @@ def test_a_large_file_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     with path.open("wb") as file:
         file.truncate(json_file.LARGEST + 1)
-    with pytest.raises(UserError, match="larger than 64 MiB"):
+    with pytest.raises(UserError, match="larger than 32 MiB"):
         json_file.read(path)
 
 

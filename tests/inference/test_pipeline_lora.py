@@ -81,6 +81,7 @@ def test_failed_attachment_changes_nothing(pipe, files, tmp_path):
         ({files[0]: float("nan")}, "is nan; it must be a finite number"),
         ({files[0]: 1e39}, r"lcm.safetensors:1e\+39 the weights of .* are not finite in float32"),
         ({files[0]: "1.0"}, "is '1.0'; it must be a finite number"),
+        ({files[0]: True}, "is True; it must be a finite number"),
         ({files[0]: 10**400}, "it must be a finite number"),
         ({3: 1.0}, "3 in loras must be the path of a file"),
         ([files[0]], "it must be a dict of file → weight"),

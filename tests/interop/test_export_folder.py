@@ -202,6 +202,7 @@ def test_a_model_of_another_method(teacher, student_params, tmp_path):
     assert Recipe.read(out) == recipe
     card = (out / "README.md").read_text()
     assert "by distribution matching." in card
+    assert "consistency" not in card
     assert "| generator_every | 5 |" in card
     assert "solver" not in card
 

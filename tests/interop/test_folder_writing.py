@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lcm_jax.errors import UserError
-from lcm_jax.interop import weights
+from lcm_jax.interop import contents, weights
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.folder_writing import write_folder
 from lcm_jax.interop.trained_folder import write_trained_folder
@@ -90,6 +90,13 @@ def test_links_to_nothing(copy, tmp_path):
         out = write_folder(folder, tmp_path / "out")
     assert len(seen) == 1
     assert not (out / "README.md").exists()
+    (copy / "tokenizer/LICENSE.txt").symlink_to("gone")
+    with pytest.warns(UserWarning, match=r"not copied: README\.md, tokenizer/LICENSE\.txt$"):
+        write_folder(read_folder(copy), tmp_path / "out")
+    (copy / "tokenizer/merges.txt").symlink_to("gone")
+    with pytest.raises(UserError, match=r"model/tokenizer/merges\.txt is a broken link"):
+        write_folder(folder, tmp_path / "out")
+    (copy / "tokenizer/merges.txt").unlink()
     (copy / "tokenizer/tokenizer.json").unlink()
     (copy / "tokenizer/tokenizer.json").symlink_to("gone")
     with pytest.raises(UserError, match=r"model/tokenizer/tokenizer\.json is a broken link"):
@@ -121,6 +128,20 @@ def test_only_what_the_index_names_and_documents(copy, tmp_path):
         (copy / name).write_text("stray")
     write_folder(read_folder(copy), tmp_path / "out")
     assert files(tmp_path / "out") == expected
+
+
+def test_of_several_variants_the_one_of_full_precision_is_copied():
+    names = [f"model.{variant}.safetensors" for variant in ("bf16", "fp16", "fp32", "ema")]
+    assert contents.of_copied_part(names) == ["model.fp32.safetensors"]
+    assert contents.of_copied_part(names[:2]) == ["model.fp16.safetensors"]
+
+
+def test_a_tokenizer_that_does_not_load_is_not_exported(copy, tmp_path):
+    folder = read_folder(copy)
+    (copy / "tokenizer/tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model/tokenizer can't be read as a CLIP tokenizer"):
+        write_folder(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_recipe_is_kept_while_the_unet_is(copy, tmp_path):

@@ -2,12 +2,12 @@
 
 import dataclasses
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch_lcd import Algorithm1
 
 from lcm_jax.diffusion.distances import DISTANCES
 from lcm_jax.diffusion.guidance import w_embedding
@@ -70,64 +70,18 @@ def loss_of(params=STUDENT, target=TARGET, teacher=TEACHER, process=Schedule(), 
 # ---- the paper's algorithm, in torch
 
 
+def torch_network(params):
+    return lambda z, t, context, w_emb=None: network(torch, params, z, t, context, w_emb)
+
+
 def torch_loss(params, target, teacher, prediction_type, config):
-    """Algorithm 1 with z_{t_{n+k}}, psi and the loss written out, for N = 50, k = 20; float32."""
-    abar = diffusers.LCMScheduler().alphas_cumprod
-    log_alpha_table = 0.5 * torch.log(abar).double().numpy()
+    networks = map(torch_network, (params, target, teacher))
+    algorithm = Algorithm1(*networks, prediction_type=prediction_type, solver=config.solver)
     z_0, context, null = (torch.from_numpy(BATCH[name]) for name in ("z_0", "condition", "null_condition"))
-    eps, w = torch.from_numpy(DRAWS.eps), torch.from_numpy(DRAWS.w)[:, None, None, None]
     # the two libraries' sin(1000 w) differ by more than this test allows: both get one embedding
     w_emb = torch.from_numpy(np.array(w_embedding(DRAWS.w, W_DIM)))
-    context = torch.stack([null[0] if drop else c for c, drop in zip(context, DRAWS.drop, strict=True)])
-    null = null.expand(B, L, D)
-
-    start = torch.from_numpy(DRAWS.i) * 20 + 19
-    end = torch.clamp(start - 20, min=0)
-
-    def at(t):
-        return tuple(x[:, None, None, None] for x in (abar[t].sqrt(), (1 - abar[t]).sqrt()))
-
-    def convert(output, z, alpha, sigma):
-        if prediction_type == "epsilon":
-            return (z - sigma * output) / alpha, output
-        if prediction_type == "sample":
-            return output, (z - alpha * output) / sigma
-        return alpha * z - sigma * output, sigma * z + alpha * output
-
-    def guided(z, t, alpha, sigma):
-        cond = convert(network(torch, teacher, z, t, context), z, alpha, sigma)
-        uncond = convert(network(torch, teacher, z, t, null), z, alpha, sigma)
-        return tuple((1 + w) * a - w * b for a, b in zip(cond, uncond, strict=True))
-
-    def f(params, z, t):
-        output = network(torch, params, z, t, context, w_emb)
-        x0, _ = convert(output, z, *at(t))
-        tau = 10.0 * t.float()[:, None, None, None]
-        return 0.25 / (tau**2 + 0.25) * z + tau / (tau**2 + 0.25).sqrt() * x0
-
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = at(start), at(end)
-    z_t = alpha_t * z_0 + sigma_t * eps
-    with torch.no_grad():
-        x0, noise = guided(z_t, start, alpha_t, sigma_t)
-        lambda_t, lambda_s = torch.log(alpha_t / sigma_t), torch.log(alpha_s / sigma_s)
-        h = lambda_s - lambda_t
-        middle = (lambda_t + lambda_s) / 2
-        alpha_m, sigma_m = (1 / (1 + torch.exp(-2 * middle))).sqrt(), (1 / (1 + torch.exp(2 * middle))).sqrt()
-        t_m = np.interp(-np.log(alpha_m.double().numpy().ravel()), -log_alpha_table, np.arange(1000.0))
-        t_m = torch.from_numpy(t_m.astype(np.float32))
-        if config.solver == "ddim":
-            z_s = alpha_s * x0 + sigma_s * noise
-        elif config.solver == "dpm":
-            u = alpha_m / alpha_t * z_t - sigma_m * torch.expm1(h / 2) * noise
-            z_s = alpha_s / alpha_t * z_t - sigma_s * torch.expm1(h) * guided(u, t_m, alpha_m, sigma_m)[1]
-        else:
-            u = sigma_m / sigma_t * z_t - alpha_m * torch.expm1(-h / 2) * x0
-            z_s = sigma_s / sigma_t * z_t - alpha_s * torch.expm1(-h) * guided(u, t_m, alpha_m, sigma_m)[0]
-        goal = f(target, z_s, end)
-    difference = f(params, z_t, start) - goal
-    if config.distance == "l2":
-        return (difference**2).mean()
-    return ((difference**2 + config.huber_c**2).sqrt() - config.huber_c).mean()
+    eps, distance = torch.from_numpy(DRAWS.eps), {"huber_c": config.huber_c, "distance": config.distance}
+    return algorithm.loss(z_0, eps, context, null.expand(B, L, D), w_emb, DRAWS, **distance)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

@@ -16,7 +16,7 @@ from compiling import QUICK_FLAGS
 from event_files import visible
 from little import assert_weights_equal
 
-from lcm_jax.training.checkpoint import good_steps, restore_params
+from lcm_jax.training.checkpoint import finalized_steps, restore_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEVICES, STEPS = 4, 24
@@ -67,8 +67,8 @@ class Group:
 
     def wait_for_another_checkpoint(self):
         folder = self.workdir / "checkpoints"
-        before, deadline = good_steps(folder)[:1], time.monotonic() + 240
-        while good_steps(folder)[:1] == before:
+        before, deadline = finalized_steps(folder)[:1], time.monotonic() + 240
+        while finalized_steps(folder)[:1] == before:
             assert all(process.poll() is None for process in self.processes), self.end()
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -139,7 +139,7 @@ def test_killed_and_stopped_it_goes_on_with_any_number_of_processes(options, by_
     codes, outputs = group.end()
     assert codes == [128 + signal.SIGTERM] * 2, outputs
     stopped = int(re.search(rf"Stopped and saved at step (\d+) of {STEPS}", outputs[0])[1])
-    assert good_steps(workdir / "checkpoints")[0] == stopped < STEPS
+    assert finalized_steps(workdir / "checkpoints")[0] == stopped < STEPS
 
     by_one = run(options, shutil.copytree(workdir, tmp_path / "by_one"), 1)
     assert_equal(by_one, by_two)

@@ -47,7 +47,7 @@ def start(options, workdir):
 def steps(workdir):
     """Read by the objects that are there, past the cache of gcsfs."""
     workdir._backend.fs(workdir).invalidate_cache()
-    return checkpoint.good_steps(workdir / "checkpoints")
+    return checkpoint.finalized_steps(workdir / "checkpoints")
 
 
 def state(workdir, step):
@@ -71,7 +71,7 @@ def test_killed_in_a_bucket_as_if_never_stopped_in_a_folder(bucket, quick, tmp_p
     options = [option.replace("steps=6", f"steps={last}") for option in quick]
     said = [start(options, workdir).communicate()[0] for workdir in (there, here)]
     assert said[0].endswith(f"--workdir={there} --out=runs/killed/model\n"), said[0]
-    assert steps(there) == checkpoint.good_steps(here / "checkpoints") == [last, last - 2]
+    assert steps(there) == checkpoint.finalized_steps(here / "checkpoints") == [last, last - 2]
     assert state(there, last) == state(here, last)
     pictures = sorted(path.name for path in (here / "samples").iterdir())
     assert pictures[-1] == f"step_{last:06d}.png"

@@ -14,6 +14,7 @@ import torch
 import transformers
 from compiling import QUICK
 from fixtures_folders import UNET, build_pipeline, randomize
+from torch_lcd import Algorithm1
 
 from lcm_jax.config import Config, EMAConfig, ModelConfig, OptimizerConfig
 from lcm_jax.data.config import DataConfig
@@ -87,6 +88,11 @@ def tensor(x):
     return torch.from_numpy(np.array(x))
 
 
+def called(unet):
+    """The UNet as the algorithm calls a network."""
+    return lambda z, t, context, w_emb=None: unet(z, t, encoder_hidden_states=context, timestep_cond=w_emb).sample
+
+
 class Peer:
     """The torch side of a run."""
 
@@ -99,55 +105,11 @@ class Peer:
         self.optimizer = torch.optim.AdamW(self.student.parameters(), betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
         for frozen in (self.teacher, self.vae, self.text, self.target):
             frozen.requires_grad_(False)
-        roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
-        self.abar = torch.cumprod(1 - roots**2, 0)
 
     def unet_of(self, flat):
         unet = diffusers.UNet2DConditionModel.from_config({**self.teacher.config, "time_cond_proj_dim": W_DIM})
         unet.load_state_dict({file_key(path): tensor(to_file(path, np.asarray(a))) for path, a in flat.items()})
         return unet
-
-    # ---- algorithm 1 of arXiv 2310.04378
-
-    def alpha_sigma_lambda(self, t):
-        abar = self.abar[t][:, None, None, None]
-        return abar.sqrt(), (1 - abar).sqrt(), 0.5 * torch.log(abar / (1 - abar))
-
-    def middle(self, lambda_t, lambda_s):
-        """alpha, sigma and the real time half way, from the table of log(alpha)."""
-        abar = torch.sigmoid(lambda_t + lambda_s)
-        rising = -0.5 * torch.log(self.abar).numpy()
-        time = np.interp(-0.5 * torch.log(abar).flatten().numpy(), rising, np.arange(1000.0))
-        return abar.sqrt(), (1 - abar).sqrt(), torch.tensor(time, dtype=torch.float32)
-
-    def guided_eps(self, z, t, context, null, w):
-        cond = self.teacher(z, t, encoder_hidden_states=context).sample
-        uncond = self.teacher(z, t, encoder_hidden_states=null).sample
-        return cond + w * (cond - uncond)
-
-    def psi(self, solver, z, t, s, *guidance):
-        alpha_t, sigma_t, lambda_t = self.alpha_sigma_lambda(t)
-        alpha_s, sigma_s, lambda_s = self.alpha_sigma_lambda(s)
-        h = lambda_s - lambda_t
-        eps = self.guided_eps(z, t, *guidance).double()
-        if solver == "ddim":
-            return (alpha_s * (z - sigma_t * eps) / alpha_t + sigma_s * eps).float()
-        alpha_m, sigma_m, time_m = self.middle(lambda_t, lambda_s)
-        if solver == "dpm":
-            u = alpha_m / alpha_t * z - sigma_m * torch.expm1(h / 2) * eps
-            eps_m = self.guided_eps(u.float(), time_m, *guidance)
-            return (alpha_s / alpha_t * z - sigma_s * torch.expm1(h) * eps_m).float()
-        x0 = (z - sigma_t * eps) / alpha_t
-        u = sigma_m / sigma_t * z - alpha_m * torch.expm1(-h / 2) * x0
-        x0_m = (u - sigma_m * self.guided_eps(u.float(), time_m, *guidance)) / alpha_m
-        return (sigma_s / sigma_t * z - alpha_s * torch.expm1(-h) * x0_m).float()
-
-    def f(self, unet, z, t, context, w_emb):
-        eps = unet(z, t, encoder_hidden_states=context, timestep_cond=w_emb).sample
-        alpha, sigma, _ = self.alpha_sigma_lambda(t)
-        tau = 10.0 * t[:, None, None, None].double()
-        c_skip, c_out = 0.25 / (tau**2 + 0.25), tau / (tau**2 + 0.25) ** 0.5
-        return c_skip * z + c_out * (z - sigma * eps) / alpha
 
     def step(self, solver, learning_rate, batch, null_ids, vae_noise, draws):
         with torch.no_grad():
@@ -155,17 +117,10 @@ class Peer:
             z_0 = (latent.mean + latent.std * nchw(vae_noise)) * self.vae.config.scaling_factor
             context = self.text(tensor(batch["input_ids"]).long())[0]
             null = self.text(tensor(null_ids).long())[0].expand_as(context)
-            context = torch.where(tensor(draws.drop)[:, None, None], null, context)
-            t = 20 * (tensor(draws.i).long() + 1) - 1
-            s = torch.clamp(t - 20, min=0)
-            alpha_t, sigma_t, _ = self.alpha_sigma_lambda(t)
-            z_t = (alpha_t * z_0 + sigma_t * nchw(draws.eps)).float()
-            z_s = self.psi(solver, z_t, t, s, context, null, tensor(draws.w)[:, None, None, None])
             # the libraries' exp differs by more than what is tested here: tests/diffusion/test_guidance.py
             w_emb = tensor(w_embedding(draws.w, W_DIM))
-            goal = self.f(self.target, z_s, s, context, w_emb)
-        difference = self.f(self.student, z_t, t, context, w_emb) - goal
-        loss = ((difference**2 + 1e-6).sqrt() - 1e-3).mean()
+        algorithm = Algorithm1(*map(called, (self.student, self.target, self.teacher)), solver=solver)
+        loss = algorithm.loss(z_0, nchw(draws.eps), context, null, w_emb, draws)
 
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.zero_grad()

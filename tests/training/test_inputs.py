@@ -42,7 +42,7 @@ class Run:
         monkeypatch.setattr(loop, "load_tokenizer", self._reached)
         self._patch = monkeypatch
         self.accepted()
-        monkeypatch.setattr(loop, "good_steps", lambda _: [2])  # begun: a checkpoint is there
+        monkeypatch.setattr(loop, "finalized_steps", lambda _: [2])  # begun: a checkpoint is there
 
     @staticmethod
     def _reached(_):

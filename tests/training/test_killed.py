@@ -16,7 +16,7 @@ from compiling import QUICK_FLAGS
 from fixtures_folders import write_little
 from run_state import ITEMS, assert_same_bits, everything
 
-from lcm_jax.training.checkpoint import good_steps
+from lcm_jax.training.checkpoint import finalized_steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, EVERY = 12, 3
@@ -32,7 +32,7 @@ from lcm_jax.monitor import progress
 save, update = checkpoint.Checkpoints.save, progress.Progress.update
 def strike(*now):
     if now == tuple(moment):
-        while not checkpoint.good_steps(f"{workdir}/checkpoints"):
+        while not checkpoint.finalized_steps(f"{workdir}/checkpoints"):
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 def saved(self, done, *rest):
@@ -79,7 +79,7 @@ def test_a_run_that_is_killed_and_stopped_ends_bit_identical(options, tmp_path):
     code, output = trained(command, (reference, *nothing), (workdir, SAVING, signal.SIGKILL))
     assert code == -signal.SIGKILL, output
     assert f"Done: {STEPS} steps" in output
-    assert good_steps(workdir / "checkpoints") == [EVERY]
+    assert finalized_steps(workdir / "checkpoints") == [EVERY]
 
     runs = [(workdir, (moment, step), number) for moment, step, number in stops]
     code, output = trained(command, *runs, (workdir, *nothing))

@@ -16,7 +16,7 @@ from commands import train_on_one
 from lcm_jax.errors import Unavailable, UserError
 from lcm_jax.monitor.progress import Progress
 from lcm_jax.training import workdir
-from lcm_jax.training.checkpoint import good_steps
+from lcm_jax.training.checkpoint import finalized_steps
 from lcm_jax.training.workdir import LOCK, hold
 
 
@@ -213,7 +213,7 @@ def test_a_run_notices_that_its_folder_is_gone(harm, said, tmp_path):
 
 
 def without_checkpoints(folder):
-    while good_steps(folder / "checkpoints")[:1] != [4]:
+    while finalized_steps(folder / "checkpoints")[:1] != [4]:
         time.sleep(0.01)
     shutil.rmtree(folder / "checkpoints")
 

@@ -18,7 +18,6 @@ from lcm_jax.interop.recipe import MOST_STEPS, Recipe
 from lcm_jax.models import Flat
 
 Loras = Mapping[Any, float]  # file (str or path) -> weight
-_ADAPTED = ("unet", "text_encoder", "text_encoder_2")
 
 
 def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
@@ -52,10 +51,9 @@ def merged_kernels(folder: Folder, loras: Loras) -> dict[str, Flat]:
 
 def adaptable(folder: Folder) -> dict[str, dict[str, tuple[int, ...]]]:
     """Returns component → module → kernel shape, for the networks that a LoRA may adapt."""
+    names = (folder.layout.denoiser, *folder.layout.tokenizers.values())
     return {
-        name: lora.kernels(component.network().shapes)
-        for name, component in folder.components.items()
-        if name in _ADAPTED
+        name: lora.kernels(component.network().shapes) for name, component in folder.components.items() if name in names
     }
 
 
@@ -67,7 +65,7 @@ def check(loras: Loras) -> None:
     for path, weight in loras.items():
         if not isinstance(path, str | os.PathLike):
             raise UserError(f"{path!r} in loras must be the path of a file")
-        if not isinstance(weight, numbers.Real) or not abs(weight) <= sys.float_info.max:
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not abs(weight) <= sys.float_info.max:
             raise UserError(f"the weight of {path} is {weight!r}; it must be a finite number")
         file = find(path).resolve()
         if file in seen:

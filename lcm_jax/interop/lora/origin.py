@@ -62,4 +62,5 @@ def _text_width(file: Shapes) -> int:
 
 
 def _own_width(kernels: Mapping[str, Shapes]) -> int:
-    return next((shape[-2] for module, shape in kernels.get("unet", {}).items() if module.endswith("attn2.to_k")), 0)
+    modules = [item for of in kernels.values() for item in of.items()]
+    return next((shape[-2] for module, shape in modules if module.endswith("attn2.to_k")), 0)

@@ -14,7 +14,7 @@ from little_state import DATA, FILES, HARMS, assert_same_bits, like, make_state,
 
 from lcm_jax.errors import UserError
 from lcm_jax.training import checkpoint
-from lcm_jax.training.checkpoint import Checkpoints, checksums, good_steps, restore_params
+from lcm_jax.training.checkpoint import Checkpoints, checksums, finalized_steps, restore_params
 
 # ---- the same bits
 
@@ -129,9 +129,9 @@ def test_checksums_see_order():
 
 def test_keep_last_and_keep_every(tmp_path):
     save(tmp_path, *range(1, 10), keep_last=2, keep_every=4)
-    assert good_steps(tmp_path / "checkpoints") == [9, 8, 4]
+    assert finalized_steps(tmp_path / "checkpoints") == [9, 8, 4]
     save(tmp_path, 10, 11, keep_last=2, keep_every=4)
-    assert good_steps(tmp_path / "checkpoints") == [11, 10, 8, 4]
+    assert finalized_steps(tmp_path / "checkpoints") == [11, 10, 8, 4]
 
 
 def test_a_step_that_is_there_is_not_written_again(workdir):
@@ -182,7 +182,7 @@ def test_restore_params_damaged(workdir, file, harm):
         restore_params(workdir, "ema")
     assert "\n" not in str(caught.value)
     assert restore_params(workdir, "ema", 2)[1] == 2
-    assert good_steps(workdir / "checkpoints") == [3, 2, 1]  # an export renames nothing
+    assert finalized_steps(workdir / "checkpoints") == [3, 2, 1]  # an export renames nothing
 
 
 def test_meta_says_what_is_there(three):

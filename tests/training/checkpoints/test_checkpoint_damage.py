@@ -23,7 +23,7 @@ from little_state import (
 )
 
 from lcm_jax.errors import UserError
-from lcm_jax.training.checkpoint import Checkpoints, good_steps, restore_params
+from lcm_jax.training.checkpoint import Checkpoints, finalized_steps, restore_params
 
 
 @pytest.mark.parametrize("harm", HARMS)
@@ -155,7 +155,7 @@ def test_damage_to_an_older_one_does_not_matter(workdir, file, harm, capfd):
     assert restored[2] == 3
     checkpoints.save(4, make_state(4), DATA)
     checkpoints.close()
-    assert good_steps(workdir / "checkpoints") == [4, 3, 2]
+    assert finalized_steps(workdir / "checkpoints") == [4, 3, 2]
     assert capfd.readouterr() == ("", "")
 
 
@@ -217,4 +217,4 @@ def test_another_model_is_named_by_the_first_key_that_differs(workdir, change, e
         Checkpoints(workdir).restore_newest(like(state))
     assert "another model" in str(caught.value)
     assert "damaged" not in str(caught.value)
-    assert good_steps(workdir / "checkpoints") == [3, 2, 1]
+    assert finalized_steps(workdir / "checkpoints") == [3, 2, 1]

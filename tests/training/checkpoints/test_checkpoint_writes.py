@@ -23,7 +23,7 @@ from orbax.checkpoint._src.serialization import serialization
 
 from lcm_jax.errors import UserError
 from lcm_jax.training import orbax_noise
-from lcm_jax.training.checkpoint import Checkpoints, good_steps
+from lcm_jax.training.checkpoint import Checkpoints, finalized_steps
 
 # ---- while the next step runs
 
@@ -55,7 +55,7 @@ def test_the_state_may_be_donated_right_after_save(tmp_path, gate, devices, size
         checkpoints.save(1, state, {})
         for _ in range(3):
             state = jax.block_until_ready(step(state))
-        assert not good_steps(tmp_path / "checkpoints")  # nothing is on disk yet
+        assert not finalized_steps(tmp_path / "checkpoints")  # nothing is on disk yet
         gate.set()
     restored = Checkpoints(tmp_path).restore_newest(like(expected | state))
     assert restored
@@ -73,10 +73,12 @@ def test_a_write_error_is_one_line_and_the_one_before_stays_good(workdir, monkey
     with monkeypatch.context() as patch:
         patch.setattr(serialization, "async_serialize_from_host", fail)
         checkpoints.save(4, make_state(4), DATA)
-        with pytest.raises(UserError, match=r"could not be written .*No space left.*step 3 is good") as caught:
+        with pytest.raises(
+            UserError, match=r"could not be written .*No space left.*the newest complete one is of step 3"
+        ) as caught:
             checkpoints.wait()
     assert "\n" not in str(caught.value)
-    assert good_steps(workdir / "checkpoints") == [3, 2, 1]
+    assert finalized_steps(workdir / "checkpoints") == [3, 2, 1]
     assert capfd.readouterr() == ("", "")
     checkpoints.save(5, make_state(5), DATA)  # with space again
     checkpoints.close()
@@ -92,7 +94,7 @@ def test_the_next_save_tells_of_the_failure_before_it(workdir, monkeypatch):
     checkpoints = Checkpoints(workdir)
     monkeypatch.setattr(serialization, "async_serialize_from_host", fail)
     checkpoints.save(4, make_state(4), DATA)
-    with pytest.raises(UserError, match=r"No space left.*step 3 is good"):
+    with pytest.raises(UserError, match=r"No space left.*the newest complete one is of step 3"):
         checkpoints.save(5, make_state(5), DATA)
 
 
@@ -106,7 +108,9 @@ def test_a_full_disk(workdir):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, old[1]))
     try:
         checkpoints.save(4, state, DATA)
-        with pytest.raises(UserError, match=r"could not be written to .*File too large.*; the checkpoint of step 3 is"):
+        with pytest.raises(
+            UserError, match=r"could not be written to .*File too large.*; the newest complete one is of step 3"
+        ):
             checkpoints.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -204,7 +208,7 @@ def test_killed_in_mid_save(tmp_path, capfd):
     assert done.returncode == -signal.SIGKILL, done.stderr
     folder = tmp_path / "checkpoints"
     assert len(list(folder.iterdir())) == 2  # something half-written is there
-    assert good_steps(folder) == [1]
+    assert finalized_steps(folder) == [1]
     checkpoints = Checkpoints(tmp_path)
     restored = checkpoints.restore_newest(like(make_state()))
     assert restored
