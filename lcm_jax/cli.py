@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from etils import epath
 
 from lcm_jax.errors import Unavailable, UserError, nearest, plain
-from lcm_jax.host import files, interrupts, platforms
+from lcm_jax.host import files, interrupts
 
 Main = Callable[[Sequence[str]], int]
 # Options that users of diffusers, or of other trainers, look for → the option here
@@ -173,6 +173,8 @@ def run(main: Main, argv: Sequence[str] | None = None, command: str | None = Non
     command = command or _module_name(main)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold undecodable bytes: print them escaped
         sys.stdout.reconfigure(errors="backslashreplace")
+    from lcm_jax.host import platforms  # late: it imports jax, which `lcm-jax --help` need not
+
     platforms.skip_absent_tpu()
 
     def interrupted(error: KeyboardInterrupt) -> None:
@@ -191,17 +193,31 @@ def run(main: Main, argv: Sequence[str] | None = None, command: str | None = Non
 
 @contextmanager
 def one_line_warnings(command: str) -> Iterator[None]:
-    """Context manager that prints every UserWarning as one plain line, once; other warnings are unchanged."""
+    """Context manager that prints every UserWarning as one plain line; other warnings are unchanged."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        usual, shown = warnings.showwarning, set()
+        usual = warnings.showwarning
 
         def show(message, category, filename, lineno, file=None, line=None):
-            if category is UserWarning and str(message) not in shown:
-                shown.add(str(message))
+            if category is UserWarning:
                 print(f"lcm-jax {command}: warning: {plain(message)}", file=sys.stderr)
-            elif category is not UserWarning:
+            else:
                 usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def each_warning_once() -> Iterator[None]:
+    """Context manager that shows a warning of the same text only once, for a loop that repeats it."""
+    with warnings.catch_warnings():
+        usual, shown = warnings.showwarning, set()
+
+        def show(message, *rest, **named):
+            if str(message) not in shown:
+                shown.add(str(message))
+                usual(message, *rest, **named)
 
         warnings.showwarning = show
         yield

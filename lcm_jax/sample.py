@@ -35,15 +35,23 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     prompts, each = _prompts(args), at_least_one("--images-per-prompt", args.images_per_prompt)
     prompts = [prompt for prompt in prompts for _ in range(each)]
-    out, is_grid = pathlib.Path(args.out), _is_grid(args.out)
-    if is_grid and len(prompts) > IN_A_GRID:
+    if _is_grid(args.out) and len(prompts) > IN_A_GRID:
         raise UserError(
-            f"--out={out} would be a grid of {len(prompts)} images, more than {IN_A_GRID}; give a folder: --out=FOLDER/"
+            f"--out={args.out} would be a grid of {len(prompts)} images, more than {IN_A_GRID}; give a folder: "
+            "--out=FOLDER/"
         )
     if args.scale < 1:
         raise UserError(f"--scale={args.scale} must be at least 1")
     compile_cache.enable()
     pipe = load_pipeline(args.model, loras=cli.loras(args.lora), dtype=args.dtype)
+    with cli.each_warning_once():
+        _sample(pipe, args, prompts, ["lcm-jax", "sample", *argv])
+    return 0
+
+
+def _sample(pipe: Pipeline, args: argparse.Namespace, prompts: list[str], command: Sequence[str]) -> None:
+    """Samples the images and writes them to --out."""
+    out, is_grid = pathlib.Path(args.out), _is_grid(args.out)
     settings = pipe.rules.settings(
         args.steps,
         args.guidance_scale,
@@ -60,8 +68,7 @@ def main(argv: Sequence[str]) -> int:
     args.batch_size = size if args.batch_size is None else at_least_one("--batch-size", args.batch_size)
     files.make_folder("--out", out.parent if is_grid else out)
     write = _write_grid if is_grid else _write_each
-    write(out, args, prompts, _images(pipe, args, prompts), _metadata(args, settings, ["lcm-jax", "sample", *argv]))
-    return 0
+    write(out, args, prompts, _images(pipe, args, prompts), _metadata(args, settings, command))
 
 
 Images = Iterator[tuple[int, np.ndarray]]

@@ -91,7 +91,7 @@ def test_hyphens_and_underscores_are_alike(spelling):
         (["lcm-jax", "--help"], 0, "  sample "),
         (["lcm-jax", "--version"], 0, "lcm_jax 0."),
         (["lcm-jax", "sampel"], 2, "there is no command 'sampel'; did you mean 'sample'?"),
-        (["lcm-jax", "sample"], 2, "lcm-jax sample: error: the following arguments are required: --model, --prompt"),
+        (["lcm-jax", "sample"], 2, "lcm-jax sample: error: the following arguments are required: --model"),
     ],
 )
 def test_dispatcher(monkeypatch, capsys, argv, code, text):

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from lcm_jax.errors import UserError, is_out_of_memory, nearest, one_of
+from lcm_jax.errors import UserError, is_out_of_memory, nearest, one_of, plain
 from lcm_jax.families import family_of
 from lcm_jax.host import arguments, compile_cache, platforms
 from lcm_jax.host.images import to_uint8, to_unit

@@ -59,7 +59,8 @@ def test_each_picture_with_its_moments_and_captions(encoded, teacher, digits_dat
     moments = np.concatenate([mean, logvar], axis=-1)
     assert moments.std() > 0.1
     for record, expected, (found, captions) in zip(pictures, moments, written, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(found.moments, expected, rtol=1e-3, atol=1e-3)
+        assert found.sizes.tolist() == [32, 32, 0, 0, 32, 32]
         assert captions == [record["caption"].decode()]
 
 

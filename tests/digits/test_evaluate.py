@@ -133,7 +133,7 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
 @pytest.mark.usefixtures("one_thread_of_torch")
 def test_pictures_in_diffusers_are_ours(micro_student, capfd):
     """Within one grey level, from the same noise."""
-    pipe = load_pipeline(micro_student)
+    pipe = load_pipeline(micro_student, quiet=True)
     texts, first = [prompt.text for prompt in PROMPTS[:2]], first_noise(2, (8, 8, 4), 0)
     between = later_noise(2, 2, (8, 8, 4), 1)
     theirs = lcm_drawer(pipe, 2)(texts, first, between, guidance_scale=2.5).astype(int)
