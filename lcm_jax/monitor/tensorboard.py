@@ -35,7 +35,8 @@ def _as_if_absent(name: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-with _as_if_absent("torch"):  # tensorboardX imports torch if it can: that takes seconds and isn't needed here
+# tensorboardX imports them if it can: that takes seconds, and isn't needed here
+with _as_if_absent("torch"), _as_if_absent("google.cloud.storage"):
     from tensorboardX import summary
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboardX.record_writer import RecordWriter, register_writer_factory

@@ -78,7 +78,7 @@ def test_training_reads_it(shades):
 def test_encode_reads_it(shades):
     config = SimpleNamespace(seed=0, data=shades)
     ((images, captions),) = encode.pictures(open_data(shades), config, batch_size=5)
-    assert images[:, 0, 0, 0].tolist() == [10, 200]
+    assert [image.pixels[0, 0, 0] for image in images] == [10, 200]
     assert captions == [["dark \ufffd 10"], ["light 200"]]
 
 

@@ -53,7 +53,7 @@ REFUSED = [  # class, key, value, what is said after "key is value"
     (read_unet, "use_linear_projection", "false", BOOLEAN),
     (read_unet, "flip_sin_to_cos", 1, BOOLEAN),
     (read_vae, "act_fn", "relu", "; supported: 'silu'"),
-    (read_vae, "latents_mean", [0.1], "; supported: None"),
+    (read_vae, "latents_mean", 0.1, "; supported: a list of numbers, one per latent channel, or null"),
     (read_vae, "layers_per_block", 0, NUMBER),
     (read_vae, "scaling_factor", None, POSITIVE),
     (read_vae, "scaling_factor", float("nan"), POSITIVE),
@@ -109,6 +109,9 @@ INCONSISTENT = [  # class, config, message
     (read_vae, {"down_block_types": ["AttnDownEncoderBlock2D"]}, "down_block_types is 'AttnDownEncoderBlock2D'; did"),
     (read_vae, {"up_block_types": ["UpDecoderBlock2D"] * 2}, "up_block_types has 2 values; block_out_channels has 1"),
     (read_vae, {"block_out_channels": [64, 80]}, "block_out_channels has 80, not a multiple of 32 norm groups"),
+    (read_vae, {"latents_mean": [0.1]}, "latents_mean has 1 values; latent_channels is 4"),
+    (read_vae, {"latents_std": [1] * 4}, "latents_std is given alone; latents_mean and latents_std belong together"),
+    (read_vae, {"latents_mean": [0] * 4, "latents_std": [1, 1, 1, 0]}, "its values must be positive"),
     (read_clip_text, {"num_attention_heads": 7}, "hidden_size is 512, not a multiple of 7 heads"),
 ]
 
