@@ -247,14 +247,15 @@ def load_resolved(workdir: epath.PathLike, places: Mapping[str, str] | None = No
                 raise UserError(f"{workdir} is not a run of lcm_jax: it has no config.json")
             text = path.read_text()
         tree = json_file.parse(text, str(path))
-        tree["model"]["folder"] = _in_this_installation(tree["model"]["folder"])
+        if folder := tree.get("model", {}).get("folder"):
+            tree["model"]["folder"] = _in_this_installation(folder)
         for name, value in (places or {}).items():
             section, key = name.split(".")
-            tree[section][key] = value
+            tree.setdefault(section, {})[key] = value
         return from_dict(tree, where=str(path))
     except UserError:
         raise
-    except (ValueError, AttributeError, TypeError, KeyError) as error:  # JSON of another shape among them
+    except (ValueError, AttributeError, TypeError) as error:  # JSON of another shape among them
         raise UserError(f"{path} can't be read: {error}") from None
 
 

@@ -205,7 +205,7 @@ def main(argv: Sequence[str]) -> int:
     if args.model and args.out.suffix == ".safetensors":
         raise UserError(f"--out={args.out}: --model writes a folder; choose a folder name")
     compile_cache.enable()
-    model, lora_file, how = args.out, None, ""
+    model, lora_file, how, samples = args.out, None, [], True
     if args.model:
         loras = cli.loras(args.lora)
         export_merged(args.model, loras, args.out, lcm=args.sampler == "lcm")
@@ -218,15 +218,21 @@ def main(argv: Sequence[str]) -> int:
         what = f"the {which} weights of step {step}"
         if config.lora.rank:
             model, lora_file = config.model.folder, args.out
-            how = f" --lora={args.out}" + " --sampler=lcm" * bool(OBJECTIVES[config.objective].recipe)
+            how = [f"--lora={args.out}"] + ["--sampler=lcm"] * bool(OBJECTIVES[config.objective].recipe)
+        samples = OBJECTIVES[config.objective].latent_std is None
     if args.verify:
         from lcm_jax.inference.verify import verify
 
         difference = verify(model, lora=lora_file)
         compared = "weight differences, latents and images" if lora_file else "latents and images"
         say(f"diffusers loads it; its {compared} differ from those of lcm_jax by {difference:.1e} of their maximum.")
-    say(f"{args.out} holds {what}. Next:")
-    say(f'  python -m lcm_jax.sample --model={model}{how} --prompt="…" --seed=0 --out=image.png')
+    if samples:
+        words = cli.to_type("sample", f"--model={model}", *how, "--prompt=a prompt", "--seed=0", "--out=image.png")
+        say(f"{args.out} holds {what}. To sample from it:")
+    else:
+        words = cli.to_type("train", "--config=FILE", f"--config.model.folder={model}", "--workdir=DIR")
+        say(f"{args.out} holds {what}. To train the other networks with this autoencoder:")
+    say(f"  {words}")
     return 0
 
 
