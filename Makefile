@@ -22,22 +22,28 @@ PROMPTS := --prompt="a red seven on a blue background" --prompt="a white three o
 
 .PHONY: demo demo-lora full test lint teacher clean help
 
+TEACHER := lcm_jax/assets/digits_teacher
+
 demo: .venv/demo
+	@echo; echo "1 of 4: the teacher's images, in twenty steps"
+	$(BIN)/python -m lcm_jax.sample --model=$(TEACHER) $(PROMPTS) --steps=20 --guidance-scale=3 --seed=0 --scale=6 --label --out=teacher.png
+	@echo; echo "2 of 4: the student learns to need four; it prints where its images are"
 	$(BIN)/python -m lcm_jax.train --config=configs/digits.py --workdir=$(RUNS)/digits
+	@echo; echo "3 of 4: the student as a model folder, and its images"
 	$(BIN)/python -m lcm_jax.export --workdir=$(RUNS)/digits --out=$(RUNS)/digits/lcm
 	$(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm --prompt="a red seven on a blue background" --steps=4 --seed=0 --out=seven.png
 	$(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm $(PROMPTS) --steps=4 --seed=0 --scale=6 --label --out=digits.png
+	@echo; echo "4 of 4: student and teacher compared"
 	$(BIN)/python -m lcm_jax.evaluate --model=$(RUNS)/digits/lcm
 	@echo
 	@echo "The four-step model:     $(RUNS)/digits/lcm (diffusers loads it too)"
-	@echo "Its images:              seven.png (32 x 32), digits.png (nine prompts, enlarged)"
+	@echo "Its images:              digits.png (nine prompts, enlarged; the teacher's: teacher.png), seven.png (32 x 32)"
 	@echo "Evaluation:              $(RUNS)/digits/evaluation: sheet.png beside the teacher, curves.png, table.md"
 	@echo "Samples while training:  $(RUNS)/digits/samples   curves: $(RUNS)/digits/tensorboard"
 	@echo "Sample more:             $(BIN)/python -m lcm_jax.sample --model=$(RUNS)/digits/lcm --prompt='a yellow three on a black background' --scale=8 --out=three.png"
 
 # The promise of LCM-LoRA: adapters trained on the teacher let its fine-tunes and style LoRAs sample in four steps.
 LORA := $(RUNS)/lora
-TEACHER := lcm_jax/assets/digits_teacher
 demo-lora: .venv/demo
 	$(BIN)/python -m lcm_jax.train --config=configs/digits_lora.py --workdir=$(LORA)/lcm
 	$(BIN)/python -m lcm_jax.export --workdir=$(LORA)/lcm --out=$(LORA)/lcm.safetensors

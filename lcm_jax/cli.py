@@ -8,6 +8,8 @@ import io
 import logging
 import os
 import pathlib
+import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -90,6 +92,16 @@ def parser(command: str, doc: str | None) -> Parser:
     )
     made.add_argument("--version", action="version", version=version())
     return made
+
+
+def to_type(command: str, *words: str) -> str:
+    """Returns the line that runs another command of lcm_jax, with the Python of this one."""
+    python, found = sys.executable or "python", shutil.which("python")
+    if found and os.path.abspath(found) == python:
+        python = "python"
+    elif python.startswith(os.path.join(os.getcwd(), "")):
+        python = os.path.relpath(python)
+    return shlex.join([python, "-m", f"lcm_jax.{command}", *words])
 
 
 def version() -> str:

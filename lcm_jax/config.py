@@ -8,7 +8,9 @@ the result into a `Config`; nothing below this file sees a ConfigDict. A run sto
 import dataclasses
 import json
 import math
+import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -229,19 +231,40 @@ def resolved(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def load_resolved(workdir: epath.PathLike) -> Config:
-    """Reads `<workdir>/config.json`; raises UserError if it isn't a run's folder."""
+def load_resolved(workdir: epath.PathLike, places: Mapping[str, str] | None = None) -> Config:
+    """Reads `<workdir>/config.json`.
+
+    Args:
+      workdir: the run's folder. If it comes from another machine or checkout, a model folder that is part of lcm_jax is
+        found in this installation.
+      places: option → value, for the keys of PLACES: where the run's inputs lie now.
+
+    Raises: UserError if `workdir` isn't a run's folder.
+    """
     path = epath.Path(workdir) / "config.json"
     try:
         with files.one_line(path, "read"):
             if not path.exists():
                 raise UserError(f"{workdir} is not a run of lcm_jax: it has no config.json")
             text = path.read_text()
-        return from_dict(json_file.parse(text, str(path)), where=str(path))
+        tree = json_file.parse(text, str(path))
+        if folder := tree.get("model", {}).get("folder"):
+            tree["model"]["folder"] = _in_this_installation(folder)
+        for name, value in (places or {}).items():
+            section, key = name.split(".")
+            tree.setdefault(section, {})[key] = value
+        return from_dict(tree, where=str(path))
     except UserError:
         raise
     except (ValueError, AttributeError, TypeError) as error:  # JSON of another shape among them
         raise UserError(f"{path} can't be read: {error}") from None
+
+
+def _in_this_installation(folder: str) -> str:
+    path = pathlib.Path(folder)
+    own = pathlib.Path(__file__).parent / "assets" / path.name
+    is_asset = path.parts[-3:-1] == own.parts[-3:-1]
+    return str(own) if is_asset and own.is_dir() and not path.exists() else folder
 
 
 def facts(config: Config) -> dict[str, str]:

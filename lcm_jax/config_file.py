@@ -1,15 +1,24 @@
 """Reads a config file (`configs/*.py`) and the command line's overrides into a `Config`."""
 
+import functools
 import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lcm_jax.config import Config, from_dict
 from lcm_jax.errors import UserError, nearest, plain
+
+_TYPES = {
+    bool: "true or false",
+    int: "a whole number, as in 32",
+    float: "a number, as in 1e-5",
+    tuple: "a list in parentheses, as in '(10, 12)'",
+}
 
 
 def option_keys(tree: ConfigDict, prefix: str = "") -> Iterator[str]:
@@ -40,12 +49,13 @@ def load(file: str, overrides: Sequence[str] = ()) -> Config:
             )
         if "=" not in override:
             raise UserError(f"{override}: a value is missing; write {override}=<value>")
-    known = list(option_keys(_parse(file, ())))
+    before = _parse(file, ())
+    known = list(option_keys(before))
     for override in overrides:
         key = override.removeprefix("--config.").split("=", 1)[0]
         if key not in known:
             raise UserError(f"{override}: there is no option config.{key}{_nearest_option(key, known)}")
-    return from_dict(_parse(file, overrides).to_dict())
+    return from_dict(_parse(file, overrides, before).to_dict())
 
 
 def own_configs() -> dict[str, str]:
@@ -67,8 +77,11 @@ def _found(file: str) -> str:
     )
 
 
-def _parse(file: str, overrides: Sequence[str]) -> ConfigDict:
-    """Runs the config file, which may import its neighbours, and lets config_flags apply the overrides."""
+def _parse(file: str, overrides: Sequence[str], before: ConfigDict | None = None) -> ConfigDict:
+    """Runs the config file, which may import its neighbours, and lets config_flags apply the overrides.
+
+    `before` is the tree without them, which says what type each option has.
+    """
     argv = ["config", f"--config={file}", *overrides]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -77,6 +90,8 @@ def _parse(file: str, overrides: Sequence[str]) -> ConfigDict:
         values(argv)
         tree = values["config"].value
     except Exception as error:
+        for override in overrides if before else ():
+            _check_type(file, override, before)
         # config_flags puts the config file's own traceback into its message; its last line says what is wrong
         raise UserError(f"{' '.join(argv[1:])}: {str(error).strip().splitlines()[-1]}") from None
     finally:
@@ -84,6 +99,17 @@ def _parse(file: str, overrides: Sequence[str]) -> ConfigDict:
     if not isinstance(tree, ConfigDict):
         raise UserError(f"--config={file}: get_config() returns {type(tree).__name__}; return the ConfigDict")
     return tree
+
+
+def _check_type(file: str, override: str, before: Any) -> None:
+    """Raises UserError if config_flags does not read this value as the option's type."""
+    key, _, value = override.removeprefix("--config.").partition("=")
+    try:
+        _parse(file, [override])
+    except UserError:
+        old = functools.reduce(getattr, key.split("."), before)
+        if type(old) in _TYPES:
+            raise UserError(f"--config.{key} is {value!r}; it must be {_TYPES[type(old)]}") from None
 
 
 def _nearest_option(key: str, known: list[str]) -> str:

@@ -6,13 +6,13 @@ Writes the trained weights of a run as a folder that diffusers loads: a consiste
 LatentConsistencyModelPipeline, a diffusion model or an autoencoder in the pipeline it came from; a LoRA as one file, in
 the format of diffusers and peft or of kohya's scripts. With --model, writes that model with the LoRAs merged into its
 weights; --sampler=lcm gives it an LCMScheduler, for an LCM-LoRA. --verify loads the result in diffusers and compares
-the latents and images of both.
+the latents and images of both. --config.model.folder=DIR says where the run's model folder lies now, if it was moved.
 """
 
 import contextlib
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from etils import epath
 
 from lcm_jax import cli
 from lcm_jax.adapters import lora
-from lcm_jax.config import Config, load_resolved
+from lcm_jax.config import PLACES, Config, load_resolved
 from lcm_jax.data.batches import batches
 from lcm_jax.data.sources import Source, open_data
 from lcm_jax.errors import UserError, say
@@ -37,7 +37,7 @@ from lcm_jax.interop.trained_folder import with_lcm_scheduler, write_lcm_folder,
 from lcm_jax.interop.weights import DTYPES
 from lcm_jax.objectives import OBJECTIVES
 from lcm_jax.training import checkpoint, identity
-from lcm_jax.training.networks import adapted, chosen, trained_components
+from lcm_jax.training.networks import adapted, chosen, read_model, trained_components
 
 BATCHES, PICTURES = 16, 32  # of the training data, from which an autoencoder's scaling_factor is measured
 
@@ -50,6 +50,7 @@ def export(
     step: int | None = None,
     dtype: str = "float32",
     dialect: str | None = None,
+    places: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
     """Writes the newest checkpoint (or that of `step`) of the run in `workdir` to `out`.
 
@@ -58,6 +59,7 @@ def export(
       which: "ema" or "student"; by default "ema" for a distilled model, and for the others where the run keeps one.
       dtype: of the trained weights in the new folder or file.
       dialect: of a LoRA file, "diffusers" (default) or "kohya".
+      places: where the run's inputs lie now, as for `load_resolved`.
 
     Returns:
       The checkpoint's step, and which weights were written.
@@ -66,7 +68,7 @@ def export(
       UserError: no such run, no such checkpoint, no EMA in it, a model folder that changed since the run began, `out`
         can't be written.
     """
-    config = load_resolved(workdir)
+    config = load_resolved(workdir, places)
     if dialect and not config.lora.rank:
         raise UserError(f"the dialect {dialect} has no effect: {workdir} holds full networks, not a LoRA; leave it out")
     if config.lora.rank and out.suffix != ".safetensors":
@@ -80,7 +82,7 @@ def export(
     which = which or ("ema" if config.ema.decay or needs_ema else "student")
     if which == "ema" and not config.ema.decay:
         raise UserError(f"{workdir} has no EMA (its config.ema.decay is 0); export --which=student")
-    source = read_folder(config.model.folder)
+    source = read_model(config)
     if changed := identity.changed(workdir, {"model": identity.of_folder(source)}):
         raise UserError(changed)
     params, step = checkpoint.restore_params(workdir, which, step)
@@ -189,40 +191,60 @@ def main(argv: Sequence[str]) -> int:
     cli.add_lora(parser)
     parser.add_argument("--sampler", choices=("lcm",), help="with --model: the sampler stored in the new folder")
     parser.add_argument("--verify", action="store_true", help="compare with diffusers; needs lcm_jax[diffusers]")
-    args = parser.parse_args(argv)
+    args, overrides = parser.parse_with_config(argv)
+    places = _places(overrides)
     if (args.workdir is None) == (args.model is None):
         raise UserError("give --workdir, the run to export, or --model, the folder to merge LoRAs into")
     for option in ("which", "step", "dtype", "dialect") if args.model else ("lora", "sampler"):
         if getattr(args, option) not in (None, []):
             raise UserError(f"--{option} has no effect with --{'model' if args.model else 'workdir'}; leave it out")
+    if args.model and places:
+        raise UserError(f"{overrides[0]} has no effect with --model; leave it out")
     if args.model and not args.lora and not args.sampler:
         raise UserError("--model without --lora or --sampler would only copy the folder; give --lora=FILE:WEIGHT")
     if args.model and args.out.suffix == ".safetensors":
         raise UserError(f"--out={args.out}: --model writes a folder; choose a folder name")
     compile_cache.enable()
-    model, lora_file, how = args.out, None, ""
+    model, lora_file, how, samples = args.out, None, [], True
     if args.model:
         loras = cli.loras(args.lora)
         export_merged(args.model, loras, args.out, lcm=args.sampler == "lcm")
         what = f"{args.model} with {len(loras)} LoRA{'' if len(loras) == 1 else 's'} merged into it"
     else:
-        config, dtype = load_resolved(args.workdir), args.dtype or "float32"
+        config, dtype = load_resolved(args.workdir, places), args.dtype or "float32"
         step, which = export(
-            args.workdir, args.out, which=args.which, step=args.step, dtype=dtype, dialect=args.dialect
+            args.workdir, args.out, which=args.which, step=args.step, dtype=dtype, dialect=args.dialect, places=places
         )
         what = f"the {which} weights of step {step}"
         if config.lora.rank:
             model, lora_file = config.model.folder, args.out
-            how = f" --lora={args.out}" + " --sampler=lcm" * bool(OBJECTIVES[config.objective].recipe)
+            how = [f"--lora={args.out}"] + ["--sampler=lcm"] * bool(OBJECTIVES[config.objective].recipe)
+        samples = OBJECTIVES[config.objective].latent_std is None
     if args.verify:
         from lcm_jax.inference.verify import verify
 
         difference = verify(model, lora=lora_file)
         compared = "weight differences, latents and images" if lora_file else "latents and images"
         say(f"diffusers loads it; its {compared} differ from those of lcm_jax by {difference:.1e} of their maximum.")
-    say(f"{args.out} holds {what}. Next:")
-    say(f'  python -m lcm_jax.sample --model={model}{how} --prompt="…" --seed=0 --out=image.png')
+    if samples:
+        words = cli.to_type("sample", f"--model={model}", *how, "--prompt=a prompt", "--seed=0", "--out=image.png")
+        say(f"{args.out} holds {what}. To sample from it:")
+    else:
+        words = cli.to_type("train", "--config=FILE", f"--config.model.folder={model}", "--workdir=DIR")
+        say(f"{args.out} holds {what}. To train the other networks with this autoencoder:")
+    say(f"  {words}")
     return 0
+
+
+def _places(overrides: Sequence[str]) -> dict[str, str]:
+    """Parses --config.… of inputs that lie elsewhere than when the run trained. Raises UserError for other options."""
+    found = {}
+    for text in overrides:
+        name, equals, value = text.removeprefix("--config.").partition("=")
+        if name not in PLACES or not equals:
+            raise UserError(f"{text} is not an option of export; only {', '.join(PLACES)} can differ from the run's")
+        found[name] = value
+    return found
 
 
 if __name__ == "__main__":

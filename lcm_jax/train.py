@@ -6,7 +6,6 @@ its last checkpoint, and its weights end up bit-identical to those of a run that
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -56,11 +55,11 @@ def main(argv: Sequence[str], devices: Sequence[Any] | None = None) -> int:
     if result.signal:
         say(f"Stopped and saved at step {result.step} of {config.steps}. The same command resumes there.")
         return 128 + result.signal
-    say(f"Done: {result.step} steps, checkpoints in {args.workdir}/checkpoints. Next:")
+    what = "LoRA" if config.lora.rank else "model"
+    say(f"Done: {result.step} steps. {args.workdir} holds checkpoints, samples and curves. To write the {what}:")
     beside = f"runs/{args.workdir.name}" if files.in_bucket(args.workdir) else args.workdir  # an export is local
     out = "lora.safetensors" if config.lora.rank else OBJECTIVES[config.objective].result
-    words = ("python", "-m", "lcm_jax.export", f"--workdir={args.workdir}", f"--out={beside}/{out}")
-    say(f"  {shlex.join(words)}")
+    say(f"  {cli.to_type('export', f'--workdir={args.workdir}', f'--out={beside}/{out}')}")
     return 0
 
 

@@ -119,10 +119,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises UserError unless `batch_size` divides evenly by devices and micro-batches."""
-    if batch_size % mesh.size:
-        raise UserError(f"config.batch_size={batch_size} is not divisible by the {mesh.size} devices")
-    if batch_size % (mesh.size * accumulate):
+    unit = mesh.size * accumulate
+    if rest := batch_size % unit:
+        times = f" times config.accumulate={accumulate}" if batch_size % mesh.size == 0 else ""
+        near = [size for size in (batch_size - rest, batch_size - rest + unit) if size]
         raise UserError(
-            f"config.batch_size={batch_size} is not divisible by the {mesh.size} devices times "
-            f"config.accumulate={accumulate}"
+            f"config.batch_size={batch_size} is not divisible by the {mesh.size} devices{times}; "
+            f"try {' or '.join(map(str, near))}"
         )

@@ -20,7 +20,7 @@ from lcm_jax.data.sources import Source, open_data
 from lcm_jax.errors import UserError, is_out_of_memory, plain
 from lcm_jax.host import compile_cache, files, interrupts
 from lcm_jax.host.images import write_png
-from lcm_jax.interop.folder import Folder, read_folder
+from lcm_jax.interop.folder import Folder
 from lcm_jax.interop.tokenizer import load_tokenizer
 from lcm_jax.monitor.profiler import ProfileConfig, Profiler
 from lcm_jax.monitor.progress import Progress
@@ -33,7 +33,7 @@ from lcm_jax.training import identity
 from lcm_jax.training.checkpoint import FOLDER, Checkpoints, finalized_steps
 from lcm_jax.training.losses import make_losses
 from lcm_jax.training.metrics import computed, losses_in
-from lcm_jax.training.networks import frozen_params, initial_params, make_parts
+from lcm_jax.training.networks import frozen_params, initial_params, make_parts, read_model
 from lcm_jax.training.previews import make_preview, sheet
 from lcm_jax.training.program import make_program
 from lcm_jax.training.saved_step import Ahead
@@ -105,7 +105,7 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
     ahead = Ahead(config, mesh, compiled)
 
     # ---- models and state
-    folder, source = read_folder(config.model.folder), open_data(config.data)
+    folder, source = read_model(config), open_data(config.data)
     inputs = _check_inputs(workdir, config, folder, source, begun)
     tokenizer = load_tokenizer(folder)
     parts = make_parts(config, folder, tokenizer)

@@ -9,6 +9,7 @@ network's own weights. Those are among the frozen ones, once, for all roles that
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from lcm_jax.diffusion.process import Process
 from lcm_jax.errors import UserError, one_of
 from lcm_jax.families import Family, family_of
 from lcm_jax.families.base import Tokens
-from lcm_jax.interop.folder import Folder, make_network
+from lcm_jax.interop.folder import Folder, make_network, read_folder
 from lcm_jax.models import Flat, Network, Policy
 from lcm_jax.objectives import OBJECTIVES, Objective
 from lcm_jax.objectives.base import Roles
@@ -111,6 +112,16 @@ def trained_components(config: Config, family: Family) -> dict[str, str]:
     """Returns key → component of the networks that this run trains."""
     objective, options = chosen(config)
     return _trained(objective.roles(options, family))
+
+
+def read_model(config: Config) -> Folder:
+    """Reads the folder that a run starts from. Raises UserError that names the option if there is none."""
+    try:
+        return read_folder(config.model.folder)
+    except UserError as error:
+        if os.path.exists(config.model.folder):
+            raise
+        raise type(error)(f"config.model.folder: {error}; give --config.model.folder=DIR, where it lies now") from None
 
 
 def make_parts(

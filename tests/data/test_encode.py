@@ -152,7 +152,7 @@ def test_another_vae(encoded, teacher, tmp_path):
 
 
 def test_pictures_and_encoded_ones_are_not_confused(encoded, digits_data_dir):
-    with pytest.raises(UserError, match=r"holds encoded images; read them with data.latents=True"):
+    with pytest.raises(UserError, match=r"holds encoded images; read them with --config.data.latents=true"):
         open_data(DataConfig(directory=str(encoded)))
     with pytest.raises(UserError, match="holds no encoded images"):
         open_data(DataConfig(data_dir=digits_data_dir, latents=True))

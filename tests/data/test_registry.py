@@ -112,13 +112,13 @@ NO_TFDS = "it is not a prepared TFDS data set: it has no dataset_info.json"
 def test_a_directory_that_no_source_recognises(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    reasons = f"{NO_TFDS} (prepare it with file_format='array_record'); it has no shades.txt"
+    reasons = f"{NO_TFDS}; docs/own_data.md says how to prepare one; it has no shades.txt"
     assert message(other) == f"{other} is empty; {reasons}"
     for name in "edcba":
         (other / f"{name}.png").write_bytes(b"")
     assert message(other) == f"{other} holds a.png, b.png, c.png and 2 more; {reasons}"
     assert message(other / "a.png") == f"{other}/a.png is a file; {reasons}"
-    assert message(other / "z") == f"data directory {other}/z does not exist"
+    assert message(other / "z").startswith(f"data directory {other}/z does not exist; give your own with --config.data.")
 
 
 def test_the_right_directory_below_is_named(photos):

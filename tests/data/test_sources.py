@@ -97,7 +97,7 @@ def test_directory_that_is_no_data_set(digits_data_dir, tmp_path):
 
 def test_missing_key_names_those_that_are_there(photos):
     text = message(directory=photos, image_key="foto", caption_key="title")
-    assert "data.image_key 'foto'" in text
+    assert "config.data.image_key 'foto'" in text
     assert "did you mean 'photo'? (it has captions, depth, mask, photo, size, tags, title)" in text
     assert "captions, depth, mask" in message(directory=photos, image_key="photo", caption_key="zzzz")
     assert "not text" in message(directory=photos, image_key="photo", caption_key="size")
@@ -110,7 +110,7 @@ def test_missing_key_names_those_that_are_there(photos):
 
 def test_splits(photos):
     assert "no split 'trian'; did you mean 'train'?" in message(directory=photos, split="trian", **PHOTOS)
-    assert "no split 'trian'" in message(directory=photos, split="train+trian[:3]", **PHOTOS)
+    assert "no split 'trian'" in message(directory=photos, split="train+trian[:3]")  # reported before the keys
     assert "is empty" in message(directory=photos, split="train[:0]", **PHOTOS)
     assert "cannot be read" in message(directory=photos, split="train[5", **PHOTOS)
     assert len(open_data(DataConfig(directory=photos, split="train[:50%]", **PHOTOS))) == 6

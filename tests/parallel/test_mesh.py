@@ -72,10 +72,12 @@ def test_an_accelerator_that_is_asked_for_and_not_found_is_one_line(asking, monk
 def test_a_batch_divides_by_devices_and_micro_batches():
     mesh = make_mesh(MeshConfig())
     check_batch(16, 2, mesh)
-    with pytest.raises(UserError, match="config.batch_size=12 is not divisible by the 8 devices$"):
+    with pytest.raises(UserError, match="config.batch_size=12 is not divisible by the 8 devices; try 8 or 16$"):
         check_batch(12, 1, mesh)
-    with pytest.raises(UserError, match="config.batch_size=24 is not divisible by the 8 devices times config.accumul"):
+    with pytest.raises(UserError, match="=24 is not divisible by the 8 devices times config.accumulate=2; try 16 or 32$"):
         check_batch(24, 2, mesh)
+    with pytest.raises(UserError, match="the 8 devices; try 16$"):
+        check_batch(7, 2, mesh)
 
 
 @dataclasses.dataclass(frozen=True)

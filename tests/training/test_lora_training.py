@@ -245,7 +245,7 @@ def test_previews_are_drawn_with_the_adapters(run, folder):
 
 def test_another_base_is_noticed(run, folder, tmp_path, monkeypatch):
     bigger = read_folder(presets.write_blank("micro", tmp_path / "micro"))
-    monkeypatch.setattr(export, "read_folder", lambda _: bigger)
+    monkeypatch.setattr(export, "read_model", lambda _: bigger)
     with pytest.raises(UserError, match="unet weights.* in .*micro changed since the run in .* began"):
         export.export(run, tmp_path / "x.safetensors")
     monkeypatch.setattr(identity, "changed", lambda *_: "")  # as for a run that has recorded nothing

@@ -46,7 +46,10 @@ def open_data(config: DataConfig) -> Source:
         kind = next((kind for kind in KINDS if kind.recognises(path)), None)
         if kind is None:
             if not path.exists():
-                raise UserError(f"data directory {config.directory} does not exist")
+                raise UserError(
+                    f"data directory {config.directory} does not exist; give your own with --config.data.directory="
+                    f"DIR ({tfds.GUIDE} says how to prepare it)"
+                )
             reasons = "; ".join(kind.mismatch(path) for kind in KINDS)
             raise UserError(f"{config.directory} {_content(path)}; {reasons}")
     return kind.open(config)

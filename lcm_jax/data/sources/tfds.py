@@ -27,6 +27,7 @@ from lcm_jax.errors import UserError, nearest, plain, say
 
 # builders of this package: importing a builder's module registers it with TFDS
 PROVIDED = dict.fromkeys(("captioned_digits", "italic_digits"), "lcm_jax.digits.dataset")
+GUIDE = "docs/own_data.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def mismatch(directory: epath.Path) -> str:
     """Returns why a directory is not recognised, and the version directory below it if there is one."""
     below = [*directory.glob("*/dataset_info.json"), *directory.glob("*/*/dataset_info.json")]
     inside = sorted(str(file.parent) for file in below)
-    hint = f"; did you mean {inside[-1]}?" if inside else " (prepare it with file_format='array_record')"
+    hint = f"; did you mean {inside[-1]}?" if inside else f"; {GUIDE} says how to prepare one"
     return f"it is not a prepared TFDS data set: it has no dataset_info.json{hint}"
 
 
@@ -125,15 +126,15 @@ def open_tfds(config: DataConfig) -> TfdsSource:
             f"{place} holds {found} files, not array_record: convert it where TensorFlow is installed, with"
             f" tfds convert_format --dataset_version_dir={place} --out_file_format=array_record"
         )
+    _check_split(info, split, place)
     if config.latents:
         if MOMENTS not in info.features:
-            raise UserError(f"{place} holds no encoded images (data.latents); lcm_jax.encode writes such data sets")
+            raise UserError(f"{place} holds no encoded images (config.data.latents); lcm_jax.encode writes such data sets")
         image_key, caption_key = MOMENTS, CAPTIONS
     elif MOMENTS in info.features and image_key not in info.features:
-        raise UserError(f"{place} holds encoded images; read them with data.latents=True")
+        raise UserError(f"{place} holds encoded images; read them with --config.data.latents=true")
     else:
         _check_keys(info.features, image_key, caption_key, place)
-    _check_split(info, split, place)
     # Images stay encoded: Pillow decodes the requested one later.
     undecoded = {k: tfds.decode.SkipDecoding() for k, f in info.features.items() if isinstance(f, tfds.features.Image)}
     try:
@@ -174,7 +175,7 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError:
         hint = nearest(base, {*tfds.list_builders(with_community_datasets=False), *PROVIDED})
         if not hint.startswith("; did"):  # the full list has hundreds of names
-            hint = "; give 'captioned_digits', a registered TFDS name, or data.directory"
+            hint = "; give 'captioned_digits', a registered TFDS name, or config.data.directory"
         raise UserError(f"data set {name!r} is not registered in TFDS{hint}") from None
     except Exception as error:
         raise UserError(f"data set {name!r} cannot be opened ({_line(error)})") from None
@@ -191,7 +192,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         lock = (parent / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"data.data_dir: {parent} is not writable ({error.strerror})") from None
+        raise UserError(f"config.data.data_dir: {parent} is not writable ({error.strerror})") from None
     with lock:
         with contextlib.suppress(OSError):  # a file system without locks: TFDS's rename still lets only one succeed
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -210,7 +211,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
         except ImportError as error:
             raise UserError(
                 f"data set {builder.name!r} cannot be prepared here ({_line(error)}): prepare it where its packages"
-                " are installed, with file_format='array_record', and give data.directory"
+                f" are installed ({GUIDE} says how), and give --config.data.directory"
             ) from None
         except Exception as error:
             if not builder.data_path.exists():  # otherwise another machine on the same disk was first
@@ -230,18 +231,18 @@ def _quiet() -> Iterator[None]:
 
 def _check_keys(features: Any, image_key: str, caption_key: str, place: epath.Path) -> None:
     if image_key not in features:
-        raise UserError(f"data.image_key {image_key!r} is not in {place}{_among(image_key, features)}")
+        raise UserError(f"config.data.image_key {image_key!r} is not in {place}{_among(image_key, features)}")
     image = features[image_key]
     if not isinstance(image, tfds.features.Image) or not _holds(image, np.uint8):
-        raise UserError(f"data.image_key {image_key!r} of {place} is {_line(image)}, not an 8-bit Image feature")
+        raise UserError(f"config.data.image_key {image_key!r} of {place} is {_line(image)}, not an 8-bit Image feature")
     feature = features
     for key in caption_key.split("/"):
         inner = getattr(feature, "feature", feature)  # a Sequence of a dict is read as a dict of lists
         if not hasattr(inner, "keys") or key not in inner:
-            raise UserError(f"data.caption_key {caption_key!r} is not in {place}{_among(caption_key, features)}")
+            raise UserError(f"config.data.caption_key {caption_key!r} is not in {place}{_among(caption_key, features)}")
         feature = inner[key]
     if not _holds(getattr(feature, "feature", feature), np.object_):
-        raise UserError(f"data.caption_key {caption_key!r} of {place} is {_line(feature)}, not text")
+        raise UserError(f"config.data.caption_key {caption_key!r} of {place} is {_line(feature)}, not text")
 
 
 def _holds(feature: Any, dtype: Any) -> bool:
@@ -257,11 +258,11 @@ def _among(key: str, features: Any) -> str:
 def _check_split(info: tfds.core.DatasetInfo, split: str, place: epath.Path) -> None:
     for name in re.findall(r"(?:^|\+)\s*(\w+)", split):
         if name not in info.splits and name != "all":
-            raise UserError(f"data.split {split!r}: {place} has no split {name!r}{nearest(name, info.splits)}")
+            raise UserError(f"config.data.split {split!r}: {place} has no split {name!r}{nearest(name, info.splits)}")
     try:
         count, files = info.splits[split].num_examples, info.splits[split].filenames
     except Exception as error:
-        raise UserError(f"data.split {split!r} cannot be read ({_line(error)})") from None
+        raise UserError(f"config.data.split {split!r} cannot be read ({_line(error)})") from None
     if not count:
         raise UserError(f"{place} split {split!r} is empty; a data set needs at least one example")
     missing = [name for name in files if not (place / name).exists()]
