@@ -31,7 +31,7 @@ from lcm_jax.models import Policy
 from lcm_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, split_cpu
 
 
-def pictures(source: Source, config: Config, batch_size: int) -> Iterator[tuple[np.ndarray, list[list[str]]]]:
+def prepared_images(source: Source, config: Config, batch_size: int) -> Iterator[tuple[np.ndarray, list[list[str]]]]:
     """Yields uint8 (B, S, S, 3) with the captions of each, in the data set's order; the last batch may be smaller."""
 
     def load(number: int, record: tuple[bytes, list[str]]) -> np.ndarray:
@@ -50,7 +50,7 @@ def pictures(source: Source, config: Config, batch_size: int) -> Iterator[tuple[
 
 
 def encode(config: Config, folder: Folder, source: Source, batch_size: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Yields (moments, captions) of each picture: float16 (h, w, 2C), mean and log-variance of q(z|x).
+    """Yields (moments, captions) of each image: float16 (h, w, 2C), mean and log-variance of q(z|x).
 
     Raises: UserError for a record that can't be read or decoded, latents that are not finite, and a batch that the
       devices do not divide.
@@ -68,7 +68,7 @@ def encode(config: Config, folder: Folder, source: Source, batch_size: int) -> I
         return jnp.concatenate(mean_and_logvar, axis=-1).astype(jnp.float16)
 
     count = 0
-    for images, captions in pictures(source, config, batch_size):
+    for images, captions in prepared_images(source, config, batch_size):
         padded = np.concatenate([images, np.zeros((batch_size - len(images), *images.shape[1:]), np.uint8)])
         of_all = np.asarray(moments(params, jax.device_put(padded, NamedSharding(mesh, BATCH))))
         finite = np.isfinite(of_all[: len(images)]).all(axis=(1, 2, 3))

@@ -31,7 +31,7 @@ from lcm_jax.digits import lora_rows, teacher_rows
 from lcm_jax.digits.classifier import STYLE_WEIGHTS, WEIGHTS, Classifier, load_classifier
 from lcm_jax.digits.dataset import SIZE, STYLES
 from lcm_jax.digits.draw import BATCH, draw_all, in_batches
-from lcm_jax.digits.evaluation_set import Prompt, real_pictures, sheet_prompts, test_prompts
+from lcm_jax.digits.evaluation_set import Prompt, real_images, sheet_prompts, test_prompts
 from lcm_jax.digits.guidance import best_guidance, trained_range
 from lcm_jax.digits.measures import METRICS, Score, score
 from lcm_jax.digits.report import Row, curves, figure_class, said, table
@@ -54,9 +54,9 @@ def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], 
     after the VAE too, so that it compares two different sets of real images.
     """
     asked = None if style == STYLES[0] else style
-    real = real_pictures(prompts, "test", style)
+    real = real_images(prompts, "test", style)
     features, _ = classifier(real)
-    validation = real_pictures(prompts, "validation", style)
+    validation = real_images(prompts, "validation", style)
 
     def scored(change: Callable[[np.ndarray], np.ndarray]) -> Score:
         own = score(change(real), prompts, classifier, features, asked)
@@ -67,10 +67,10 @@ def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], 
     return [Row("real test images", scored(lambda same: same)), Row("the same through the VAE", scored(through_vae))]
 
 
-def _through_vae(pipe: Pipeline, pictures: np.ndarray) -> np.ndarray:
+def _through_vae(pipe: Pipeline, images: np.ndarray) -> np.ndarray:
     decoded = []
-    for start in range(0, len(pictures), BATCH):
-        pixels = to_signed(pictures[start : start + BATCH])
+    for start in range(0, len(images), BATCH):
+        pixels = to_signed(images[start : start + BATCH])
         latents = pipe.vae(pixels, None, method="to_latents")
         decoded.append(np.asarray(pipe.vae(latents, method="to_images")))
     return to_uint8(to_unit(np.concatenate(decoded)))
@@ -84,25 +84,25 @@ def student_rows(
     guidance_scale: float | None = None,
 ) -> list[Row]:
     """Returns one row per number of steps of a consistency model, at `guidance_scale` or at the best guidance."""
-    features, _ = classifier(real_pictures(prompts, "test"))
+    features, _ = classifier(real_images(prompts, "test"))
     candidates = trained_range(student) if guidance_scale is None else [guidance_scale]
     rows = []
     for n in steps:
         guidance = best_guidance(student, classifier, n, candidates)
-        pictures, rate = draw_all(student, prompts, n, guidance)
-        rows.append(Row("student", score(pictures, prompts, classifier, features), n, guidance, rate))
+        images, rate = draw_all(student, prompts, n, guidance)
+        rows.append(Row("student", score(images, prompts, classifier, features), n, guidance, rate))
         print(said(rows[-1]), flush=True)
     return rows
 
 
 def diffusers_row(
-    draw: Callable[..., np.ndarray], student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], row: Row
+    sample: Callable[..., np.ndarray], student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], row: Row
 ) -> Row:
-    """Returns a row for the model, prompts and noise of `row`, sampled by diffusers (`draw` is from `lcm_drawer`)."""
-    features, _ = classifier(real_pictures(prompts, "test"))
-    there = functools.partial(draw, guidance_scale=row.guidance_scale)
-    pictures, rate = in_batches(there, prompts, student.latent_shape(1)[1:], row.steps or 1)
-    measured = score(pictures, prompts, classifier, features)
+    """Returns a row for the model, prompts and noise of `row`, sampled by diffusers (`sample`: see `lcm_sampler`)."""
+    features, _ = classifier(real_images(prompts, "test"))
+    there = functools.partial(sample, guidance_scale=row.guidance_scale)
+    images, rate = in_batches(there, prompts, student.latent_shape(1)[1:], row.steps or 1)
+    measured = score(images, prompts, classifier, features)
     return Row("student in diffusers", measured, row.steps, row.guidance_scale, rate)
 
 
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
         for steps in args.steps:
             lcm_timesteps(steps, student.process, original)
         files.make_folder("--out", out)
-        in_diffusers = verify.lcm_drawer(student, args.steps[-1]) if args.diffusers else None
+        in_diffusers = verify.lcm_sampler(student, args.steps[-1]) if args.diffusers else None
         rows = student_rows(student, classifier, prompts, args.steps, args.guidance_scale)
         for row in rows:
             name = f"student, {row.steps} step{'s' * (row.steps != 1)}"
@@ -175,12 +175,12 @@ def main(argv: Sequence[str]) -> int:
         print("Measuring the teacher …", flush=True)
         shipped = teacher_rows.measure(teacher, classifier, lambda line: print(line, flush=True))
         write_json(out / "teacher.json", teacher_rows.to_json(shipped, teacher.folder.path))
-    pictures = {"real test images": real_pictures(on_sheet, "test")}
+    images = {"real test images": real_images(on_sheet, "test")}
     for row in shipped:
         if row.name == teacher_rows.SAMPLERS["ddim"] and row.steps in (4, 50):
             name = f"teacher, {row.steps} steps"
-            pictures[name], _ = draw_all(teacher, on_sheet, row.steps, row.guidance_scale, "ddim")
-    drawn = {**pictures, **drawn}
+            images[name], _ = draw_all(teacher, on_sheet, row.steps, row.guidance_scale, "ddim")
+    drawn = {**images, **drawn}
     rows = [*ceilings(teacher, classifier, prompts), *shipped, *rows]
 
     here = teacher_rows.machine()
@@ -224,8 +224,8 @@ def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
     values |= teacher_rows.hashes(pipe.folder.path, classifier_file)
     _report(out, rows, {**values, "machine": teacher_rows.machine()})
     on_sheet = sheet_prompts()
-    pictures = measured.sheet(on_sheet, [*base, *with_it])
-    write_png(out / "sheet.png", sheet(pictures, [prompt.text for prompt in on_sheet]))
+    images = measured.sheet(on_sheet, [*base, *with_it])
+    write_png(out / "sheet.png", sheet(images, [prompt.text for prompt in on_sheet]))
     write_png(out / "weights.png", lora_rows.weight_curves(curve, weights, base[-1]))
     say(f"Done: {out} holds table.md, evaluation.json, sheet.png and weights.png")
     return 0

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from lcm_jax.digits.classifier import Classifier
 from lcm_jax.digits.dataset import STYLES
 from lcm_jax.digits.draw import draw_all
-from lcm_jax.digits.evaluation_set import Prompt, real_pictures, test_prompts
+from lcm_jax.digits.evaluation_set import Prompt, real_images, test_prompts
 from lcm_jax.digits.guidance import best_guidance
 from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row, figure_class, pixels, said
@@ -39,7 +39,7 @@ class Measured:
         self._lcm, self._others, self._classifier = lcm, dict(others), classifier
         self._asked = None if style == STYLES[0] else style
         self._prompts = test_prompts()
-        self._features, _ = classifier(real_pictures(self._prompts, "test", style))
+        self._features, _ = classifier(real_images(self._prompts, "test", style))
 
     def without(self) -> list[Row]:
         """Returns rows for the model without the LCM-LoRA, with DDIM in BASE_STEPS steps at the best guidance."""
@@ -61,22 +61,22 @@ class Measured:
 
     def sheet(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> dict[str, UInt8[np.ndarray, "n 32 32 3"]]:
         """Returns row name -> images for the prompts, sampled with each row's settings; real test images come first."""
-        drawn = {"real test images": real_pictures(prompts, "test", self.style)}
+        sampled = {"real test images": real_images(prompts, "test", self.style)}
         for row in rows:
             lora = row.name == WITH
             self._attach(self._lcm[1] if lora else 0.0)
             name = f"{row.name}, {row.steps} step{'s' * (row.steps != 1)}"
             sampler = "lcm" if lora else "ddim"
-            drawn[name], _ = draw_all(self.pipe, prompts, row.steps or 1, row.guidance_scale, sampler, fill=True)
-        return drawn
+            sampled[name], _ = draw_all(self.pipe, prompts, row.steps or 1, row.guidance_scale, sampler, fill=True)
+        return sampled
 
     def _attach(self, weight: float) -> None:
         self.pipe.set_loras({**self._others, self._lcm[0]: weight})
 
     def _row(self, name: str, steps: int, candidates: Sequence[float], sampler: str) -> Row:
         guidance = best_guidance(self.pipe, self._classifier, steps, candidates, sampler, self.style)
-        pictures, rate = draw_all(self.pipe, self._prompts, steps, guidance, sampler)
-        measured = score(pictures, self._prompts, self._classifier, self._features, self._asked)
+        images, rate = draw_all(self.pipe, self._prompts, steps, guidance, sampler)
+        measured = score(images, self._prompts, self._classifier, self._features, self._asked)
         row = Row(name, measured, steps, guidance, rate)
         print(said(row), flush=True)
         return row

@@ -77,7 +77,7 @@ def test_training_reads_it(shades):
 
 def test_encode_reads_it(shades):
     config = SimpleNamespace(seed=0, data=shades)
-    ((images, captions),) = encode.pictures(open_data(shades), config, batch_size=5)
+    ((images, captions),) = encode.prepared_images(open_data(shades), config, batch_size=5)
     assert images[:, 0, 0, 0].tolist() == [10, 200]
     assert captions == [["dark \ufffd 10"], ["light 200"]]
 
@@ -96,7 +96,7 @@ def test_a_bad_image_is_named_by_its_source(shades, tmp_path):
         next(read)
     read.close()
     with pytest.raises(UserError, match=f"^line 2 of {tmp_path}: "):
-        list(encode.pictures(open_data(shades), SimpleNamespace(seed=0, data=shades), batch_size=2))
+        list(encode.prepared_images(open_data(shades), SimpleNamespace(seed=0, data=shades), batch_size=2))
 
 
 def message(directory):
