@@ -67,10 +67,10 @@ def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], 
     return [Row("real test images", scored(lambda same: same)), Row("the same through the VAE", scored(through_vae))]
 
 
-def _through_vae(pipe: Pipeline, images: np.ndarray) -> np.ndarray:
+def _through_vae(pipe: Pipeline, pictures: np.ndarray) -> np.ndarray:
     decoded = []
-    for start in range(0, len(images), BATCH):
-        pixels = to_signed(images[start : start + BATCH])
+    for start in range(0, len(pictures), BATCH):
+        pixels = to_signed(pictures[start : start + BATCH])
         latents = pipe.vae(pixels, None, method="to_latents")
         decoded.append(np.asarray(pipe.vae(latents, method="to_images")))
     return to_uint8(to_unit(np.concatenate(decoded)))
@@ -89,20 +89,20 @@ def student_rows(
     rows = []
     for n in steps:
         guidance = best_guidance(student, classifier, n, candidates)
-        images, rate = draw_all(student, prompts, n, guidance)
-        rows.append(Row("student", score(images, prompts, classifier, features), n, guidance, rate))
+        pictures, rate = draw_all(student, prompts, n, guidance)
+        rows.append(Row("student", score(pictures, prompts, classifier, features), n, guidance, rate))
         print(said(rows[-1]), flush=True)
     return rows
 
 
 def diffusers_row(
-    sample: Callable[..., np.ndarray], student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], row: Row
+    draw: Callable[..., np.ndarray], student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], row: Row
 ) -> Row:
-    """Returns a row for the model, prompts and noise of `row`, sampled by diffusers (`sample`: see `lcm_sampler`)."""
+    """Returns a row for the model, prompts and noise of `row`, sampled by diffusers (`draw` is from `lcm_sampler`)."""
     features, _ = classifier(real_images(prompts, "test"))
-    there = functools.partial(sample, guidance_scale=row.guidance_scale)
-    images, rate = in_batches(there, prompts, student.latent_shape(1)[1:], row.steps or 1)
-    measured = score(images, prompts, classifier, features)
+    there = functools.partial(draw, guidance_scale=row.guidance_scale)
+    pictures, rate = in_batches(there, prompts, student.latent_shape(1)[1:], row.steps or 1)
+    measured = score(pictures, prompts, classifier, features)
     return Row("student in diffusers", measured, row.steps, row.guidance_scale, rate)
 
 
@@ -175,12 +175,12 @@ def main(argv: Sequence[str]) -> int:
         print("Measuring the teacher …", flush=True)
         shipped = teacher_rows.measure(teacher, classifier, lambda line: print(line, flush=True))
         write_json(out / "teacher.json", teacher_rows.to_json(shipped, teacher.folder.path))
-    images = {"real test images": real_images(on_sheet, "test")}
+    pictures = {"real test images": real_images(on_sheet, "test")}
     for row in shipped:
         if row.name == teacher_rows.SAMPLERS["ddim"] and row.steps in (4, 50):
             name = f"teacher, {row.steps} steps"
-            images[name], _ = draw_all(teacher, on_sheet, row.steps, row.guidance_scale, "ddim")
-    drawn = {**images, **drawn}
+            pictures[name], _ = draw_all(teacher, on_sheet, row.steps, row.guidance_scale, "ddim")
+    drawn = {**pictures, **drawn}
     rows = [*ceilings(teacher, classifier, prompts), *shipped, *rows]
 
     here = teacher_rows.machine()
@@ -224,8 +224,8 @@ def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
     values |= teacher_rows.hashes(pipe.folder.path, classifier_file)
     _report(out, rows, {**values, "machine": teacher_rows.machine()})
     on_sheet = sheet_prompts()
-    images = measured.sheet(on_sheet, [*base, *with_it])
-    write_png(out / "sheet.png", sheet(images, [prompt.text for prompt in on_sheet]))
+    pictures = measured.sheet(on_sheet, [*base, *with_it])
+    write_png(out / "sheet.png", sheet(pictures, [prompt.text for prompt in on_sheet]))
     write_png(out / "weights.png", lora_rows.weight_curves(curve, weights, base[-1]))
     say(f"Done: {out} holds table.md, evaluation.json, sheet.png and weights.png")
     return 0

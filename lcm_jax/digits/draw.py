@@ -69,15 +69,15 @@ def in_batches(
     numbers = list(range(len(prompts)))
     if fill:
         numbers += [0] * (-len(numbers) % BATCH)
-    images, starts = [], []
+    pictures, starts = [], []
     for start in range(0, len(numbers), BATCH):
         chosen = numbers[start : start + BATCH]
         starts.append(time.perf_counter())
         between = None if later is None else later[:, chosen]
         with warnings.catch_warnings():
-            if images:
+            if pictures:
                 warnings.simplefilter("ignore")  # the first batch has issued them
-            images.append(batch([prompts[i].text for i in chosen], first[chosen], between))
+            pictures.append(batch([prompts[i].text for i in chosen], first[chosen], between))
     seconds = time.perf_counter() - starts[min(1, len(starts) - 1)]
-    timed = sum(len(part) for part in images[1:]) or len(images[0])
-    return np.concatenate(images)[: len(prompts)], timed / seconds
+    timed = sum(len(part) for part in pictures[1:]) or len(pictures[0])
+    return np.concatenate(pictures)[: len(prompts)], timed / seconds

@@ -61,22 +61,22 @@ class Measured:
 
     def sheet(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> dict[str, UInt8[np.ndarray, "n 32 32 3"]]:
         """Returns row name -> images for the prompts, sampled with each row's settings; real test images come first."""
-        sampled = {"real test images": real_images(prompts, "test", self.style)}
+        drawn = {"real test images": real_images(prompts, "test", self.style)}
         for row in rows:
             lora = row.name == WITH
             self._attach(self._lcm[1] if lora else 0.0)
             name = f"{row.name}, {row.steps} step{'s' * (row.steps != 1)}"
             sampler = "lcm" if lora else "ddim"
-            sampled[name], _ = draw_all(self.pipe, prompts, row.steps or 1, row.guidance_scale, sampler, fill=True)
-        return sampled
+            drawn[name], _ = draw_all(self.pipe, prompts, row.steps or 1, row.guidance_scale, sampler, fill=True)
+        return drawn
 
     def _attach(self, weight: float) -> None:
         self.pipe.set_loras({**self._others, self._lcm[0]: weight})
 
     def _row(self, name: str, steps: int, candidates: Sequence[float], sampler: str) -> Row:
         guidance = best_guidance(self.pipe, self._classifier, steps, candidates, sampler, self.style)
-        images, rate = draw_all(self.pipe, self._prompts, steps, guidance, sampler)
-        measured = score(images, self._prompts, self._classifier, self._features, self._asked)
+        pictures, rate = draw_all(self.pipe, self._prompts, steps, guidance, sampler)
+        measured = score(pictures, self._prompts, self._classifier, self._features, self._asked)
         row = Row(name, measured, steps, guidance, rate)
         print(said(row), flush=True)
         return row
