@@ -208,11 +208,11 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
                     metrics.flush()
                 checkpoints.save(done, state, data.get_state())
             if show:
-                images = preview(*program.whole((state["ema"] or state["params"], frozen)))
+                pictures = preview(*program.whole((state["ema"] or state["params"], frozen)))
                 held.check()
                 if metrics:
-                    metrics.images(done, "samples", images)
-                    write_png(workdir / "samples" / f"step_{done:06d}.png", grid(images, columns=8))
+                    metrics.images(done, "samples", pictures)
+                    write_png(workdir / "samples" / f"step_{done:06d}.png", grid(pictures, columns=8))
     held.check()
     _put_back(workdir, config, inputs)
     checkpoints.check_there(done)
