@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
                 flush=True,
             )
         if not errors["cudnn"] <= 2 * errors["xla"]:
-            raise UserError(f"cuDNN is less exact than XLA: {errors['cudnn']:.2e}, not {errors['xla']:.2e}")
+            raise UserError(f"cuDNN is less exact than XLA: error {errors['cudnn']:.2e} instead of {errors['xla']:.2e}")
     return 0
 
 

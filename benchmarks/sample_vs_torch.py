@@ -47,9 +47,9 @@ def main(argv: list[str]) -> int:
         if args.compiled:
             peers.append(turns.Contestant("diffusers, channels_last, compiled", TorchSampler, work, True, True))
         for peer in peers:
-            difference = np.abs(ours.facts["pictures"].astype(int) - peer.facts["pictures"]).max()
+            difference = np.abs(ours.facts["images"].astype(int) - peer.facts["images"]).max()
             if args.dtype == "float32" and difference > 1:
-                raise UserError(f"{peer.name} draws other pictures: they differ by {difference} of 255")
+                raise UserError(f"{peer.name} samples other images: they differ by {difference} of 255")
         rounds = turns.take_turns([ours, *peers], args.rounds)
         print(turns.table([ours, *peers], args.batch, rounds))
         for contestant in (ours, *peers):

@@ -51,7 +51,7 @@ class JaxSampler:
         draws = work.noise(self._pipe.latent_shape(1)[1:])
         self._given: dict[str, Any] = {"latents": draws[0], "noise": draws[1:]}
         start = time.perf_counter()
-        self.facts = {"pictures": self.run(), "device": jax.devices()[0].device_kind}
+        self.facts = {"images": self.run(), "device": jax.devices()[0].device_kind}
         self.facts["first_seconds"] = time.perf_counter() - start
 
     def run(self) -> np.ndarray:
@@ -87,7 +87,7 @@ class TorchSampler:
         draws = work.noise((side, side, channels)).transpose(0, 1, 4, 2, 3)
         self._draws = torch.from_numpy(np.ascontiguousarray(draws)).to(self._device, getattr(torch, work.dtype))
         start = time.perf_counter()
-        self.facts = {"pictures": self.run()}
+        self.facts = {"images": self.run()}
         self.facts["first_seconds"] = time.perf_counter() - start
 
     def run(self) -> np.ndarray:

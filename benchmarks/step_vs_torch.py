@@ -57,7 +57,7 @@ def same(one: turns.Contestant, other: turns.Contestant, tolerance: float) -> bo
     for name in ("loss", "grad_norm"):
         a, b = one.facts[name], other.facts[name]
         if not abs(a - b) <= tolerance * abs(b):
-            print(f"{other.name} finds another {name}, so it is left out: {b:.6g}, not {a:.6g}", file=sys.stderr)
+            print(f"{other.name} gives another {name} and is left out: {b:.6g} instead of {a:.6g}", file=sys.stderr)
             return False
     return True
 
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
                 contestants.remove(peer)
                 peer.close()
         if len(contestants) == 1:
-            raise UserError("no variant of torch finds the same: there is nothing to compare")
+            raise UserError("every variant of torch gives another loss or gradient norm; there is nothing to compare")
         rounds = turns.take_turns(contestants, args.rounds)
         print(turns.table(contestants, config.batch_size, rounds))
         print(speed(config.batch_size, ours, rounds))
@@ -128,7 +128,7 @@ def speed(batch: int, ours: turns.Contestant, rounds: list[dict[str, float]]) ->
     needed, device = ours.facts["flops"], ours.facts["device"]
     rate = needed / statistics.median(one[ours.name] for one in rounds)
     share = f", {rate / PEAKS[device]:.1%} of its peak" if device in PEAKS else ""
-    return f"\n{needed / batch / 1e9:.3g} GFLOP an image; {rate / 1e9:.0f} GFLOP/s on {device}{share}"
+    return f"\n{needed / batch / 1e9:.3g} GFLOP per image; {rate / 1e9:.0f} GFLOP/s on {device}{share}"
 
 
 if __name__ == "__main__":

@@ -116,9 +116,9 @@ def table(contestants: Sequence[Contestant], batch: int, rounds: Sequence[Mappin
     for each in contestants:
         seconds = statistics.median(one[each.name] for one in rounds)
         median, low, high = ratio(rounds, each.name, ours.name)
-        said = "" if each is ours else f"{median:.2f} ({low:.2f} to {high:.2f})"
+        shown = "" if each is ours else f"{median:.2f} ({low:.2f} to {high:.2f})"
         lines.append(
-            f"| {each.name} | {1e3 * seconds:.0f} | {batch / seconds:.1f} | {said} | {each.memory() / 1e6:.0f} "
+            f"| {each.name} | {1e3 * seconds:.0f} | {batch / seconds:.1f} | {shown} | {each.memory() / 1e6:.0f} "
             f"| {each.facts['first_seconds']:.0f} |"
         )
     return "\n".join(lines)

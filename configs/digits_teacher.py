@@ -23,8 +23,8 @@ def get_config(variant=""):
     if variant == "vae":
         config.objective = "autoencoder"
         config.autoencoder.kl_weight = 2.56e-4
-        # Noise drowns a small picture sooner than a large one: at 8 x 8 latents of unit deviation, four DDIM steps are
-        # as good as fifty. Latents of deviation 4 have the signal, summed over a picture, that SD's 64 x 64 have.
+        # Noise drowns a small image sooner than a large one: at 8 x 8 latents of unit deviation, four DDIM steps are
+        # as good as fifty. Latents of deviation 4 have the signal, summed over an image, that SD's 64 x 64 have.
         config.autoencoder.latent_std = 4.0
         config.model.folder = "runs/teacher/blank"
         config.steps = 2500

@@ -31,7 +31,9 @@ from lcm_jax.models import Policy
 from lcm_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, split_cpu
 
 
-def pictures(source: Source, config: Config, batch_size: int) -> Iterator[tuple[list[Prepared], list[list[str]]]]:
+def prepared_images(
+    source: Source, config: Config, batch_size: int
+) -> Iterator[tuple[list[Prepared], list[list[str]]]]:
     """Yields images with the captions of each, in the data set's order; the last batch may be smaller."""
 
     def load(number: int, record: tuple[bytes, list[str]]) -> Prepared:
@@ -70,7 +72,7 @@ def encode(
         return jnp.concatenate(mean_and_logvar, axis=-1).astype(jnp.float16)
 
     count = 0
-    for images, captions in pictures(source, config, batch_size):
+    for images, captions in prepared_images(source, config, batch_size):
         pixels = np.stack([image.pixels for image in images])
         padded = np.concatenate([pixels, np.zeros((batch_size - len(pixels), *pixels.shape[1:]), np.uint8)])
         of_all = np.asarray(moments(params, jax.device_put(padded, NamedSharding(mesh, BATCH))))

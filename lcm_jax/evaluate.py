@@ -31,7 +31,7 @@ from lcm_jax.digits import lora_rows, teacher_rows
 from lcm_jax.digits.classifier import STYLE_WEIGHTS, WEIGHTS, Classifier, load_classifier
 from lcm_jax.digits.dataset import SIZE, STYLES
 from lcm_jax.digits.draw import BATCH, draw_all, in_batches
-from lcm_jax.digits.evaluation_set import Prompt, real_pictures, sheet_prompts, test_prompts
+from lcm_jax.digits.evaluation_set import Prompt, real_images, sheet_prompts, test_prompts
 from lcm_jax.digits.guidance import best_guidance, trained_range, work
 from lcm_jax.digits.measures import METRICS, Score, score
 from lcm_jax.digits.report import Row, curves, figure_class, said, table
@@ -55,9 +55,9 @@ def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], 
     after the VAE too, so that it compares two different sets of real images.
     """
     asked = None if style == STYLES[0] else style
-    real = real_pictures(prompts, "test", style)
+    real = real_images(prompts, "test", style)
     features, _ = classifier(real)
-    validation = real_pictures(prompts, "validation", style)
+    validation = real_images(prompts, "validation", style)
 
     def scored(change: Callable[[np.ndarray], np.ndarray]) -> Score:
         own = score(change(real), prompts, classifier, features, asked)
@@ -85,7 +85,7 @@ def student_rows(
     guidance_scale: float | None = None,
 ) -> list[Row]:
     """Returns one row per number of steps of a consistency model, at `guidance_scale` or at the best guidance."""
-    features, _ = classifier(real_pictures(prompts, "test"))
+    features, _ = classifier(real_images(prompts, "test"))
     candidates = trained_range(student) if guidance_scale is None else [guidance_scale]
     rows = []
     with Sampling(work(steps, candidates, len(prompts))) as progress:
@@ -101,8 +101,8 @@ def student_rows(
 def diffusers_row(
     draw: Callable[..., np.ndarray], student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], row: Row
 ) -> Row:
-    """Returns a row for the model, prompts and noise of `row`, sampled by diffusers (`draw` is from `lcm_drawer`)."""
-    features, _ = classifier(real_pictures(prompts, "test"))
+    """Returns a row for the model, prompts and noise of `row`, sampled by diffusers (`draw` is from `lcm_sampler`)."""
+    features, _ = classifier(real_images(prompts, "test"))
     there = functools.partial(draw, guidance_scale=row.guidance_scale)
     with Sampling(len(prompts)) as progress:
         done = progress.series("student in diffusers", len(prompts))
@@ -168,7 +168,7 @@ def main(argv: Sequence[str]) -> int:
         for steps in args.steps:
             lcm_timesteps(steps, student.process, original)
         files.make_folder("--out", out)
-        in_diffusers = verify.lcm_drawer(student, args.steps[-1]) if args.diffusers else None
+        in_diffusers = verify.lcm_sampler(student, args.steps[-1]) if args.diffusers else None
         rows = student_rows(student, classifier, prompts, args.steps, args.guidance_scale)
         for row in rows:
             name = f"student, {row.steps} step{'s' * (row.steps != 1)}"
@@ -180,7 +180,7 @@ def main(argv: Sequence[str]) -> int:
         print("Measuring the teacher …", flush=True)
         shipped = teacher_rows.measure(teacher, classifier, lambda line: print(line, flush=True))
         write_json(out / "teacher.json", teacher_rows.to_json(shipped, teacher.folder.path))
-    pictures = {"real test images": real_pictures(on_sheet, "test")}
+    pictures = {"real test images": real_images(on_sheet, "test")}
     for row in shipped:
         if row.name == teacher_rows.SAMPLERS["ddim"] and row.steps in (4, 50):
             name = f"teacher, {row.steps} steps"

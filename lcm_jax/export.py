@@ -39,7 +39,7 @@ from lcm_jax.objectives import OBJECTIVES
 from lcm_jax.training import checkpoint, identity
 from lcm_jax.training.networks import adapted, chosen, read_model, trained_components
 
-BATCHES, PICTURES = 16, 32  # of the training data, from which an autoencoder's scaling_factor is measured
+BATCHES, IMAGES = 16, 32  # of the training data, from which an autoencoder's scaling_factor is measured
 
 
 def export(
@@ -154,22 +154,22 @@ def recipe_of(config: Config, teacher: Folder, which: str, step: int) -> Recipe:
 
 
 def measured_scaling(config: Config, source: Folder, params: dict[str, np.ndarray], data_set: Source) -> float:
-    """Returns the VAE's scaling_factor: latent_std / the standard deviation of its latents over some training pictures.
+    """Returns the VAE's scaling_factor: latent_std / the standard deviation of its latents over some training images.
 
     All channels and places together, draws from the posterior included (arXiv 2112.10752, appendix G).
     """
     vae = source.components["vae"].network()
 
     @jax.jit
-    def moments(params: dict[str, jax.Array], pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, logvar = vae.apply(params, to_signed(pictures), method="encode")
+    def moments(params: dict[str, jax.Array], images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, logvar = vae.apply(params, to_signed(images), method="encode")
         return jnp.mean(mean), jnp.mean(mean**2 + jnp.exp(logvar))
 
     def no_tokens(texts: list[str]) -> np.ndarray:
         return np.zeros((len(texts), 1), np.int32)
 
     device_params = jax.tree.map(jnp.asarray, params)
-    read = batches(config.data, tokenize=no_tokens, batch_size=PICTURES, seed=config.seed, source=data_set)
+    read = batches(config.data, tokenize=no_tokens, batch_size=IMAGES, seed=config.seed, source=data_set)
     with contextlib.closing(read) as data:
         seen = [moments(device_params, next(data)["image"]) for _ in range(BATCHES)]
     first, second = np.mean(np.asarray(seen, np.float64), axis=0)

@@ -140,17 +140,17 @@ def test_autoencoder(run, tmp_path, teacher_folder, teacher_pipeline, monkeypatc
     monkeypatch.setattr(
         checkpoint, "restore_params", lambda *_: ({"vae": read_folder(teacher_folder).components["vae"].params}, 5)
     )
-    pictures = np.random.default_rng(0).integers(0, 256, (export.BATCHES, 4, 16, 16, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (export.BATCHES, 4, 16, 16, 3), dtype=np.uint8)
 
     def batches(*_, **__):
-        yield from ({"image": batch} for batch in pictures)
+        yield from ({"image": batch} for batch in pixels)
 
     monkeypatch.setattr(export, "batches", batches)
     out = tmp_path / "model"
     workdir = run("autoencoder", autoencoder=AutoencoderConfig(latent_std=latent_std))
     export.main([f"--workdir={workdir}", f"--out={out}"])
     found = read_folder(out).components["vae"].config["scaling_factor"]
-    images = torch.from_numpy(pictures.reshape(-1, 16, 16, 3)).permute(0, 3, 1, 2) / 127.5 - 1
+    images = torch.from_numpy(pixels.reshape(-1, 16, 16, 3)).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         posterior = teacher_pipeline.vae.encode(images).latent_dist
     drawn = torch.cat([posterior.sample(torch.Generator().manual_seed(i)) for i in range(8)])

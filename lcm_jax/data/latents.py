@@ -83,7 +83,7 @@ class Encoded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Moments of the latents of pictures, as lcm_jax.encode writes them, with the captions.",
+            description="Moments of the latents of images, as lcm_jax.encode writes them, with the captions.",
             features=tfds.features.FeaturesDict(
                 {
                     MOMENTS: tfds.features.Tensor(shape=self._shape, dtype=np.float16),

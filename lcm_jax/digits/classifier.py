@@ -32,9 +32,9 @@ from lcm_jax.digits.dataset import (
     SIZE,
     STYLES,
     coverage,
-    draw,
     load_grids,
-    split_pictures,
+    render,
+    split_images,
 )
 from lcm_jax.errors import UserError
 from lcm_jax.host import compile_cache, files
@@ -135,10 +135,10 @@ def train_classifier(steps: int = 6000, batch_size: int = 128, seed: int = 0, *,
       styles: whether to make half of the digits italic and to predict the style too.
     """
     grids, digits = load_grids()
-    pictures = split_pictures(digits)["train"]
+    members = split_images(digits)["train"]
     shown = STYLES if styles else STYLES[:1]
-    covers = jnp.concatenate([jnp.asarray(coverage(grids[pictures], style=style)) for style in shown])
-    labels, of_style = jnp.tile(digits[pictures], len(shown)), jnp.repeat(jnp.arange(len(shown)), len(pictures))
+    covers = jnp.concatenate([jnp.asarray(coverage(grids[members], style=style)) for style in shown])
+    labels, of_style = jnp.tile(digits[members], len(shown)), jnp.repeat(jnp.arange(len(shown)), len(members))
     network = _network(styles=styles)
     names = list(COLOURS)
     pairs = jnp.asarray([(names.index(ink), names.index(paper)) for ink, paper in ALL_PAIRS])
@@ -147,8 +147,8 @@ def train_classifier(steps: int = 6000, batch_size: int = 128, seed: int = 0, *,
     optimizer = optax.adamw(schedule, weight_decay=0.05)
 
     def example(key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        key_picture, key_warp, key_pair = jax.random.split(key, 3)
-        chosen = jax.random.randint(key_picture, (batch_size,), 0, len(covers))
+        key_image, key_warp, key_pair = jax.random.split(key, 3)
+        chosen = jax.random.randint(key_image, (batch_size,), 0, len(covers))
         cover = jax.vmap(_warped)(jax.random.split(key_warp, batch_size), covers[chosen])[..., None]
         ink, paper = pairs[jax.random.randint(key_pair, (batch_size,), 0, len(pairs))].T
         front, back = palette[ink][:, None, None], palette[paper][:, None, None]
@@ -191,8 +191,8 @@ def _warped(key: jax.Array, cover: Float[Array, "24 24"]) -> Float[Array, "32 32
 
 def real_accuracy(classifier: Classifier, style: str = "upright") -> float:
     """Returns the classifier's accuracy on the real test digits, each in 8 colour pairs and places."""
-    drawn, digits = _real_test_digits(style)
-    return float(np.mean(classifier(drawn)[1] == digits))
+    rendered, digits = _real_test_digits(style)
+    return float(np.mean(classifier(rendered)[1] == digits))
 
 
 def style_accuracy(classifier: Classifier, style: str) -> float:
@@ -202,13 +202,13 @@ def style_accuracy(classifier: Classifier, style: str) -> float:
 
 def _real_test_digits(style: str) -> tuple[np.ndarray, np.ndarray]:
     grids, digits = load_grids()
-    pictures = np.repeat(split_pictures(digits)["test"], 8)
-    places = np.random.default_rng(0).integers(PLACES, size=(len(pictures), 2)).tolist()
-    drawn = [
-        draw(grids[picture], *ALL_PAIRS[number % len(ALL_PAIRS)], (row, column), style)
-        for number, (picture, (row, column)) in enumerate(zip(pictures, places, strict=True))
+    members = np.repeat(split_images(digits)["test"], 8)
+    places = np.random.default_rng(0).integers(PLACES, size=(len(members), 2)).tolist()
+    rendered = [
+        render(grids[member], *ALL_PAIRS[number % len(ALL_PAIRS)], (row, column), style)
+        for number, (member, (row, column)) in enumerate(zip(members, places, strict=True))
     ]
-    return np.stack(drawn), digits[pictures]
+    return np.stack(rendered), digits[members]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -44,8 +44,8 @@ SIZE = 32  # image height and width in pixels
 DIGIT_SIZE = 24  # height and width of the digit within the image
 PLACES = SIZE - DIGIT_SIZE + 1  # positions of its upper left corner along each axis
 SPLITS = {"train": 1300, "validation": 200, "test": 297}  # images
-PAIRS_PER_PICTURE = {"train": 16, "validation": 4, "test": 4}  # colour pairs seen in training
-HELD_OUT_PER_PICTURE = {"train": 0, "validation": 0, "test": 4}  # colour pairs never seen in training
+PAIRS_PER_IMAGE = {"train": 16, "validation": 4, "test": 4}  # colour pairs seen in training
+HELD_OUT_PER_IMAGE = {"train": 0, "validation": 0, "test": 4}  # colour pairs never seen in training
 SEED = 20231006
 
 
@@ -101,7 +101,7 @@ def _colour(cover: np.ndarray, ink: str, paper: str, place: tuple[int, int]) -> 
     return np.rint(back + whole[..., None] * (front - back)).astype(np.uint8)
 
 
-def draw(
+def render(
     grid: Float[np.ndarray, "8 8"],
     ink: str,
     paper: str,
@@ -147,7 +147,7 @@ def load_grids() -> tuple[np.ndarray, np.ndarray]:
     return digits.images, digits.target  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def split_pictures(digits: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+def split_images(digits: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
     """Returns split name -> sorted image indices, stratified by digit, with the sizes of SPLITS.
 
     `digits` is the label of each image, (n,) int.
@@ -164,11 +164,11 @@ def split_pictures(digits: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.sort(part) for name, part in zip(SPLITS, parts, strict=True)}
 
 
-def _pairs_of(picture: int, split: str) -> list[tuple[str, str]]:
-    """Returns the colour pairs of an image, drawn with its index as the seed."""
-    random = np.random.RandomState([SEED, picture])
-    seen = random.permutation(len(SEEN_PAIRS))[: PAIRS_PER_PICTURE[split]]
-    held_out = random.permutation(len(HELD_OUT_PAIRS))[: HELD_OUT_PER_PICTURE[split]]
+def _pairs_of(image: int, split: str) -> list[tuple[str, str]]:
+    """Returns the colour pairs of an image, chosen with its index as the seed."""
+    random = np.random.RandomState([SEED, image])
+    seen = random.permutation(len(SEEN_PAIRS))[: PAIRS_PER_IMAGE[split]]
+    held_out = random.permutation(len(HELD_OUT_PAIRS))[: HELD_OUT_PER_IMAGE[split]]
     return [SEEN_PAIRS[i] for i in seen] + [HELD_OUT_PAIRS[i] for i in held_out]
 
 
@@ -187,14 +187,14 @@ class CaptionedDigits(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("2.0.0")
     url_infos = {}  # noqa: RUF012 (nothing is downloaded; TFDS would look for a checksum file beside this one)
     RELEASE_NOTES = {  # noqa: RUF012 (TFDS wants a plain class attribute)
-        "2.0.0": "Digits of 24 pixels, anywhere in the picture.",
+        "2.0.0": "Digits of 24 pixels, anywhere in the image.",
         "1.0.0": "First release.",
     }
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Handwritten digits (UCI, 8 x 8), drawn anywhere in 32 x 32 pixels, in one of eight named inks "
+            description="Handwritten digits (UCI, 8 x 8), anywhere in 32 x 32 pixels, in one of eight named inks "
             "on another named paper, with a caption in one of five phrasings. Eight colour pairs appear in the test "
             "split only.",
             homepage="https://archive.ics.uci.edu/dataset/80",
@@ -218,20 +218,20 @@ class CaptionedDigits(tfds.core.GeneratorBasedBuilder):
         del dl_manager  # nothing to download
         grids, digits = load_grids()
         covers = coverage(grids, style=self.STYLE)
-        parts = split_pictures(digits)
-        return {split: self._generate_examples(covers, digits, pictures, split) for split, pictures in parts.items()}
+        parts = split_images(digits)
+        return {split: self._generate_examples(covers, digits, images, split) for split, images in parts.items()}
 
-    def _generate_examples(self, covers, digits, pictures, split) -> Iterator[tuple[str, dict]]:
-        for picture in pictures:
-            phrases = np.random.RandomState([SEED + 1, picture]).randint(len(PHRASES), size=len(ALL_PAIRS))
-            places = np.random.RandomState([SEED + 2, picture]).randint(PLACES, size=(len(ALL_PAIRS), 2))
-            for (ink, paper), phrase, place in zip(_pairs_of(int(picture), split), phrases, places, strict=False):
+    def _generate_examples(self, covers, digits, images, split) -> Iterator[tuple[str, dict]]:
+        for image in images:
+            phrases = np.random.RandomState([SEED + 1, image]).randint(len(PHRASES), size=len(ALL_PAIRS))
+            places = np.random.RandomState([SEED + 2, image]).randint(PLACES, size=(len(ALL_PAIRS), 2))
+            for (ink, paper), phrase, place in zip(_pairs_of(int(image), split), phrases, places, strict=False):
                 yield (
-                    f"{picture:04d}_{ink}_{paper}",
+                    f"{image:04d}_{ink}_{paper}",
                     {
-                        "image": _png(_colour(covers[picture], ink, paper, tuple(place))),
-                        "caption": caption(int(digits[picture]), ink, paper, int(phrase)),
-                        "digit": int(digits[picture]),
+                        "image": _png(_colour(covers[image], ink, paper, tuple(place))),
+                        "caption": caption(int(digits[image]), ink, paper, int(phrase)),
+                        "digit": int(digits[image]),
                         "ink": ink,
                         "paper": paper,
                         "phrase": int(phrase),

@@ -17,9 +17,9 @@ from lcm_jax.digits.dataset import (
     SEEN_PAIRS,
     SPLITS,
     caption,
-    draw,
     load_grids,
-    split_pictures,
+    render,
+    split_images,
 )
 
 SEED = 20231006
@@ -75,20 +75,20 @@ def sheet_prompts() -> list[Prompt]:
     return [Prompt(*each, 0) for each in classes for _ in range(4)]
 
 
-def real_pictures(prompts: Sequence[Prompt], split: str, style: str = "upright") -> UInt8[np.ndarray, "n 32 32 3"]:
+def real_images(prompts: Sequence[Prompt], split: str, style: str = "upright") -> UInt8[np.ndarray, "n 32 32 3"]:
     """Renders real digits of a split to match the prompts, at random places, cycling through each digit's images."""
     grids, digits = load_grids()
     places = np.random.default_rng([SEED, list(SPLITS).index(split)]).integers(PLACES, size=(len(prompts), 2))
-    members = split_pictures(digits)[split]
+    members = split_images(digits)[split]
     of_digit = [members[digits[members] == digit] for digit in range(10)]
     turn = [0] * 10
-    pictures = []
+    images = []
     for prompt, (row, column) in zip(prompts, places.tolist(), strict=True):
         mine = of_digit[prompt.digit]
         grid = grids[mine[turn[prompt.digit] % len(mine)]]
-        pictures.append(draw(grid, prompt.ink, prompt.paper, (row, column), style))
+        images.append(render(grid, prompt.ink, prompt.paper, (row, column), style))
         turn[prompt.digit] += 1
-    return np.stack(pictures)
+    return np.stack(images)
 
 
 def first_noise(count: int, shape: Sequence[int], seed: int) -> Float[np.ndarray, "n h w c"]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from lcm_jax.digits.classifier import Classifier
 from lcm_jax.digits.draw import draw_all
-from lcm_jax.digits.evaluation_set import SEED, real_pictures, validation_prompts
+from lcm_jax.digits.evaluation_set import SEED, real_images, validation_prompts
 from lcm_jax.digits.measures import score
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.interop.recipe import RECIPE_FILE
@@ -33,7 +33,7 @@ def best_guidance(
     if len(candidates) == 1:
         return candidates[0]
     prompts = validation_prompts()
-    features, _ = classifier(real_pictures(prompts, "validation", style))
+    features, _ = classifier(real_images(prompts, "validation", style))
     scores = {}
     for guidance in candidates:
         done = progress and progress.series(f"{steps} steps, guidance {guidance:g}?", len(prompts), steps)

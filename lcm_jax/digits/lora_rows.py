@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from lcm_jax.digits.classifier import Classifier
 from lcm_jax.digits.dataset import STYLES
 from lcm_jax.digits.draw import draw_all
-from lcm_jax.digits.evaluation_set import Prompt, real_pictures, test_prompts
+from lcm_jax.digits.evaluation_set import Prompt, real_images, test_prompts
 from lcm_jax.digits.guidance import best_guidance, work
 from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row, figure_class, pixels, said
@@ -41,7 +41,7 @@ class Measured:
         self._lcm, self._others, self._classifier = lcm, dict(others), classifier
         self._asked = None if style == STYLES[0] else style
         self._prompts = test_prompts()
-        self._features, _ = classifier(real_pictures(self._prompts, "test", style))
+        self._features, _ = classifier(real_images(self._prompts, "test", style))
         self._progress: Sampling | None = None
 
     @contextlib.contextmanager
@@ -74,7 +74,7 @@ class Measured:
 
     def sheet(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> dict[str, UInt8[np.ndarray, "n 32 32 3"]]:
         """Returns row name -> images for the prompts, sampled with each row's settings; real test images come first."""
-        drawn = {"real test images": real_pictures(prompts, "test", self.style)}
+        drawn = {"real test images": real_images(prompts, "test", self.style)}
         for row in rows:
             lora = row.name == WITH
             self._attach(self._lcm[1] if lora else 0.0)

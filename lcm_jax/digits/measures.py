@@ -114,11 +114,11 @@ def _variety(given: Given) -> float | None:
     classes = [numbers for numbers in members.values() if len(numbers) > 1 and given.right[numbers].all()]
     if not classes:
         return None
-    drawn, real = (
+    sampled, real = (
         np.mean([of[numbers].astype(np.float64).var(0, ddof=1) for numbers in classes])
         for of in (given.features, given.real_features)
     )
-    return float(drawn / real) if real > 0 else None
+    return float(sampled / real) if real > 0 else None
 
 
 def _style(given: Given) -> Share | None:

@@ -22,12 +22,12 @@ def sheet(
       prompts: column titles; equal neighbours share one.
       scale: enlargement factor.
     """
-    pictures = np.concatenate(list(rows.values()))
-    body = grid(pictures, columns=len(prompts), scale=scale)
+    images = np.concatenate(list(rows.values()))
+    body = grid(images, columns=len(prompts), scale=scale)
     canvas = Image.new("RGB", (LEFT + body.shape[1], HEAD + body.shape[0]), "white")
     canvas.paste(Image.fromarray(body), (LEFT, HEAD))
     pen, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(12), ImageFont.load_default(11)
-    height, width = (side * scale + GAP for side in pictures.shape[1:3])
+    height, width = (side * scale + GAP for side in images.shape[1:3])
     for number, name in enumerate(rows):
         pen.text((LEFT - 6, HEAD + number * height + height // 2), name, fill="black", font=font, anchor="rm")
     column = 0

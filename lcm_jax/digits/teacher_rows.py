@@ -11,7 +11,7 @@ import jax
 
 from lcm_jax.digits.classifier import WEIGHTS, Classifier
 from lcm_jax.digits.draw import draw_all
-from lcm_jax.digits.evaluation_set import real_pictures, test_prompts
+from lcm_jax.digits.evaluation_set import real_images, test_prompts
 from lcm_jax.digits.guidance import GUIDANCE, best_guidance, work
 from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row
@@ -32,7 +32,7 @@ STEPS = (1, 2, 4, 8, 50)
 def measure(pipe: Pipeline, classifier: Classifier, say: Callable[[str], None]) -> list[Row]:
     """Evaluates a diffusion model with each sampler and number of steps, at the best guidance; reports to `say`."""
     prompts = test_prompts()
-    test_features, _ = classifier(real_pictures(prompts, "test"))
+    test_features, _ = classifier(real_images(prompts, "test"))
     rows = []
     with Sampling(work(STEPS, GUIDANCE, len(prompts)) * len(SAMPLERS)) as progress:
         for sampler, name in SAMPLERS.items():

@@ -140,8 +140,8 @@ def _difference(ours: Any, theirs: np.ndarray) -> float:
     return difference / largest if largest else math.inf
 
 
-def lcm_drawer(pipe: Pipeline, steps: int) -> Callable[..., np.ndarray]:
-    """Returns `draw(prompts, initial noise, noise between the steps, guidance_scale=…) -> uint8 images` by diffusers.
+def lcm_sampler(pipe: Pipeline, steps: int) -> Callable[..., np.ndarray]:
+    """Returns `sample(prompts, initial noise, noise between the steps, guidance_scale=…) -> uint8 images` by diffusers.
 
     The noise is NHWC, as in `Pipeline.__call__`. Raises UserError if torch, diffusers or transformers is missing.
     """
@@ -156,7 +156,9 @@ def lcm_drawer(pipe: Pipeline, steps: int) -> Callable[..., np.ndarray]:
     peer = getattr(diffusers, pipe.folder.pipeline_class).from_pretrained(str(pipe.folder.path), **load_networks(pipe))
     peer.set_progress_bar_config(disable=True)
 
-    def draw(prompts: list[str], first: np.ndarray, between: np.ndarray | None, *, guidance_scale: float) -> np.ndarray:
+    def sample(
+        prompts: list[str], first: np.ndarray, between: np.ndarray | None, *, guidance_scale: float
+    ) -> np.ndarray:
         def nchw(noise: np.ndarray) -> Any:
             return torch.from_numpy(np.ascontiguousarray(np.moveaxis(noise, -1, -3)))
 
@@ -171,7 +173,7 @@ def lcm_drawer(pipe: Pipeline, steps: int) -> Callable[..., np.ndarray]:
             )
         return to_uint8(result.images)
 
-    return draw
+    return sample
 
 
 def load_networks(pipe: Pipeline) -> dict[str, Any]:

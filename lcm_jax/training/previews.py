@@ -50,17 +50,17 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
     """
     how = parts.objective.sampling(parts.options, parts.process)
     if how is None:
-        pictures = next(batches(config.data, tokenize=tokenizer, batch_size=8, seed=SEED))["image"]
+        images = next(batches(config.data, tokenize=tokenizer, batch_size=8, seed=SEED))["image"]
         vae = parts.networks["vae"]
 
         @jax.jit
         def reconstruct(params: dict) -> jax.Array:
-            latents = vae.apply(params, to_signed(pictures), None, method="to_latents")
+            latents = vae.apply(params, to_signed(images), None, method="to_latents")
             return vae.apply(params, latents, method="to_images")
 
         def preview(weights: dict, frozen: dict) -> np.ndarray:
             decoded = to_uint8(to_unit(np.asarray(reconstruct(weights["vae"]))))
-            return np.stack([pictures, decoded], axis=1).reshape(-1, *pictures.shape[1:])
+            return np.stack([images, decoded], axis=1).reshape(-1, *images.shape[1:])
 
         return preview
     family = parts.family
@@ -88,10 +88,10 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
     z_T = jax.random.normal(key_z, (len(prompts), *shape))
 
     @jax.jit
-    def draw(params: dict, frozen: dict) -> jax.Array:
+    def sample(params: dict, frozen: dict) -> jax.Array:
         for name in sampler.networks.keys() & parts.adapted.keys():
             params = {**params, name: lora.merge(frozen[name], params[name], lora.alphas(parts.adapted[name]))}
         # the trained weights stand before the frozen ones of the same component
         return generate(sampler, {**frozen, **params}, ids, null_ids, sizes, w, times, z_T, key_noise)
 
-    return lambda weights, frozen: to_uint8(to_unit(np.asarray(draw(weights, frozen))))
+    return lambda weights, frozen: to_uint8(to_unit(np.asarray(sample(weights, frozen))))

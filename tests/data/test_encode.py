@@ -50,21 +50,21 @@ def encoded(options, tmp_path_factory):
     return out / "encoded" / "1.0.0"
 
 
-def test_each_picture_with_its_moments_and_captions(encoded, teacher, digits_data_dir):
-    pictures = tfds.builder("captioned_digits", data_dir=digits_data_dir).as_data_source(SPLIT)
+def test_each_image_with_its_moments_and_captions(encoded, teacher, digits_data_dir):
+    records = tfds.builder("captioned_digits", data_dir=digits_data_dir).as_data_source(SPLIT)
     written = open_data(DataConfig(directory=str(encoded), latents=True)).read(range(20))
     vae = read_folder(teacher).components["vae"]
-    images = np.stack([record["image"] for record in pictures]).astype(np.float32) / 127.5 - 1
+    images = np.stack([record["image"] for record in records]).astype(np.float32) / 127.5 - 1
     mean, logvar = vae.network().apply(vae.params, images, method="encode")
     moments = np.concatenate([mean, logvar], axis=-1)
     assert moments.std() > 0.1
-    for record, expected, (found, captions) in zip(pictures, moments, written, strict=True):
+    for record, expected, (found, captions) in zip(records, moments, written, strict=True):
         np.testing.assert_allclose(found.moments, expected, rtol=1e-3, atol=1e-3)
         assert found.sizes.tolist() == [32, 32, 0, 0, 32, 32]
         assert captions == [record["caption"].decode()]
 
 
-def test_the_loss_is_that_of_the_pictures(encoded, teacher, digits_data_dir):
+def test_the_loss_is_that_of_the_images(encoded, teacher, digits_data_dir):
     config = default_config()
     config.model.folder = teacher
     config = from_dict(config.to_dict())
@@ -126,7 +126,7 @@ def test_training_on_it_with_options_that_do_not_fit(encoded, teacher, option, s
     assert error.count("\n") == 1
 
 
-def test_it_says_how_the_pictures_were_prepared(encoded):
+def test_it_says_how_the_images_were_prepared(encoded):
     metadata = json.loads((encoded / "metadata.json").read_text())
     prepared = {"image_size": 32, "resize": "lanczos", "crop": "center", "flip": False, "seed": 0}
     assert {name: metadata[name] for name in prepared} == prepared
@@ -151,7 +151,7 @@ def test_another_vae(encoded, teacher, tmp_path):
             batches(DataConfig(directory=str(other), latents=True), vae=vae, **given)
 
 
-def test_pictures_and_encoded_ones_are_not_confused(encoded, digits_data_dir):
+def test_images_and_encoded_ones_are_not_confused(encoded, digits_data_dir):
     with pytest.raises(UserError, match=r"holds encoded images; read them with --config.data.latents=true"):
         open_data(DataConfig(directory=str(encoded)))
     with pytest.raises(UserError, match="holds no encoded images"):
@@ -165,7 +165,7 @@ def test_what_is_there_already_stays(encoded, options, capsys):
     assert {file.name: file.read_bytes() for file in encoded.iterdir()} == before
 
 
-def test_a_damaged_picture_is_named_and_nothing_is_left_that_looks_whole(photos, teacher, tmp_path, capsys):
+def test_a_damaged_image_is_named_and_nothing_is_left_that_looks_whole(photos, teacher, tmp_path, capsys):
     given = [
         "--config=configs/digits.py:smoke",
         f"--config.model.folder={teacher}",

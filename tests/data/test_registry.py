@@ -77,7 +77,7 @@ def test_training_reads_it(shades):
 
 def test_encode_reads_it(shades):
     config = SimpleNamespace(seed=0, data=shades)
-    ((images, captions),) = encode.pictures(open_data(shades), config, batch_size=5)
+    ((images, captions),) = encode.prepared_images(open_data(shades), config, batch_size=5)
     assert [image.pixels[0, 0, 0] for image in images] == [10, 200]
     assert captions == [["dark \ufffd 10"], ["light 200"]]
 
@@ -96,7 +96,7 @@ def test_a_bad_image_is_named_by_its_source(shades, tmp_path):
         next(read)
     read.close()
     with pytest.raises(UserError, match=f"^line 2 of {tmp_path}: "):
-        list(encode.pictures(open_data(shades), SimpleNamespace(seed=0, data=shades), batch_size=2))
+        list(encode.prepared_images(open_data(shades), SimpleNamespace(seed=0, data=shades), batch_size=2))
 
 
 def message(directory):
@@ -118,7 +118,9 @@ def test_a_directory_that_no_source_recognises(tmp_path):
         (other / f"{name}.png").write_bytes(b"")
     assert message(other) == f"{other} holds a.png, b.png, c.png and 2 more; {reasons}"
     assert message(other / "a.png") == f"{other}/a.png is a file; {reasons}"
-    assert message(other / "z").startswith(f"data directory {other}/z does not exist; give your own with --config.data.")
+    assert message(other / "z").startswith(
+        f"data directory {other}/z does not exist; give your own with --config.data."
+    )
 
 
 def test_the_right_directory_below_is_named(photos):

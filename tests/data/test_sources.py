@@ -176,8 +176,8 @@ def test_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
 PREPARE = """
 import sys
 from lcm_jax.digits import dataset
-dataset.PAIRS_PER_PICTURE.update(train=1, validation=1, test=1)  # a small set, to save time
-dataset.HELD_OUT_PER_PICTURE.update(test=0)
+dataset.PAIRS_PER_IMAGE.update(train=1, validation=1, test=1)  # a small set, to save time
+dataset.HELD_OUT_PER_IMAGE.update(test=0)
 from lcm_jax.data.config import DataConfig
 from lcm_jax.data.sources import open_data
 print(len(open_data(DataConfig(data_dir=sys.argv[1]))))

@@ -205,7 +205,7 @@ def test_noise_from_a_key():
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 20, 50])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_ddim_is_the_peers(prediction_type, steps, to_one):
-    # numbers of steps that divide 1,000: for others the peer's step from t ends beside its own next timestep
+    # numbers of steps that divide 1,000: for others the step of diffusers from t ends beside its own next timestep
     config = {**BETAS, "prediction_type": prediction_type, "set_alpha_to_one": to_one, "clip_sample": False}
     peer = diffusers.DDIMScheduler(**config, timestep_spacing="trailing")
     peer.set_timesteps(steps)

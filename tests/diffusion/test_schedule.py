@@ -32,7 +32,7 @@ def test_alphas_cumprod_are_the_peers(beta_schedule, zero_snr, T):
         clip_sample=False,
     )
     ours = read_schedule({"_class_name": "DDIMScheduler", **peer.config})
-    # the peer's cumulative product is float32
+    # the cumulative product in diffusers is float32
     np.testing.assert_allclose(ours.alphas_cumprod, peer.alphas_cumprod, rtol=2e-4, atol=2e-7)
     assert ours.alphas_cumprod.shape == (T,)
     assert (np.diff(ours.alphas_cumprod) < 0).all()

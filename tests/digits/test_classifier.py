@@ -18,7 +18,7 @@ from lcm_jax.digits.classifier import (
 )
 from lcm_jax.digits.colours import NAMES
 from lcm_jax.digits.dataset import STYLES, load_grids
-from lcm_jax.digits.evaluation_set import real_pictures
+from lcm_jax.digits.evaluation_set import real_images
 from lcm_jax.errors import UserError
 
 
@@ -33,8 +33,8 @@ def test_it_tells_the_styles_of_real_test_digits_apart():
         assert style_accuracy(of_styles, style) >= 0.98, style
 
 
-def test_a_picture_is_read_alike_in_any_company(classifier):
-    images = real_pictures(evaluation_set.test_prompts()[: CHUNK + 5], "test")
+def test_an_image_is_read_alike_in_any_company(classifier):
+    images = real_images(evaluation_set.test_prompts()[: CHUNK + 5], "test")
     features, read = classifier(images)
     assert features.shape == (CHUNK + 5, module.FEATURES)
     assert read.shape == (CHUNK + 5,)
@@ -45,7 +45,7 @@ def test_a_picture_is_read_alike_in_any_company(classifier):
 
 
 def test_features_are_what_the_answers_are_read_from(classifier):
-    images = real_pictures(evaluation_set.test_prompts()[:20], "test")
+    images = real_images(evaluation_set.test_prompts()[:20], "test")
     features, read = classifier(images)
     kernel, bias = classifier.params["digit.kernel"], classifier.params["digit.bias"]
     np.testing.assert_array_equal((features @ kernel + bias).argmax(-1), read)
@@ -84,7 +84,7 @@ def test_a_short_training_learns(monkeypatch):
     monkeypatch.setattr(module, "load_grids", lambda: (grids[two], labels[two]))
     trained = train_classifier(400, batch_size=32)
     prompts = [p for p in evaluation_set.test_prompts() if p.digit in (4, 7)]
-    images = jnp.asarray(real_pictures(prompts, "test"), jnp.float32) / 127.5 - 1
+    images = jnp.asarray(real_images(prompts, "test"), jnp.float32) / 127.5 - 1
     _, logits = jax.jit(module._network(styles=False).apply)(trained.params, images)
     answers = {
         "digit": [p.digit for p in prompts],
@@ -99,7 +99,7 @@ def test_a_short_training_learns(monkeypatch):
 def test_the_style_is_trained_where_it_is_asked_for():
     trained = train_classifier(2, batch_size=4, styles=True)
     assert np.any(trained.params["style.bias"])  # initialized to zero
-    assert trained.styles(real_pictures(evaluation_set.test_prompts()[:3], "test", "italic")).shape == (3,)
+    assert trained.styles(real_images(evaluation_set.test_prompts()[:3], "test", "italic")).shape == (3,)
     assert "style.kernel" not in train_classifier(1, batch_size=2).params
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lcm_jax.data.sources.tfds import PROVIDED
 from lcm_jax.digits import dataset
-from lcm_jax.digits.dataset import ALL_PAIRS, COLOURS, HELD_OUT_PAIRS, SEEN_PAIRS, caption, draw
+from lcm_jax.digits.dataset import ALL_PAIRS, COLOURS, HELD_OUT_PAIRS, SEEN_PAIRS, caption, render
 from lcm_jax.errors import UserError
 
 
@@ -32,27 +32,27 @@ def test_every_builder_is_found_by_its_name():
 
 
 def test_draw_puts_the_digit_at_its_place():
-    picture = draw(np.full((8, 8), 16.0), "red", "blue", (0, 8))
-    assert picture.shape == (32, 32, 3)
-    assert picture.dtype == np.uint8
-    assert (picture[:24, 8:] == (255, 0, 0)).all()
-    assert (picture[24:] == (0, 0, 255)).all()
-    assert (picture[:, :8] == (0, 0, 255)).all()
-    np.testing.assert_array_equal(draw(np.full((8, 8), 16.0), "red", "blue")[4:28, 4:28], picture[:24, 8:])
-    assert (draw(np.zeros((8, 8)), "red", "blue") == (0, 0, 255)).all()
+    image = render(np.full((8, 8), 16.0), "red", "blue", (0, 8))
+    assert image.shape == (32, 32, 3)
+    assert image.dtype == np.uint8
+    assert (image[:24, 8:] == (255, 0, 0)).all()
+    assert (image[24:] == (0, 0, 255)).all()
+    assert (image[:, :8] == (0, 0, 255)).all()
+    np.testing.assert_array_equal(render(np.full((8, 8), 16.0), "red", "blue")[4:28, 4:28], image[:24, 8:])
+    assert (render(np.zeros((8, 8)), "red", "blue") == (0, 0, 255)).all()
     # each grid cell covers three pixels, and the orientation is kept
     corner = np.zeros((8, 8))
     corner[0, :4] = 16
-    picture = draw(corner, "white", "black", (0, 0))[..., 0]
-    assert (picture[:2, :11] == 255).all()
-    assert (picture[5:] == 0).all()
-    assert (picture[:, 14:] == 0).all()
+    image = render(corner, "white", "black", (0, 0))[..., 0]
+    assert (image[:2, :11] == 255).all()
+    assert (image[5:] == 0).all()
+    assert (image[:, 14:] == 0).all()
 
 
 @pytest.mark.parametrize("place", [(-1, 0), (0, 9), (9, 0)])
 def test_a_place_outside(place):
     with pytest.raises(UserError, match="each number must be from 0 to 8"):
-        draw(np.zeros((8, 8)), "red", "blue", place)
+        render(np.zeros((8, 8)), "red", "blue", place)
 
 
 def test_coverage_is_smoothstep_of_bicubic(grids):
@@ -74,7 +74,7 @@ def test_italic_digits_are_slanted():
     np.testing.assert_allclose(centres[1], 11.5 - 0.6 * (np.arange(24) - 11.5), atol=0.15)
     assert italic.sum() == pytest.approx(upright.sum(), rel=0.02)
     with pytest.raises(UserError, match="style is 'bold'"):
-        draw(bar, "red", "blue", style="bold")
+        render(bar, "red", "blue", style="bold")
 
 
 def test_italic_digits_differ_in_style_only(tmp_path):
@@ -86,8 +86,8 @@ def test_italic_digits_differ_in_style_only(tmp_path):
     assert upright.keys() == italic.keys()
     for key, plain in upright.items():
         other = italic[key]
-        pictures = [np.asarray(Image.open(example.pop("image"))) for example in (plain, other)]
-        assert (pictures[0] != pictures[1]).any()
+        images = [np.asarray(Image.open(example.pop("image"))) for example in (plain, other)]
+        assert (images[0] != images[1]).any()
         assert plain.pop("place").tolist() == other.pop("place").tolist()
         assert plain == other
 
@@ -107,7 +107,7 @@ def test_captions():
     assert len({caption(d, *p, k) for d in range(10) for p in ALL_PAIRS for k in range(5)}) == 10 * 56 * 5
 
 
-@pytest.mark.parametrize("make", [lambda: caption(1, "rde", "blue"), lambda: draw(np.zeros((8, 8)), "red", "bleu")])
+@pytest.mark.parametrize("make", [lambda: caption(1, "rde", "blue"), lambda: render(np.zeros((8, 8)), "red", "bleu")])
 def test_unknown_colour(make):
     with pytest.raises(UserError, match=r"did you mean '(red|blue)'"):
         make()
@@ -123,8 +123,8 @@ def test_held_out_pairs_are_even():
     assert HELD_OUT_PAIRS[:3] == (("black", "green"), ("white", "cyan"), ("red", "yellow"))
 
 
-def test_splits_share_no_picture_and_are_stratified(grids):
-    parts = dataset.split_pictures(grids[1])
+def test_splits_share_no_image_and_are_stratified(grids):
+    parts = dataset.split_images(grids[1])
     assert {name: len(part) for name, part in parts.items()} == {"train": 1300, "validation": 200, "test": 297}
     assert sorted(np.concatenate(list(parts.values()))) == list(range(1797))
     whole = np.bincount(grids[1]) / 1797
@@ -134,15 +134,15 @@ def test_splits_share_no_picture_and_are_stratified(grids):
 
 def test_prepared_set(digits_builder, grids):
     assert digits_builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
-    parts = dataset.split_pictures(grids[1])
+    parts = dataset.split_images(grids[1])
     pairs = {}
-    for split, pictures in parts.items():
+    for split, images in parts.items():
         stored = examples(digits_builder, split)
         records = stored.__getitems__(range(len(stored)))
         pairs[split] = {(r["ink"].decode(), r["paper"].decode()) for r in records}
         np.testing.assert_array_equal(
             np.unique([r["digit"] for r in records], return_counts=True)[1],
-            np.bincount(grids[1][pictures]) * len(records) // len(pictures),
+            np.bincount(grids[1][images]) * len(records) // len(images),
         )
         assert {r["phrase"] for r in records} == set(range(5))
         assert {tuple(r["place"].tolist()) for r in records} == {(i, j) for i in range(9) for j in range(9)}
@@ -150,9 +150,9 @@ def test_prepared_set(digits_builder, grids):
             words = (int(r["digit"]), r["ink"].decode(), r["paper"].decode(), int(r["phrase"]))
             assert r["caption"].decode() == caption(*words)
             pixels = np.asarray(Image.open(io.BytesIO(r["image"])))
-            candidates = (p for p in pictures if grids[1][p] == words[0])
+            candidates = (p for p in images if grids[1][p] == words[0])
             place = tuple(r["place"].tolist())
-            assert any((draw(grids[0][p], *words[1:3], place) == pixels).all() for p in candidates)
+            assert any((render(grids[0][p], *words[1:3], place) == pixels).all() for p in candidates)
     assert len(examples(digits_builder, "train")) == 1300 * 16
     assert len(examples(digits_builder, "test")) == 297 * 8
     assert pairs["train"] == pairs["validation"] == set(SEEN_PAIRS)
@@ -181,7 +181,7 @@ import numpy as np
 from lcm_jax.digits import dataset
 from lcm_jax.data.batches import batches
 from lcm_jax.data.config import DataConfig
-dataset.PAIRS_PER_PICTURE.update(train=1, validation=1, test=1)  # a small set, to save time
+dataset.PAIRS_PER_IMAGE.update(train=1, validation=1, test=1)  # a small set, to save time
 made = batches(DataConfig(data_dir={str(tmp_path)!r}), tokenize=lambda c: np.zeros((len(c), 4)), batch_size=8, seed=0)
 assert next(made)["image"].shape == (8, 32, 32, 3)
 made.close()

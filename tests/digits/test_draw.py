@@ -70,13 +70,13 @@ class Model:
 def test_a_model_is_told_all(monkeypatch):
     monkeypatch.setattr(draw, "BATCH", 2)
     teacher, student = Model(is_lcm=False), Model(is_lcm=True)
-    pictures, _ = draw.draw_all(teacher, PROMPTS, 8, 2.5, "dpmpp")
+    images, _ = draw.draw_all(teacher, PROMPTS, 8, 2.5, "dpmpp")
     assert teacher.told == ([PROMPTS[4].text], 8, 2.5, "dpmpp")
-    np.testing.assert_array_equal(pictures, first_noise(5, SHAPE, SEED))
-    pictures, _ = draw.draw_all(student, PROMPTS, 3, 4.0, fill=True)
+    np.testing.assert_array_equal(images, first_noise(5, SHAPE, SEED))
+    images, _ = draw.draw_all(student, PROMPTS, 3, 4.0, fill=True)
     assert student.told == ([PROMPTS[4].text, PROMPTS[0].text], 3, 4.0, None)
     np.testing.assert_allclose(
-        pictures, first_noise(5, SHAPE, SEED) + later_noise(3, 5, SHAPE, SEED + 1).sum(0), rtol=1e-5
+        images, first_noise(5, SHAPE, SEED) + later_noise(3, 5, SHAPE, SEED + 1).sum(0), rtol=1e-5
     )
-    pictures, _ = draw.draw_all(student, PROMPTS, 1, 4.0)
-    np.testing.assert_array_equal(pictures, first_noise(5, SHAPE, SEED))
+    images, _ = draw.draw_all(student, PROMPTS, 1, 4.0)
+    np.testing.assert_array_equal(images, first_noise(5, SHAPE, SEED))

@@ -13,14 +13,14 @@ import torch
 from lcm_jax import cli, evaluate, load_pipeline
 from lcm_jax.digits import draw, evaluation_set, guidance, teacher_rows
 from lcm_jax.digits.draw import draw_all
-from lcm_jax.digits.evaluation_set import first_noise, later_noise, real_pictures, sheet_prompts
+from lcm_jax.digits.evaluation_set import first_noise, later_noise, real_images, sheet_prompts
 from lcm_jax.digits.measures import score
 from lcm_jax.digits.presets import write_blank
 from lcm_jax.digits.report import Row, table
 from lcm_jax.digits.sheet import HEAD, LEFT
 from lcm_jax.errors import UserError
 from lcm_jax.host.images import GAP
-from lcm_jax.inference.verify import lcm_drawer
+from lcm_jax.inference.verify import lcm_sampler
 
 PROMPTS = [*evaluation_set.test_prompts()[::400], sheet_prompts()[8]]  # three, and one with a held-out pair
 ON_SHEET = sheet_prompts()[3:8:4]
@@ -61,7 +61,7 @@ def shipped(few, micro_teacher, tmp_path_factory, monkeypatch):
 def score_of(prompts):
     features = np.random.default_rng(0).standard_normal((2, len(prompts), 64))
     return score(
-        real_pictures(prompts, "test"), prompts, lambda _: (features[0], np.zeros(len(prompts), int)), features[1]
+        real_images(prompts, "test"), prompts, lambda _: (features[0], np.zeros(len(prompts), int)), features[1]
     )
 
 
@@ -106,12 +106,12 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
     assert all(row.score.prompt.count == 4 and row.score["held_out"].count == 1 for row in rows)
 
     # rows score the images that the model samples from the fixed noise
-    student, real = load_pipeline(micro_student), real_pictures(PROMPTS, "test")
+    student, real = load_pipeline(micro_student), real_images(PROMPTS, "test")
     features, _ = classifier(real)
     chosen = rows[3].guidance_scale
     assert chosen == guidance.best_guidance(student, classifier, 2, (2.0, 3.0))
-    pictures, _ = draw_all(student, PROMPTS, 2, chosen)
-    assert rows[3].score == score(pictures, PROMPTS, classifier, features)
+    images, _ = draw_all(student, PROMPTS, 2, chosen)
+    assert rows[3].score == score(images, PROMPTS, classifier, features)
     assert rows[4].score.frechet == pytest.approx(rows[3].score.frechet, rel=2e-4)
     others, _ = draw_all(student, PROMPTS, 2, 5.0 - chosen)
     other = score(others, PROMPTS, classifier, features)
@@ -124,19 +124,19 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
     teachers, _ = draw_all(load_pipeline(micro_teacher), ON_SHEET, 4, rows[2].guidance_scale, "ddim")
     students, _ = draw_all(student, ON_SHEET, 2, chosen)
     for column in range(2):
-        np.testing.assert_array_equal(cell(sheet, 0, column), real_pictures(ON_SHEET, "test")[column])
+        np.testing.assert_array_equal(cell(sheet, 0, column), real_images(ON_SHEET, "test")[column])
         np.testing.assert_array_equal(cell(sheet, 1, column), teachers[column])
         np.testing.assert_array_equal(cell(sheet, 2, column), students[column])
     assert sheet.shape[0] == HEAD + 3 * (64 + GAP) - GAP
 
 
 @pytest.mark.usefixtures("one_thread_of_torch")
-def test_pictures_in_diffusers_are_ours(micro_student, capfd):
+def test_images_in_diffusers_are_ours(micro_student, capfd):
     """Within one grey level, from the same noise."""
     pipe = load_pipeline(micro_student, quiet=True)
     texts, first = [prompt.text for prompt in PROMPTS[:2]], first_noise(2, (8, 8, 4), 0)
     between = later_noise(2, 2, (8, 8, 4), 1)
-    theirs = lcm_drawer(pipe, 2)(texts, first, between, guidance_scale=2.5).astype(int)
+    theirs = lcm_sampler(pipe, 2)(texts, first, between, guidance_scale=2.5).astype(int)
     assert theirs.shape == (2, 32, 32, 3)
     assert np.abs(theirs - pipe(texts, 2, 2.5, latents=first, noise=between)).max() <= 1
     assert np.abs(theirs[0] - theirs[1]).max() > 50
@@ -149,7 +149,7 @@ def test_rows_that_come_with_the_package(shipped, micro_student, tmp_path, capsy
 
     def draw_all(pipe, prompts, steps, guidance_scale, sampler=None, *, fill=False, done=None):
         asked.append((pipe.is_lcm, len(prompts), steps, guidance_scale))
-        return real_pictures(prompts, "train"), 7.0
+        return real_images(prompts, "train"), 7.0
 
     monkeypatch.setattr(evaluate, "draw_all", draw_all)
     lcm = shutil.copytree(micro_student, tmp_path / "run" / "lcm")
@@ -182,11 +182,11 @@ def test_ceilings(classifier):
     prompts = evaluation_set.test_prompts()[::6]
     assert len(prompts) > evaluate.BATCH
     real, through = evaluate.ceilings(Model, classifier, prompts)
-    pictures, others = (real_pictures(prompts, split) for split in ("test", "validation"))
-    features, _ = classifier(pictures)
+    images, others = (real_images(prompts, split) for split in ("test", "validation"))
+    features, _ = classifier(images)
     assert real.score.prompt.value > 0.95
     assert real.score.frechet == score(others, prompts, classifier, features).frechet > 0
-    darker, others_darker = (np.round(of * 0.6).astype(np.uint8) for of in (pictures, others))
+    darker, others_darker = (np.round(of * 0.6).astype(np.uint8) for of in (images, others))
     assert through.score.prompt == score(darker, prompts, classifier, features).prompt
     assert through.score.frechet == score(others_darker, prompts, classifier, features).frechet
 

@@ -17,7 +17,7 @@ def checked(function):
 
 
 def test_shapes_and_dtypes_are_as_declared(classifier):
-    images = checked(evaluation_set.real_pictures)(PROMPTS, "test")
+    images = checked(evaluation_set.real_images)(PROMPTS, "test")
     checked(colours.read_colours)(images)
     features, _ = checked(Classifier.__call__)(classifier, images)
     checked(frechet.frechet_distance)(features, features[:2])

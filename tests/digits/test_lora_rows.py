@@ -10,7 +10,7 @@ from lcm_jax import evaluate, load_pipeline
 from lcm_jax.digits import draw, evaluation_set, guidance, lora_rows
 from lcm_jax.digits.classifier import STYLE_WEIGHTS, load_classifier
 from lcm_jax.digits.draw import draw_all
-from lcm_jax.digits.evaluation_set import real_pictures, sheet_prompts
+from lcm_jax.digits.evaluation_set import real_images, sheet_prompts
 from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row, table
 from lcm_jax.errors import UserError
@@ -66,12 +66,12 @@ def test_rows_are_those_of_what_is_attached(micro_teacher, files, tmp_path, caps
     assert rows[0].score["style"].value == 1
 
     classifier = load_classifier(STYLE_WEIGHTS)
-    features, _ = classifier(real_pictures(PROMPTS, "test", "italic"))
+    features, _ = classifier(real_images(PROMPTS, "test", "italic"))
 
     def expected(attached, steps, scale, sampler):  # added to the weights in this order, as the command does
         pipe = load_pipeline(micro_teacher, loras=attached)
-        pictures, _ = draw_all(pipe, PROMPTS, steps, scale, sampler)
-        return score(pictures, PROMPTS, classifier, features, "italic")
+        images, _ = draw_all(pipe, PROMPTS, steps, scale, sampler)
+        return score(images, PROMPTS, classifier, features, "italic")
 
     assert rows[3].score == expected({style: 0.8}, 3, 2.0, "ddim")
     assert rows[4].score == expected({style: 0.8, lcm: 0.5}, 2, 1.0, "lcm")
@@ -89,12 +89,12 @@ def test_the_sheet_shows_the_rows(micro_teacher, files):
     measured = lora_rows.Measured(pipe, (lcm, 0.5), {style: 0.8}, classifier, "italic")
     rows = [Row(lora_rows.WITHOUT, None, 2, 2.0), Row(lora_rows.WITH, None, 2, 1.0)]
     drawn = measured.sheet(ON_SHEET, rows)
-    for (name, pictures), attached, row in zip(
+    for (name, images), attached, row in zip(
         list(drawn.items())[1:], ({style: 0.8}, {lcm: 0.5, style: 0.8}), rows, strict=True
     ):
         sampler = "ddim" if row.name == lora_rows.WITHOUT else "lcm"
         expected, _ = draw_all(load_pipeline(micro_teacher, loras=attached), ON_SHEET, 2, row.guidance_scale, sampler)
-        np.testing.assert_array_equal(pictures, expected, err_msg=name)
+        np.testing.assert_array_equal(images, expected, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,6 @@ def test_mistakes_with_loras(arguments, message, micro_teacher, micro_student, f
 
 
 def test_no_style_is_asked_of_upright_digits(classifier):
-    pictures = np.stack([real_pictures(PROMPTS, "test")[0]] * len(PROMPTS))
+    images = np.stack([real_images(PROMPTS, "test")[0]] * len(PROMPTS))
     features = np.random.default_rng(0).standard_normal((len(PROMPTS), 64))
-    assert score(pictures, PROMPTS, classifier, features)["style"] is None
+    assert score(images, PROMPTS, classifier, features)["style"] is None

@@ -13,11 +13,11 @@ from lcm_jax.digits.dataset import (
     PHRASES,
     PLACES,
     SEEN_PAIRS,
-    draw,
     load_grids,
-    split_pictures,
+    render,
+    split_images,
 )
-from lcm_jax.digits.evaluation_set import Prompt, first_noise, later_noise, real_pictures
+from lcm_jax.digits.evaluation_set import Prompt, first_noise, later_noise, real_images
 from lcm_jax.digits.measures import Share, score
 from lcm_jax.evaluation.frechet import frechet_distance
 
@@ -45,7 +45,7 @@ def test_validation_has_no_held_out_pair():
     assert collections.Counter(p.phrase for p in prompts) == dict.fromkeys(range(len(PHRASES)), 48)
 
 
-def test_the_sheet_has_four_pictures_of_each_of_its_classes():
+def test_the_sheet_has_four_images_of_each_of_its_classes():
     prompts = evaluation_set.sheet_prompts()
     assert list(classes(prompts).values()) == [4] * 4
     assert [p.held_out for p in prompts[::4]] == [False, False, True, True]
@@ -81,7 +81,7 @@ def test_noises_differ_from_one_another():
     assert len({x.tobytes() for x in (*first, *later[0], *later[1])}) == 6
 
 
-def test_first_noise_of_a_picture_is_the_same_however_many_there_are():
+def test_first_noise_of_an_image_is_the_same_however_many_there_are():
     np.testing.assert_array_equal(first_noise(7, (3, 3, 2), 0)[:4], first_noise(4, (3, 3, 2), 0))
 
 
@@ -90,25 +90,25 @@ def test_first_noise_of_a_picture_is_the_same_however_many_there_are():
 PLACED = [(row, column) for row in range(PLACES) for column in range(PLACES)]
 
 
-def test_real_pictures_are_of_their_split_and_take_turns():
+def test_real_images_are_of_their_split_and_take_turns():
     grids, real = load_grids()
-    drawn = {}
-    for split, members in split_pictures(real).items():
+    rendered = {}
+    for split, members in split_images(real).items():
         threes = members[real[members] == 3]
-        pictures = real_pictures([Prompt(3, "white", "black", 0)] * (len(threes) + 2), split)
+        images = real_images([Prompt(3, "white", "black", 0)] * (len(threes) + 2), split)
         places = set()
-        for picture, i in zip(pictures, [*threes, *threes[:2]], strict=True):
-            (place,) = (at for at in PLACED if (draw(grids[i], "white", "black", at) == picture).all())
+        for image, i in zip(images, [*threes, *threes[:2]], strict=True):
+            (place,) = (at for at in PLACED if (render(grids[i], "white", "black", at) == image).all())
             places.add(place)
         assert len(places) > min(len(threes), 81) / 2
-        drawn[split] = {picture.tobytes() for picture in pictures}
-    assert not drawn["train"] & drawn["test"]
-    assert not drawn["validation"] & drawn["test"]
+        rendered[split] = {image.tobytes() for image in images}
+    assert not rendered["train"] & rendered["test"]
+    assert not rendered["validation"] & rendered["test"]
 
 
-def test_real_pictures_are_as_asked(classifier):
+def test_real_images_are_as_asked(classifier):
     prompts = evaluation_set.test_prompts()[::4]
-    found = score(real_pictures(prompts, "test"), prompts, classifier, np.zeros((280, 64), np.float32))
+    found = score(real_images(prompts, "test"), prompts, classifier, np.zeros((280, 64), np.float32))
     assert found["colours"].value == 1
     assert found.prompt.value == found["digit"].value > 0.98
 
@@ -144,13 +144,13 @@ ASKED = [Prompt(7, "red", "blue", 0), Prompt(3, "white", "black", 1), Prompt(5, 
 FEATURES = np.random.default_rng(0).standard_normal((2, 3, 64)).astype(np.float32)
 
 
-def scored(*, drawn=ASKED, reads=(7, 3, 5)):
-    """Scores real images of the prompts `drawn` against ASKED, with a classifier that predicts `reads`."""
+def scored(*, sampled=ASKED, reads=(7, 3, 5)):
+    """Scores real images of the prompts `sampled` against ASKED, with a classifier that predicts `reads`."""
 
     def classifier(images):
         return FEATURES[0], np.array(reads)
 
-    return score(real_pictures(drawn, "train"), ASKED, classifier, FEATURES[1])
+    return score(real_images(sampled, "train"), ASKED, classifier, FEATURES[1])
 
 
 SHARES = ("prompt", "seen", "held_out", "digit", "colours")
@@ -160,7 +160,7 @@ def rights(of):
     return [of[name].right for name in SHARES]
 
 
-def test_pictures_as_asked_are_right():
+def test_images_as_asked_are_right():
     found = scored()
     assert rights(found) == [3, 2, 1, 3, 3]
     assert [found[name].count for name in SHARES] == [3, 2, 1, 3, 3]
@@ -174,11 +174,11 @@ def test_a_wrong_digit():
 
 @pytest.mark.parametrize(("ink", "paper"), [("red", "green"), ("green", "blue"), ("blue", "red")])
 def test_wrong_paper_wrong_ink_and_a_swap_of_both(ink, paper):
-    assert rights(scored(drawn=[Prompt(7, ink, paper, 0), *ASKED[1:]])) == [2, 1, 1, 3, 2]
+    assert rights(scored(sampled=[Prompt(7, ink, paper, 0), *ASKED[1:]])) == [2, 1, 1, 3, 2]
 
 
-def test_the_wrong_halves_of_two_pictures_are_two_wrong_pictures():
-    found = scored(drawn=[Prompt(7, "blue", "red", 0), *ASKED[1:]], reads=(7, 4, 5))
+def test_the_wrong_halves_of_two_images_are_two_wrong_images():
+    found = scored(sampled=[Prompt(7, "blue", "red", 0), *ASKED[1:]], reads=(7, 4, 5))
     assert rights(found) == [1, 0, 1, 2, 2]
 
 
@@ -191,7 +191,7 @@ def test_variety_is_the_variance_within_a_prompt_that_is_drawn_right():
         def classifier(images):
             return np.repeat(offsets[:, None], 64, 1), np.array(reads)
 
-        return score(real_pictures(asked, "test"), asked, classifier, np.repeat(real[:, None], 64, 1))["variety"]
+        return score(real_images(asked, "test"), asked, classifier, np.repeat(real[:, None], 64, 1))["variety"]
 
     assert variety((7, 3, 7, 3)) == pytest.approx((2 + 8) / (8 + 0))
     assert variety((7, 3, 7, 4)) == pytest.approx(2 / 8)
@@ -203,6 +203,6 @@ def test_without_held_out_prompts():
     def classifier(images):
         return FEATURES[0, :2], np.array([7, 3])
 
-    found = score(real_pictures(ASKED[:2], "test"), ASKED[:2], classifier, FEATURES[1, :2])
+    found = score(real_images(ASKED[:2], "test"), ASKED[:2], classifier, FEATURES[1, :2])
     assert found["held_out"] is None
     assert found["seen"] == found.prompt == Share(2, 2)

@@ -114,17 +114,17 @@ def test_what_is_no_score(change, message):
 
 
 def test_curves_show_the_rows():
-    picture = curves(ROWS)
-    assert picture.dtype == np.uint8
-    assert picture.shape[0] > 200 < picture.shape[1]
-    np.testing.assert_array_equal(curves(ROWS), picture)
-    middle = picture.shape[1] // 2
+    image = curves(ROWS)
+    assert image.dtype == np.uint8
+    assert image.shape[0] > 200 < image.shape[1]
+    np.testing.assert_array_equal(curves(ROWS), image)
+    middle = image.shape[1] // 2
     for change in ({"prompt": Share(90, 100)}, {"frechet": 90.0}, {"seen": Share(9, 80), "digit": Share(9, 100)}):
         changed = Score({**SCORE.values, **change})
-        differs = (curves([*ROWS[:2], Row("student", changed, 1, 2.5, 1.0), ROWS[3]]) != picture).any((0, 2))
+        differs = (curves([*ROWS[:2], Row("student", changed, 1, 2.5, 1.0), ROWS[3]]) != image).any((0, 2))
         assert differs[:middle].any() == ("prompt" in change)
         assert differs[middle:].any() == ("frechet" in change)
-    assert (curves(ROWS[1:]) != picture).any()  # real images have their own line
+    assert (curves(ROWS[1:]) != image).any()  # real images have their own line
 
 
 def test_curves_without_matplotlib(monkeypatch):

@@ -10,16 +10,16 @@ ROWS = {name: RANDOM.integers(0, 256, (3, 8, 10, 3), dtype=np.uint8) for name in
 PROMPTS = ["a", "a", "b"]
 
 
-def test_pictures_are_in_their_places():
+def test_images_are_in_their_places():
     for scale in (1, 3):
         made = sheet(ROWS, PROMPTS, scale)
         height, width = 8 * scale + GAP, 10 * scale + GAP
         assert made.shape == (HEAD + 2 * height - GAP, LEFT + 3 * width - GAP, 3)
         for i, row in enumerate(ROWS.values()):
-            for j, picture in enumerate(row):
+            for j, image in enumerate(row):
                 top, left = HEAD + i * height, LEFT + j * width
                 found = made[top : top + height - GAP, left : left + width - GAP]
-                np.testing.assert_array_equal(found, picture.repeat(scale, 0).repeat(scale, 1))
+                np.testing.assert_array_equal(found, image.repeat(scale, 0).repeat(scale, 1))
 
 
 def ink(part):

@@ -43,15 +43,15 @@ def measured(monkeypatch, table, *, guidance):
         kind, scale = images
         assert prompts == kind
         split = kind.split()[0]
-        assert features == f"features of {split} pictures of {kind}"
+        assert features == f"features of {split} images of {kind}"
         return score_of(*table[scale]) if split == "validation" else score_of(0, scale)
 
     for module in (teacher_rows, choice):
         monkeypatch.setattr(module, "draw_all", draw_all)
         monkeypatch.setattr(module, "score", score)
-        monkeypatch.setattr(module, "real_pictures", lambda prompts, split, *_: f"{split} pictures of {prompts}")
+        monkeypatch.setattr(module, "real_images", lambda prompts, split, *_: f"{split} images of {prompts}")
     lines = []
-    return measure("a model", lambda pictures: (f"features of {pictures}", None), lines.append), asked, lines
+    return measure("a model", lambda images: (f"features of {images}", None), lines.append), asked, lines
 
 
 def test_every_sampler_and_number_of_steps(monkeypatch):
@@ -101,7 +101,7 @@ def test_a_student_is_asked_for_what_it_was_trained_for():
         assert candidates(None, None) == [7.0]
 
 
-def test_one_candidate_needs_no_pictures():
+def test_one_candidate_needs_no_images():
     assert choice.best_guidance(None, None, 4, [2.5]) == 2.5
 
 

@@ -11,13 +11,13 @@ from lcm_jax.errors import UserError
 from lcm_jax.host.images import GAP, LABEL, grid, write_png
 
 
-def pictures(n, h=6, w=40):
+def noise_images(n, h=6, w=40):
     """Images that differ in every pixel, without white."""
     return np.random.default_rng(0).integers(0, 255, (n, h, w, 3), dtype=np.uint8)
 
 
 def test_row_by_row_with_gaps():
-    images = pictures(5)
+    images = noise_images(5)
     sheet = grid(images, columns=3)
     assert sheet.dtype == np.uint8
     assert sheet.shape == (2 * 6 + GAP, 3 * 40 + 2 * GAP, 3)
@@ -27,22 +27,22 @@ def test_row_by_row_with_gaps():
     np.testing.assert_array_equal(sheet, expected)
 
 
-def test_fewer_pictures_than_columns_take_less_room():
-    images = pictures(2)
+def test_fewer_images_than_columns_take_less_room():
+    images = noise_images(2)
     assert grid(images, columns=8).shape == (6, 2 * 40 + GAP, 3)
     np.testing.assert_array_equal(grid(images[:1]), images[0])
 
 
 def test_scale_repeats_pixels():
-    images = pictures(3)
+    images = noise_images(3)
     sheet = grid(images, columns=2, scale=3)
     assert sheet.shape == (2 * 18 + GAP, 2 * 120 + GAP, 3)
     np.testing.assert_array_equal(sheet[:18, :120], np.kron(images[0], np.ones((3, 3, 1), np.uint8)))
     np.testing.assert_array_equal(sheet[20:38:3, 0:120:3], images[2])
 
 
-def test_labels_stand_below_their_pictures_and_inside_their_columns():
-    images = pictures(3)
+def test_labels_stand_below_their_images_and_inside_their_columns():
+    images = noise_images(3)
     sheet = grid(images, columns=2, labels=["a red seven on a blue background", "", "two\nlines"])
     assert sheet.shape == (2 * (6 + LABEL) + GAP, 2 * 40 + GAP, 3)
     np.testing.assert_array_equal(sheet[:6, :40], images[0])
@@ -55,18 +55,18 @@ def test_labels_stand_below_their_pictures_and_inside_their_columns():
 
 
 def test_labels_differ():
-    images = pictures(2)
+    images = noise_images(2)
     sheet = grid(images, columns=2, labels=["seven", "three"])
     assert (sheet[6:, :40] != sheet[6:, 42:]).any()
 
 
-def test_one_label_a_picture():
+def test_one_label_an_image():
     with pytest.raises(ValueError):
-        grid(pictures(3), labels=["one", "two"])
+        grid(noise_images(3), labels=["one", "two"])
 
 
-def test_png_holds_the_picture(tmp_path):
-    image = pictures(1)[0]
+def test_png_holds_the_image(tmp_path):
+    image = noise_images(1)[0]
     path = tmp_path / "new" / "folder" / "x.png"
     write_png(path, image)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), image)
@@ -77,14 +77,14 @@ def test_png_holds_the_picture(tmp_path):
 
 
 def test_png_replaces_an_older_one(tmp_path):
-    write_png(tmp_path / "x.png", pictures(1)[0])
-    write_png(tmp_path / "x.png", pictures(2)[1])
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x.png")), pictures(2)[1])
+    write_png(tmp_path / "x.png", noise_images(1)[0])
+    write_png(tmp_path / "x.png", noise_images(2)[1])
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x.png")), noise_images(2)[1])
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_write_leaves_the_older_file_and_nothing_else(tmp_path, monkeypatch, error):
-    write_png(tmp_path / "x.png", pictures(1)[0])
+    write_png(tmp_path / "x.png", noise_images(1)[0])
     before = (tmp_path / "x.png").read_bytes()
 
     def fail(self, content):
@@ -94,7 +94,7 @@ def test_a_failed_write_leaves_the_older_file_and_nothing_else(tmp_path, monkeyp
 
     monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
     with pytest.raises((UserError, KeyboardInterrupt)) as caught:
-        write_png(tmp_path / "x.png", pictures(2)[1])
+        write_png(tmp_path / "x.png", noise_images(2)[1])
     if isinstance(error, OSError):
         assert str(caught.value) == f"{tmp_path}/x.png can't be written: No space left on device"
     assert os.listdir(tmp_path) == ["x.png"]
@@ -105,11 +105,11 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match=r"file/x.png can't be written: .*/file is a file$"):
-        write_png(tmp_path / "file" / "x.png", pictures(1)[0])
+        write_png(tmp_path / "file" / "x.png", noise_images(1)[0])
     with pytest.raises(UserError, match=r"file/folder/x.png can't be written: Not a directory$"):
-        write_png(tmp_path / "file" / "folder" / "x.png", pictures(1)[0])
+        write_png(tmp_path / "file" / "folder" / "x.png", noise_images(1)[0])
     with pytest.raises(UserError, match=r"folder.png can't be written: Is a directory$"):
-        write_png(tmp_path / "folder.png", pictures(1)[0])
+        write_png(tmp_path / "folder.png", noise_images(1)[0])
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.png"]
 
 

@@ -382,4 +382,4 @@ def test_verify_without_diffusers(exported, monkeypatch):
     with pytest.raises(UserError, match=r"pip install lcm_jax\[diffusers\]"):
         verify(exported)
     with pytest.raises(UserError, match=r"sampling in diffusers needs diffusers: pip install lcm_jax\[diffusers\]"):
-        verify_module.lcm_drawer(pipe, 2)
+        verify_module.lcm_sampler(pipe, 2)

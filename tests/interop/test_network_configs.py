@@ -19,7 +19,7 @@ from lcm_jax.models import (
 NUMBER, OPTION = "; supported: a positive whole number", "; supported: None, False"
 LISTS = "; supported: a positive whole number up to 1048576, or a list of at most 16, whose items may be such lists"
 POSITIVE, BOOLEAN = "; supported: a positive number", "; supported: true, false"
-REFUSED = [  # class, key, value, what is said after "key is value"
+REFUSED = [  # class, key, value, the message after "key is value"
     (read_unet, "act_fn", "gelu", "; supported: 'silu'"),
     (read_unet, "resnet_time_scale_shift", "scale_shift", "; supported: 'default'"),
     (read_unet, "only_cross_attention", True, "; supported: False"),
@@ -159,7 +159,7 @@ def test_notes_and_options_that_are_off_are_read_over():
     assert read_unet(off) == read_unet({})
 
 
-def test_the_size_of_the_pictures_is_no_part_of_the_network():
+def test_the_size_of_the_images_is_no_part_of_the_network():
     """The file gives one number or a pair; a list in the config would keep it from being the key of a cache."""
     for read in (read_unet, read_vae):
         plain = read({})

@@ -61,10 +61,10 @@ for policy in map(models.Policy.named, ("float32", "bfloat16")):
             assert (out.shape, out.dtype) == ((2, 7, 5, 3), FLOAT)
     for options in ({}, {"use_quant_conv": False, "mid_block_add_attention": False}):
         net = network("AutoencoderKL", {**vae, **options}, policy=policy)
-        picture, latent = S((2, 6, 8, 1), FLOAT), S((2, 3, 4, 4), FLOAT)
-        assert shape(net, picture).shape == (2, 6, 8, 2)
-        assert shape(net, picture, latent, method="to_latents").shape == (2, 3, 4, 4)
-        assert shape(net, picture, None, method="to_latents").shape == (2, 3, 4, 4)
+        image, latent = S((2, 6, 8, 1), FLOAT), S((2, 3, 4, 4), FLOAT)
+        assert shape(net, image).shape == (2, 6, 8, 2)
+        assert shape(net, image, latent, method="to_latents").shape == (2, 3, 4, 4)
+        assert shape(net, image, None, method="to_latents").shape == (2, 3, 4, 4)
         assert shape(net, latent, method="to_images").shape == (2, 6, 8, 2)
     for name, width in (("CLIPTextModel", 8), ("CLIPTextModelWithProjection", 6)):
         net, ids = network(name, clip, policy=policy), S((2, 5), jnp.int32)

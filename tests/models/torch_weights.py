@@ -9,7 +9,7 @@ from lcm_jax.interop import names
 from lcm_jax.interop.network_configs import MODEL_CLASSES
 from lcm_jax.models import Flat, Network
 
-CLIP_PREFIX = "text_model."  # which the peer's class with a projection has, and the one without has not
+CLIP_PREFIX = "text_model."  # which transformers' class with a projection has, and the one without has not
 
 
 def network(peer: torch.nn.Module, **options) -> Network:

@@ -59,7 +59,7 @@ def test_values_that_are_not_finite(metrics, tmp_path):
     assert curves["inf"] == [(3, math.inf)]
 
 
-def test_pictures(metrics, tmp_path):
+def test_images(metrics, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (10, 4, 6, 3), dtype=np.uint8)
     metrics.images(5, "samples", images)
     (event,) = [event for event in events(tmp_path) if event.HasField("summary")]

@@ -32,5 +32,5 @@ def test_a_run_goes_on_over_another_mesh(little, digits_data_dir, tmp_path):
     run("two", "--config.mesh.fsdp=2", "--config.steps=2")
     found = run("two", "--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.accumulate=2", "--config.steps=4")
     assert_weights_equal(found, expected)
-    pictures = (tmp_path / "two" / "samples").iterdir()
-    assert sorted(path.name for path in pictures) == ["step_000002.png", "step_000004.png"]
+    images = (tmp_path / "two" / "samples").iterdir()
+    assert sorted(path.name for path in images) == ["step_000002.png", "step_000004.png"]

@@ -73,9 +73,9 @@ def test_killed_in_a_bucket_as_if_never_stopped_in_a_folder(bucket, quick, tmp_p
     assert said[0].endswith(f"--workdir={there} --out=runs/killed/model\n"), said[0]
     assert steps(there) == checkpoint.finalized_steps(here / "checkpoints") == [last, last - 2]
     assert state(there, last) == state(here, last)
-    pictures = sorted(path.name for path in (here / "samples").iterdir())
-    assert pictures[-1] == f"step_{last:06d}.png"
-    assert (there / "samples" / pictures[-1]).read_bytes() == (here / "samples" / pictures[-1]).read_bytes()
+    images = sorted(path.name for path in (here / "samples").iterdir())
+    assert images[-1] == f"step_{last:06d}.png"
+    assert (there / "samples" / images[-1]).read_bytes() == (here / "samples" / images[-1]).read_bytes()
     assert cli.run(export.main, [f"--workdir={there}", f"--out={tmp_path / 'a'}"]) == 0
     assert cli.run(export.main, [f"--workdir={here}", f"--out={tmp_path / 'b'}"]) == 0
     assert _files(tmp_path / "a" / "vae") == _files(tmp_path / "b" / "vae")

@@ -38,8 +38,8 @@ def start(options, workdir, *more):
 def test_a_run_leaves_what_it_says(uninterrupted):
     assert config_lib.load_resolved(uninterrupted).steps == 6
     assert list((uninterrupted / "tensorboard").iterdir())
-    pictures = sorted(path.name for path in (uninterrupted / "samples").iterdir())
-    assert pictures == ["step_000003.png", "step_000006.png"]
+    images = sorted(path.name for path in (uninterrupted / "samples").iterdir())
+    assert images == ["step_000003.png", "step_000006.png"]
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir() if p.name.isdigit()) == ["4", "6"]
 
 
