@@ -1,7 +1,7 @@
 """python -m lcm_jax.sample --model=runs/digits/lcm --prompt="a red seven on a blue background" [--steps=4 --seed=0]
 python -m lcm_jax.sample --model=FOLDER --prompts=prompts.txt --images-per-prompt=4 --out=images/
 
-Samples images from any folder that diffusers' StableDiffusionPipeline or LatentConsistencyModelPipeline writes.
+Samples images from a folder of diffusers' StableDiffusion, LatentConsistencyModel or StableDiffusionXL pipeline.
 --out=NAME.png is one file with all images in a grid; --out=FOLDER/ gets one file per image, 00000.png and so on, each
 written as soon as it is done. Every file stores its prompt, seed and command. --lora=FILE:WEIGHT (repeatable)
 attaches a LoRA; with an LCM-LoRA, --sampler=lcm samples in four steps.
