@@ -136,8 +136,8 @@ def test_options_that_choose_the_data_set(photo_config, digits_data_dir, tmp_pat
         take(dataclasses.replace(digits, dataset="no_such_set"), 1)
     with pytest.raises(UserError, match="not writable"):  # looked for there, and to be prepared there
         take(dataclasses.replace(digits, data_dir="/dev/null"), 1)
-    with pytest.raises(UserError, match="image_key 'image'"):
-        take(dataclasses.replace(digits, image_key="image"), 1)
+    with pytest.raises(UserError, match="image_key 'photo'"):
+        take(dataclasses.replace(digits, image_key="photo"), 1)
 
 
 def test_threads_change_no_batch(config):

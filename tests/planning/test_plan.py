@@ -81,7 +81,7 @@ def test_weights_divided_over_a_v5p(denoising, tmp_path, capsys):
     seconds = figures["seconds"]
     assert seconds["step"] == pytest.approx(seconds["compute"] + seconds["exposed"])
     assert 0 < seconds["floor"] < seconds["step"]
-    assert any(row["module"].startswith("denoiser/down_blocks.0/attentions") for row in figures["profile"])
+    assert any(row["module"].startswith("denoiser/mid_block/attentions") for row in figures["profile"])
     for said in ("it fits", "all-gather", "fraction of peak", "where the time goes", "compiled in"):
         assert said in output.out
     assert "2 per chip and micro-batch" in output.out
