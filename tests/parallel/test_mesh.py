@@ -74,7 +74,9 @@ def test_a_batch_divides_by_devices_and_micro_batches():
     check_batch(16, 2, mesh)
     with pytest.raises(UserError, match="config.batch_size=12 is not divisible by the 8 devices; try 8 or 16$"):
         check_batch(12, 1, mesh)
-    with pytest.raises(UserError, match="=24 is not divisible by the 8 devices times config.accumulate=2; try 16 or 32$"):
+    with pytest.raises(
+        UserError, match="=24 is not divisible by the 8 devices times config.accumulate=2; try 16 or 32$"
+    ):
         check_batch(24, 2, mesh)
     with pytest.raises(UserError, match="the 8 devices; try 16$"):
         check_batch(7, 2, mesh)

@@ -125,7 +125,9 @@ def open_tfds(config: DataConfig) -> TfdsSource:
     _check_split(info, split, place)
     if config.latents:
         if MOMENTS not in info.features:
-            raise UserError(f"{place} holds no encoded images (config.data.latents); lcm_jax.encode writes such data sets")
+            raise UserError(
+                f"{place} holds no encoded images (config.data.latents); lcm_jax.encode writes such data sets"
+            )
         image_key, caption_key = MOMENTS, CAPTIONS
     elif MOMENTS in info.features and image_key not in info.features:
         raise UserError(f"{place} holds encoded images; read them with --config.data.latents=true")
