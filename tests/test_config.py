@@ -62,8 +62,9 @@ def test_the_command_line_overrides(override, path, value):
         ("--config.lcd.sovler=dpmpp", "lcd.solver"),
         ("--config.learning_rate=1e-4", "optimizer.learning_rate"),
         ("--config.lcd.solver=dpm++", "One of ddim, dpm, dpmpp"),
-        ("--config.steps=many", "steps"),
-        ("--config.steps=1.5", "steps"),
+        ("--config.steps=many", "--config.steps is 'many'; it must be a whole number, as in 32"),
+        ("--config.optimizer.b1=x", "--config.optimizer.b1 is 'x'; it must be a number, as in 1e-5"),
+        ("--config.data.latents=maybe", "--config.data.latents is 'maybe'; it must be true or false"),
         ("--config.steps=-1", "config.steps is -1; it must be positive"),
         ("--config.steps", "a value is missing"),
         ("--confg.steps=1", "not an option of this command"),
@@ -125,6 +126,16 @@ def test_the_stored_config_reads_back_equal(name, tmp_path):
     config = load(name)
     (tmp_path / "config.json").write_text(config_lib.resolved(config))
     assert config_lib.load_resolved(tmp_path) == config
+
+
+def test_a_run_of_another_checkout_finds_its_teacher_here(tmp_path):
+    config = load("digits.py")
+    moved = config_lib.resolved(config).replace(str(ROOT), "/moved/away")
+    assert moved != config_lib.resolved(config)
+    (tmp_path / "config.json").write_text(moved)
+    assert config_lib.load_resolved(tmp_path) == config
+    found = config_lib.load_resolved(tmp_path, {"model.folder": "/new", "data.directory": "/data"})
+    assert (found.model.folder, found.data.directory) == ("/new", "/data")
 
 
 def test_a_workdir_of_another_run_is_refused():

@@ -135,7 +135,7 @@ def test_only_adapters_of_exported_roles_are_written(run, tmp_path, teacher_fold
 
 
 @pytest.mark.parametrize("latent_std", [1.0, 4.0])
-def test_autoencoder(run, tmp_path, teacher_folder, teacher_pipeline, monkeypatch, latent_std):
+def test_autoencoder(run, tmp_path, teacher_folder, teacher_pipeline, monkeypatch, latent_std, capsys):
     """scaling_factor is latent_std over the deviation of the latents sampled by the trained VAE."""
     monkeypatch.setattr(
         checkpoint, "restore_params", lambda *_: ({"vae": read_folder(teacher_folder).components["vae"].params}, 5)
@@ -149,12 +149,24 @@ def test_autoencoder(run, tmp_path, teacher_folder, teacher_pipeline, monkeypatc
     out = tmp_path / "model"
     workdir = run("autoencoder", autoencoder=AutoencoderConfig(latent_std=latent_std))
     export.main([f"--workdir={workdir}", f"--out={out}"])
+    assert f"lcm_jax.train --config=FILE --config.model.folder={out} " in capsys.readouterr().out.splitlines()[-1]
     found = read_folder(out).components["vae"].config["scaling_factor"]
     images = torch.from_numpy(pixels.reshape(-1, 16, 16, 3)).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         posterior = teacher_pipeline.vae.encode(images).latent_dist
     drawn = torch.cat([posterior.sample(torch.Generator().manual_seed(i)) for i in range(8)])
     assert found == pytest.approx(latent_std / drawn.std().item(), rel=0.01)
+
+
+def test_a_model_folder_that_was_moved(run, tmp_path, teacher_folder):
+    workdir, out = run(), tmp_path / "lcm"
+    stored = (workdir / "config.json").read_text()
+    (workdir / "config.json").write_text(stored.replace(str(teacher_folder), "/nowhere/teacher"))
+    with pytest.raises(UserError, match="no folder /nowhere/teacher; give --config.model.folder=DIR"):
+        export.main([f"--workdir={workdir}", f"--out={out}"])
+    with pytest.raises(UserError, match="--config.steps=7 is not an option of export; only model.folder, data"):
+        export.main([f"--workdir={workdir}", f"--out={out}", "--config.steps=7"])
+    assert export.main([f"--workdir={workdir}", f"--out={out}", f"--config.model.folder={teacher_folder}"]) == 0
 
 
 def test_no_run(tmp_path, capsys):

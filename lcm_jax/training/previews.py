@@ -25,10 +25,8 @@ LINES = 3  # of a label
 def sheet(config: Config, parts: Parts, pictures: np.ndarray, step: int) -> np.ndarray:
     """Returns the preview of a step to look at, uint8 (H, W, 3): enlarged, each image above its prompt."""
     if parts.objective.sampling(parts.options, parts.process) is None:
-        labels, how = (
-            ["image", "reconstruction"] * (len(pictures) // 2),
-            "images and what the autoencoder makes of them",
-        )
+        labels = ["image", "reconstruction"] * (len(pictures) // 2)
+        how = "images and what the autoencoder makes of them"
     else:
         labels = list(config.log.prompts) or [""]
         how = f"{config.log.sample_steps} network steps, guidance scale {config.log.guidance_scale:g}"

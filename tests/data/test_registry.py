@@ -118,9 +118,8 @@ def test_a_directory_that_no_source_recognises(tmp_path):
         (other / f"{name}.png").write_bytes(b"")
     assert message(other) == f"{other} holds a.png, b.png, c.png and 2 more; {reasons}"
     assert message(other / "a.png") == f"{other}/a.png is a file; {reasons}"
-    assert message(other / "z").startswith(
-        f"data directory {other}/z does not exist; give your own with --config.data."
-    )
+    missing = f"data directory {other}/z does not exist; give your own with --config.data.directory=DIR"
+    assert message(other / "z").startswith(missing)
 
 
 def test_the_right_directory_below_is_named(photos):

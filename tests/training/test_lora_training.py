@@ -23,6 +23,7 @@ from lcm_jax.config import Config, ModelConfig, from_dict, load_resolved
 from lcm_jax.data.config import DataConfig
 from lcm_jax.digits import presets
 from lcm_jax.errors import UserError
+from lcm_jax.host.images import LABEL
 from lcm_jax.inference.verify import verify
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.lora.file import read_header, read_lora, write_lora
@@ -34,7 +35,7 @@ from lcm_jax.training import identity
 from lcm_jax.training.checkpoint import restore_params
 from lcm_jax.training.losses import make_losses
 from lcm_jax.training.networks import frozen_params, initial_params, make_parts
-from lcm_jax.training.previews import make_preview, sheet
+from lcm_jax.training.previews import LEAST, make_preview
 
 TOLD = LCDConfig(w_embedding_dim=0, huber_c=0.1)
 BOTH = DenoisingConfig(train_text_encoder=True)
@@ -240,8 +241,8 @@ def test_previews_are_drawn_with_the_adapters(run, folder):
     )
     assert not np.array_equal(trained, start)
     with PIL.Image.open(run / "samples" / "step_000002.png") as shown:
-        expected = sheet(config, parts, trained, 2).astype(int)
-        np.testing.assert_allclose(np.asarray(shown, int), expected, atol=1)
+        first = np.asarray(shown, int)[LABEL : LABEL + LEAST : 4, :LEAST:4]
+    np.testing.assert_allclose(first, trained[0].astype(int), atol=1)
 
 
 def test_another_base_is_noticed(run, folder, tmp_path, monkeypatch):
