@@ -36,7 +36,7 @@ def best_guidance(
     features, _ = classifier(real_images(prompts, "validation", style))
     scores = {}
     for guidance in candidates:
-        done = progress and progress.series(f"{steps} steps, guidance {guidance:g}?", len(prompts), steps)
+        done = progress and progress.series(f"{steps} steps, trying guidance {guidance:g}", len(prompts), steps)
         images, _ = draw_all(pipe, prompts, steps, guidance, sampler, seed=VALIDATION_SEED, done=done)
         scores[guidance] = score(images, prompts, classifier, features)
     best = max(s.prompt.value for s in scores.values())

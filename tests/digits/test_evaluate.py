@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from lcm_jax.digits.sheet import HEAD, LEFT
 from lcm_jax.errors import UserError
 from lcm_jax.host.images import GAP
 from lcm_jax.inference.verify import lcm_sampler
+from lcm_jax.monitor import progress
 
 PROMPTS = [*evaluation_set.test_prompts()[::400], sheet_prompts()[8]]  # three, and one with a held-out pair
 ON_SHEET = sheet_prompts()[3:8:4]
@@ -81,10 +83,13 @@ def one_thread_of_torch():
 
 
 @pytest.mark.usefixtures("one_thread_of_torch")
-def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, capsys):
+def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     out = tmp_path / "new" / "results"
     assert evaluate.main([few, "--teacher", "--steps=2", "--diffusers", f"--out={out}"]) == 0
     printed = capsys.readouterr().out
+    for name in ("teacher, DDIM, 4 steps", "student, 2 steps"):  # the last line of each, with all of the work done
+        assert re.search(rf"^{name}  4/4 images  \d+\.\d images/s  0:00:00 left$", printed, re.MULTILINE)
     assert {path.name for path in out.iterdir()} == {
         *("teacher.json", "evaluation.json", "table.md"),
         *("sheet.png", "curves.png"),
@@ -102,7 +107,7 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
     assert table(rows) in printed
     assert (out / "table.md").read_text() == table(rows) + "\n"
     assert json.loads((out / "teacher.json").read_text())["rows"] == values["rows"][2:3]
-    assert "images/s" not in printed.replace(table(rows), "")  # all rows are from one machine
+    assert "images/s: teacher on" not in printed  # all rows are from one machine
     assert all(row.score.prompt.count == 4 and row.score["held_out"].count == 1 for row in rows)
 
     # rows score the images that the model samples from the fixed noise
