@@ -94,7 +94,8 @@ def test_the_sheet_shows_the_rows(micro_teacher, files):
     ):
         sampler = "ddim" if row.name == lora_rows.WITHOUT else "lcm"
         expected, _ = draw_all(load_pipeline(micro_teacher, loras=attached), ON_SHEET, 2, row.guidance_scale, sampler)
-        np.testing.assert_array_equal(images, expected, err_msg=name)
+        # other orders of the two LoRAs' sums round differently
+        np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1, err_msg=name)
 
 
 @pytest.mark.parametrize(

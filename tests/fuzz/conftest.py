@@ -123,7 +123,7 @@ def pipe(micro):
     pipe = load_pipeline(micro)
 
     def program(kind, guided, decode, negative):
-        return lambda params, ids, negative, w, grid, z_T, between: np.zeros(
+        return lambda params, ids, negative, sizes, w, grid, z_T, between: np.zeros(
             (len(z_T), 32, 32, 3) if decode else z_T.shape
         )
 

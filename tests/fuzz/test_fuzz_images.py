@@ -59,7 +59,7 @@ def test_images(fuzz):
         caption = pick(rng, [*TEXTS, b"caf\xe9", b"\xff\xfe"])
         yield f"{what}: {damage}"
         source = TfdsSource("here", Records([{"image": data, "caption": caption}]), "image", "caption", {})
-        load = _LoadBatch(source, config, lambda texts: np.zeros((len(texts), 1)), np.arange(1))
+        load = _LoadBatch(source, config, lambda texts: np.zeros((len(texts), 1)), np.arange(1), sizes=True)
         batch = load.random_map(np.array([0]), rng)
         assert batch["image"].shape == (1, 16, 16, 3)
         assert batch["image"].dtype == np.uint8

@@ -116,7 +116,7 @@ def test_places_that_cannot_be_written(tmp_path):
 def test_texts_in_a_png(tmp_path):
     """Latin-1 is in tEXt chunks, all else in iTXt; bytes that are no UTF-8 are escaped."""
     texts = {"prompt": "café, 50 %\nrouge", "command": "sample --prompt=七 --out=\udce9.png"}
-    write_png(tmp_path / "x.png", pictures(1)[0], texts)
+    write_png(tmp_path / "x.png", noise_images(1)[0], texts)
     with Image.open(tmp_path / "x.png") as image:
         assert image.text == {**texts, "command": "sample --prompt=七 --out=\\udce9.png"}
     data = (tmp_path / "x.png").read_bytes()

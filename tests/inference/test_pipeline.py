@@ -339,7 +339,7 @@ def test_wrong_arguments_of_a_consistency_model(lcm, arguments, message):
     [
         ({"steps": 1001}, "1001"),
         ({"sampler": "lcm"}, "lcm needs a consistency model or an LCM-LoRA, .*: attach an LCM-LoRA .*, or use ddim"),
-        ({"sampler": "euler"}, "sampler is 'euler'; choose from ddim, dpmpp"),
+        ({"sampler": "heun"}, "sampler is 'heun'; choose from ddim, dpmpp, euler"),
         ({"noise": np.zeros((3, *SHAPE))}, "noise has no effect with the sampler ddim"),
         ({"negative_prompt": "ugly", "guidance_scale": 1.0}, "negative_prompt has no effect"),
         ({"negative_prompt": ["ugly"]}, "negative_prompt has 1 texts for 2 prompts; give one per prompt"),
