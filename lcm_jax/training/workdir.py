@@ -11,6 +11,7 @@ leaves it behind. A thread renews it every BEAT seconds. Another run takes the l
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -255,15 +256,20 @@ class _FileLock:
         os.utime(self._path)
 
     def remove(self, content: bytes, mark: Any) -> None:
-        """Removes the lock that was read; puts it back if another run has replaced it since."""
+        """Removes the lock that was read, unless another run has replaced it since.
+
+        Only while its flock is held: of many runs that read a stale lock, a late one must not remove the lock that an
+        early one has created meanwhile.
+        """
         del mark
-        aside = self._path.with_name(f".{LOCK}.{uuid.uuid4().hex}")
-        with files.one_line(self._path), contextlib.suppress(FileNotFoundError):  # another run removed it first
-            self._path.rename(aside)
-            if aside.read_bytes() != content and not self._path.exists():
-                aside.rename(self._path)
-            else:
-                aside.unlink()
+        with (
+            files.one_line(self._path),
+            contextlib.suppress(FileNotFoundError),  # another run removed it first
+            open(self._path, "r+b") as file,  # writable, or NFS refuses the flock
+        ):
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if file.read() == content and os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
+                self._path.unlink()
 
 
 class _BucketLock:

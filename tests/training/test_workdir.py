@@ -102,18 +102,27 @@ def test_of_many_runs_one_takes_a_stale_lock(tmp_path):
 
     def run(_):
         begin.wait()
-        try:
-            with hold(tmp_path) as held:
-                end.wait()
-                held.check()
-                return True
-        except UserError:
+        with contextlib.ExitStack() as stack:
+            try:
+                held = stack.enter_context(hold(tmp_path))
+            except UserError:
+                held = None
             end.wait()
-            return False
+            if held:
+                held.check()
+            return held is not None
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(run, range(8))) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_replaced_a_stale_one_is_not_touched(tmp_path):
+    stale = leave_lock(tmp_path, started="1").encode()
+    with hold(tmp_path):
+        before = os.stat(tmp_path / LOCK)
+        workdir._FileLock(tmp_path / LOCK).remove(stale, None)  # by a run that read it before it was replaced
+        assert os.stat(tmp_path / LOCK).st_ctime_ns == before.st_ctime_ns  # moved away and back, it would have another
 
 
 def test_a_lock_on_a_full_disk_is_not_left_empty(tmp_path, monkeypatch):
