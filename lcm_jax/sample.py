@@ -22,6 +22,7 @@ from lcm_jax.data import images as image_files
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import arguments, compile_cache, files
 from lcm_jax.host.images import grid, write_png
+from lcm_jax.inference.image_to_image import initial_latents
 from lcm_jax.inference.pipeline import Pipeline, load_pipeline
 from lcm_jax.inference.request import at_least_one
 from lcm_jax.inference.rules import SAMPLERS, Settings
@@ -199,15 +200,16 @@ def _images(pipe: Pipeline, args: argparse.Namespace, prompts: list[str]) -> Ima
 
 
 def _read_image(args: argparse.Namespace, pipe: Pipeline) -> tuple[np.ndarray, int, int]:
-    """Returns the image of --image, uint8 (H, W, 3), and its height and width: those of the options or the model."""
+    """Returns the latents (h, w, C) of --image, and its height and width in pixels: of the options, or the model's."""
     _, *latent, _ = pipe.latent_shape(1, args.height, args.width)
     height, width = (side * pipe.networks["vae"].network.config.factor for side in latent)
     with files.one_line(args.image, "read"):
         encoded = args.image.read_bytes()
     try:
-        return image_files.fitted(encoded, height, width), height, width
+        pixels = image_files.fitted(encoded, height, width)
     except image_files.BadImage as error:
         raise UserError(f"--image={args.image}: {error}") from None
+    return initial_latents(pipe.networks["vae"], pixels[None], 1, 1, 1)[0], height, width
 
 
 def _metadata(args: argparse.Namespace, settings: Settings, command: Sequence[str]) -> dict[str, str]:

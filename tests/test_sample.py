@@ -35,6 +35,26 @@ def test_several_prompts_are_one_grid(lcm_folder, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"The 3 images are in {out}"
 
 
+def test_from_an_image(lcm_folder, tmp_path):
+    """A file of another shape is scaled and cropped to the model's size; strength 0.5 starts in the middle."""
+    source, out = tmp_path / "in.png", tmp_path / "out.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(source)
+    arguments = [f"--model={lcm_folder}", "--prompt=a", "--steps=1", f"--out={out}", f"--image={source}"]
+    sample.main([*arguments, "--strength=0.5"])
+    pipe = load_pipeline(lcm_folder)
+    side = pipe("a", 1).shape[1]
+    fitted = np.asarray(PIL.Image.fromarray(pixels[:, 8:40]).resize((side, side), PIL.Image.Resampling.LANCZOS))
+    expected = pipe("a", 1, image=fitted, strength=0.5)[0]
+    with PIL.Image.open(out) as image:
+        np.testing.assert_allclose(np.asarray(image, int), expected.astype(int), atol=2)
+        assert image.text["strength"] == "0.5"
+    assert not np.array_equal(expected, pipe("a", 1, image=fitted, strength=1.0)[0])
+    source.write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"--image={source}: Pillow finds no header"):
+        sample.main(arguments)
+
+
 def test_options_of_a_diffusion_model(teacher_folder, tmp_path):
     out = tmp_path / "x.png"
     arguments = ["--negative_prompt=blue", "--sampler=dpmpp", "--steps=2", "--guidance_scale=2", "--dtype=bfloat16"]

@@ -30,7 +30,9 @@ def image_array(image: Any, channels: int) -> np.ndarray:
         return array
     if not np.issubdtype(array.dtype, np.floating):
         raise UserError(f"image has the dtype {array.dtype}; it must be {wanted}")
-    if not np.isfinite(array).all() or (array.shape[-1] == 3 and not (array.min() >= 0 and array.max() <= 1)):
+    if not np.isfinite(array).all():
+        raise UserError(f"image has values that are not finite; it must be {wanted}")
+    if array.shape[-1] == 3 and not (array.min() >= 0 and array.max() <= 1):
         raise UserError(f"image has values outside [0, 1]; it must be {wanted}")
     return array.astype(np.float32)
 

@@ -179,12 +179,12 @@ class Pipeline:
         if given_images is not None:
             start = initial_latents(self.networks["vae"], given_images, shape[0], each, batch_size)
         request = Request.checked(
+            self.process,
             settings,
             shape,
             images_per_prompt=each,
             batch_size=batch_size,
             start=start,
-            process=self.process,
             first_image=first_image,
             seed=seed,
             latents=latents,

@@ -45,6 +45,7 @@ class Request:
     """The images that a call asks for.
 
     Attributes:
+      process: the noise process.
       settings: how they are sampled.
       shape: (B, h, w, c) of all latents.
       each: images per prompt; those of one prompt follow each other.
@@ -53,9 +54,9 @@ class Request:
       key: of the seed.
       latents, noise: the caller's, instead of noise from the seed.
       start: the image's latents, to which the initial noise is added at the first timestep; None to start from noise.
-      process: the noise process.
     """
 
+    process: Process
     settings: Settings
     shape: tuple[int, int, int, int]
     each: int
@@ -65,11 +66,11 @@ class Request:
     latents: Float[np.ndarray, "b h w c"] | None = None
     noise: Float[np.ndarray, "n b h w c"] | None = None
     start: Float[np.ndarray, "b h w c"] | None = None
-    process: Process | None = None
 
     @classmethod
     def checked(
         cls,
+        process: Process,
         settings: Settings,
         shape: tuple[int, int, int, int],
         *,
@@ -80,7 +81,6 @@ class Request:
         latents: Any,
         noise: Any,
         start: Float[np.ndarray, "b h w c"] | None = None,
-        process: Process | None = None,
     ) -> "Request":
         """Checks the arguments of a call for latents of this shape; raises UserError."""
         if noise is not None and settings.sampler != "lcm":
@@ -88,6 +88,7 @@ class Request:
         size, first = at_least_one("batch_size", batch_size), arguments.whole("first_image", first_image)
         _check_first(first, shape, size)
         return cls(
+            process=process,
             settings=settings,
             shape=shape,
             each=images_per_prompt,
@@ -97,7 +98,6 @@ class Request:
             latents=None if latents is None else np.asarray(arguments.array("latents", latents, shape)),
             noise=None if noise is None else np.asarray(arguments.array("noise", noise, (_between(settings), *shape))),
             start=start,
-            process=process,
         )
 
     def parts(self) -> Iterator[Part]:
@@ -113,7 +113,7 @@ class Request:
             )
 
     def _initial(self, z_T: Any, numbers: np.ndarray) -> Any:
-        if self.start is not None and self.process is not None:
+        if self.start is not None:
             return self.process.add_noise(
                 jnp.asarray(self.start[numbers]), z_T, jnp.asarray(self.settings.timesteps[0])
             )

@@ -65,21 +65,8 @@ class Block(nnx.Module):
         time_dim = 4 * config.block_out_channels[0]
         self.cross, self.remat = any(depths), remat
         if self.cross:
-            self.attentions = nnx.List(
-                Transformer2DModel(
-                    channels,
-                    config.cross_attention_dim,
-                    config.heads[level],
-                    depth,
-                    groups=groups,
-                    linear=config.use_linear_projection,
-                    implementation=attention,
-                    remat=remat,
-                    policy=policy,
-                    rngs=rngs,
-                )
-                for depth in depths
-            )
+            options = {"implementation": attention, "remat": remat, "policy": policy, "rngs": rngs}
+            self.attentions = nnx.List(_transformer(config, level, depth, **options) for depth in depths)
         self.resnets = nnx.List(
             ResnetBlock2D(i, o, time_dim=time_dim, groups=groups, eps=config.norm_eps, policy=policy, rngs=rngs)
             for i, o in pairs
@@ -134,22 +121,8 @@ class MidBlock(nnx.Module):
         channels, groups = config.block_out_channels[-1], config.norm_num_groups
         options = {"time_dim": 4 * config.block_out_channels[0], "groups": groups, "eps": config.norm_eps}
         if cross:
-            self.attentions = nnx.List(
-                [
-                    Transformer2DModel(
-                        channels,
-                        config.cross_attention_dim,
-                        config.heads[-1],
-                        config.mid_depth,
-                        groups=groups,
-                        linear=config.use_linear_projection,
-                        implementation=attention,
-                        remat=remat,
-                        policy=policy,
-                        rngs=rngs,
-                    )
-                ]
-            )
+            of_transformer = {"implementation": attention, "remat": remat, "policy": policy, "rngs": rngs}
+            self.attentions = nnx.List([_transformer(config, -1, config.mid_depth, **of_transformer)])
         self.resnets = nnx.List(
             ResnetBlock2D(channels, channels, **options, policy=policy, rngs=rngs) for _ in range(1 + cross)
         )
@@ -273,6 +246,19 @@ class UNet2DConditionModel(nnx.Module):
             up = functools.partial(Block.up, size=size)
             x = _scoped(f"up_blocks.{i}", run_block, up, block, x, taken, time, context, remat=self.remat)
         return self.conv_out(self.conv_norm_out(x, silu=True))
+
+
+def _transformer(config: UNetConfig, level: int, depth: int, **options: Any) -> Transformer2DModel:
+    """Returns the transformer of a level, with `depth` layers."""
+    return Transformer2DModel(
+        config.block_out_channels[level],
+        config.cross_attention_dim,
+        config.heads[level],
+        depth,
+        groups=config.norm_num_groups,
+        linear=config.use_linear_projection,
+        **options,
+    )
 
 
 _resnet = functools.partial(run_layer, ResnetBlock2D.__call__)

@@ -36,17 +36,14 @@ class UNetConfig:
 
     def down_depths(self, level: int) -> tuple[int, ...]:
         """Returns the number of layers of each transformer in down block `level`; 0 where it has none."""
-        cross = CROSS[self.down_block_types[level]]
-        return _each(cross * self.transformer_layers_per_block[level], self.layers_per_block[level])
+        return _each(*self._of_down_block(level))
 
     def up_depths(self, block: int) -> tuple[int, ...]:
         """Returns the number of layers of each transformer in up block `block`; 0 where it has none.
 
         Unless `reverse_transformer_layers_per_block` is given, they are those of the down block of the same level.
         """
-        depths = self.reverse_transformer_layers_per_block or self.transformer_layers_per_block[::-1]
-        cross = CROSS[self.up_block_types[block]]
-        return _each(cross * depths[block], self.layers_per_block[::-1][block] + 1)
+        return _each(*self._of_up_block(block))
 
     @property
     def mid_depth(self) -> int:
@@ -57,8 +54,18 @@ class UNetConfig:
     def least_tensors(self) -> int:
         """A lower bound on the number of tensors: those of the residual blocks and transformers of all levels."""
         levels = range(len(self.block_out_channels))
-        depths = [depth for i in levels for depth in (*self.down_depths(i), *self.up_depths(i))]
-        return sum(8 + 20 * depth for depth in depths)
+        blocks = [of(i) for of in (self._of_down_block, self._of_up_block) for i in levels]
+        layers = (sum(depth) if isinstance(depth, tuple) else depth * count for depth, count in blocks)
+        return sum(8 * count for _, count in blocks) + 20 * sum(layers)
+
+    def _of_down_block(self, level: int) -> tuple[int | tuple[int, ...], int]:
+        """Returns the layers of its transformers, 0 or () for none, and how many residual blocks it has."""
+        cross = CROSS[self.down_block_types[level]]
+        return cross * self.transformer_layers_per_block[level], self.layers_per_block[level]
+
+    def _of_up_block(self, block: int) -> tuple[int | tuple[int, ...], int]:
+        depths = self.reverse_transformer_layers_per_block or self.transformer_layers_per_block[::-1]
+        return CROSS[self.up_block_types[block]] * depths[block], self.layers_per_block[::-1][block] + 1
 
 
 def _each(depth: int | tuple[int, ...], count: int) -> tuple[int, ...]:

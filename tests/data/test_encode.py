@@ -1,5 +1,6 @@
 """Pre-encoded images: the written data set, training on it, and errors."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -15,6 +16,7 @@ from lcm_jax.data import latents
 from lcm_jax.data.batches import batches
 from lcm_jax.data.config import DataConfig
 from lcm_jax.data.sources import open_data
+from lcm_jax.data.sources import tfds as tfds_source
 from lcm_jax.digits.presets import write_blank
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
@@ -62,6 +64,19 @@ def test_each_image_with_its_moments_and_captions(encoded, teacher, digits_data_
         np.testing.assert_allclose(found.moments, expected, rtol=1e-3, atol=1e-3)
         assert found.sizes.tolist() == [32, 32, 0, 0, 32, 32]
         assert captions == [record["caption"].decode()]
+
+
+def test_sizes_are_kept(encoded, monkeypatch):
+    """A data set that was written without them is refused only by a model that conditions on them."""
+    config = DataConfig(directory=str(encoded), latents=True)
+    given = {"tokenize": lambda texts: np.zeros((len(texts), 1)), "batch_size": 2, "seed": 0}
+    with contextlib.closing(batches(config, sizes=True, **given)) as read:
+        assert next(read)["sizes"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
+    monkeypatch.setattr(tfds_source, "SIZES", "no such feature")
+    with pytest.raises(UserError, match=r"holds no sizes of the images, .* run lcm_jax.encode again"):
+        batches(config, sizes=True, **given)
+    with contextlib.closing(batches(config, **given)) as read:
+        assert "sizes" not in next(read)
 
 
 def test_the_loss_is_that_of_the_images(encoded, teacher, digits_data_dir):

@@ -60,7 +60,7 @@ def test_it_starts_from_the_noised_image():
     chosen = settings(Folder("StableDiffusionPipeline", "DDIMScheduler"), 0, 4, strength=0.5)
     start = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     options = {"images_per_prompt": 1, "batch_size": 2, "first_image": 0, "latents": None, "noise": None}
-    parts = list(Request.checked(chosen, shape, seed=1, start=start, process=process, **options).parts())
+    parts = list(Request.checked(process, chosen, shape, seed=1, start=start, **options).parts())
     t, eps = chosen.timesteps[0], noise.draw(noise.seed_key(1), np.uint32(0), shape, 0)[0]
     expected = process.alpha(jnp.asarray(t)) * start + process.sigma(jnp.asarray(t)) * eps
     np.testing.assert_allclose(np.concatenate([part.z_T[: part.count] for part in parts]), expected, atol=1e-6)
@@ -94,7 +94,7 @@ def test_images_become_latents():
         (np.zeros((4, 4), np.uint8), r"image has the shape \(4, 4\); it must be uint8 or float in \[0, 1\]"),
         (np.zeros((4, 4, 3), np.int64), "image has the dtype int64"),
         (np.full((4, 4, 3), 2.0), r"image has values outside \[0, 1\]"),
-        (np.full((4, 4, 4), np.nan), "image has values outside"),
+        (np.full((4, 4, 4), np.nan), "image has values that are not finite"),
         ("sketch.png", r"image has the shape \(\)"),
     ],
     ids=["gray", "int64", "range", "nan", "path"],

@@ -31,6 +31,7 @@ CASES = {
         "accumulate": 2,
         "model": {"remat": "block_save_attention"},
     },
+    "1x8, remat and gathered by layer": {"mesh": MeshConfig(1, 8, gather="block"), "model": {"remat": "layer"}},
 }
 
 
