@@ -30,11 +30,11 @@ from lcm_jax.diffusion.sampling import lcm_timesteps
 from lcm_jax.digits import lora_rows, teacher_rows
 from lcm_jax.digits.classifier import STYLE_WEIGHTS, WEIGHTS, Classifier, load_classifier
 from lcm_jax.digits.dataset import SIZE, STYLES
-from lcm_jax.digits.draw import BATCH, draw_all, in_batches
 from lcm_jax.digits.evaluation_set import Prompt, real_images, sheet_prompts, test_prompts
 from lcm_jax.digits.guidance import best_guidance, trained_range, work
 from lcm_jax.digits.measures import METRICS, Score, score
 from lcm_jax.digits.report import Row, curves, figure_class, said, table
+from lcm_jax.digits.sampling import BATCH, in_batches, sample_all
 from lcm_jax.digits.sheet import sheet
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import compile_cache, files
@@ -68,10 +68,10 @@ def ceilings(pipe: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], 
     return [Row("real test images", scored(lambda same: same)), Row("the same through the VAE", scored(through_vae))]
 
 
-def _through_vae(pipe: Pipeline, pictures: np.ndarray) -> np.ndarray:
+def _through_vae(pipe: Pipeline, images: np.ndarray) -> np.ndarray:
     decoded = []
-    for start in range(0, len(pictures), BATCH):
-        pixels = to_signed(pictures[start : start + BATCH])
+    for start in range(0, len(images), BATCH):
+        pixels = to_signed(images[start : start + BATCH])
         latents = pipe.vae(pixels, None, method="to_latents")
         decoded.append(np.asarray(pipe.vae(latents, method="to_images")))
     return to_uint8(to_unit(np.concatenate(decoded)))
@@ -92,22 +92,22 @@ def student_rows(
         for n in steps:
             guidance = best_guidance(student, classifier, n, candidates, progress=progress)
             done = progress.series(f"student, {n} step{'s' * (n != 1)}", len(prompts), n)
-            pictures, rate = draw_all(student, prompts, n, guidance, done=done)
-            rows.append(Row("student", score(pictures, prompts, classifier, features), n, guidance, rate))
+            images, rate = sample_all(student, prompts, n, guidance, done=done)
+            rows.append(Row("student", score(images, prompts, classifier, features), n, guidance, rate))
             print(said(rows[-1]), flush=True)
     return rows
 
 
 def diffusers_row(
-    draw: Callable[..., np.ndarray], student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], row: Row
+    sample: Callable[..., np.ndarray], student: Pipeline, classifier: Classifier, prompts: Sequence[Prompt], row: Row
 ) -> Row:
-    """Returns a row for the model, prompts and noise of `row`, sampled by diffusers (`draw` is from `lcm_sampler`)."""
+    """Returns a row for the model, prompts and noise of `row`, sampled by diffusers (`sample`: see `lcm_sampler`)."""
     features, _ = classifier(real_images(prompts, "test"))
-    there = functools.partial(draw, guidance_scale=row.guidance_scale)
+    there = functools.partial(sample, guidance_scale=row.guidance_scale)
     with Sampling(len(prompts)) as progress:
         done = progress.series("student in diffusers", len(prompts))
-        pictures, rate = in_batches(there, prompts, student.latent_shape(1)[1:], row.steps or 1, done=done)
-    measured = score(pictures, prompts, classifier, features)
+        images, rate = in_batches(there, prompts, student.latent_shape(1)[1:], row.steps or 1, done=done)
+    measured = score(images, prompts, classifier, features)
     return Row("student in diffusers", measured, row.steps, row.guidance_scale, rate)
 
 
@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
     teacher = _digits_model(args.teacher or str(teacher_rows.TEACHER), is_lcm=False)
     shipped, where = ([], "") if args.teacher else teacher_rows.shipped()
     on_sheet, prompts = sheet_prompts(), test_prompts()
-    rows, drawn, student = [], {}, None
+    rows, sampled, student = [], {}, None
 
     if args.model:
         student = _digits_model(args.model, is_lcm=True)
@@ -172,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
         rows = student_rows(student, classifier, prompts, args.steps, args.guidance_scale)
         for row in rows:
             name = f"student, {row.steps} step{'s' * (row.steps != 1)}"
-            drawn[name], _ = draw_all(student, on_sheet, row.steps or 1, row.guidance_scale, fill=True)
+            sampled[name], _ = sample_all(student, on_sheet, row.steps or 1, row.guidance_scale, fill=True)
         if in_diffusers:
             rows.append(diffusers_row(in_diffusers, student, classifier, prompts, rows[-1]))
     if args.teacher:
@@ -180,12 +180,12 @@ def main(argv: Sequence[str]) -> int:
         print("Measuring the teacher …", flush=True)
         shipped = teacher_rows.measure(teacher, classifier, lambda line: print(line, flush=True))
         write_json(out / "teacher.json", teacher_rows.to_json(shipped, teacher.folder.path))
-    pictures = {"real test images": real_images(on_sheet, "test")}
+    images = {"real test images": real_images(on_sheet, "test")}
     for row in shipped:
         if row.name == teacher_rows.SAMPLERS["ddim"] and row.steps in (4, 50):
             name = f"teacher, {row.steps} steps"
-            pictures[name], _ = draw_all(teacher, on_sheet, row.steps, row.guidance_scale, "ddim")
-    drawn = {**pictures, **drawn}
+            images[name], _ = sample_all(teacher, on_sheet, row.steps, row.guidance_scale, "ddim")
+    sampled = {**images, **sampled}
     rows = [*ceilings(teacher, classifier, prompts), *shipped, *rows]
 
     here = teacher_rows.machine()
@@ -194,7 +194,7 @@ def main(argv: Sequence[str]) -> int:
     _report(out, rows, {**values, "machine": here, "teacher_machine": where or here})
     if where:
         print(f"\nimages/s: teacher on {where}; other rows on this machine, {here}")
-    write_png(out / "sheet.png", sheet(drawn, [prompt.text for prompt in on_sheet]))
+    write_png(out / "sheet.png", sheet(sampled, [prompt.text for prompt in on_sheet]))
     write_png(out / "curves.png", curves(rows))
     say(f"Done: {out} holds table.md, evaluation.json, sheet.png and curves.png")
     return 0
@@ -230,8 +230,8 @@ def _lora(args: argparse.Namespace, out: pathlib.Path) -> int:
     values |= teacher_rows.hashes(pipe.folder.path, classifier_file)
     _report(out, rows, {**values, "machine": teacher_rows.machine()})
     on_sheet = sheet_prompts()
-    pictures = measured.sheet(on_sheet, [*base, *with_it])
-    write_png(out / "sheet.png", sheet(pictures, [prompt.text for prompt in on_sheet]))
+    images = measured.sheet(on_sheet, [*base, *with_it])
+    write_png(out / "sheet.png", sheet(images, [prompt.text for prompt in on_sheet]))
     write_png(out / "weights.png", lora_rows.weight_curves(curve, weights, base[-1]))
     say(f"Done: {out} holds table.md, evaluation.json, sheet.png and weights.png")
     return 0

@@ -11,12 +11,12 @@ from lcm_jax.inference.pipeline import Pipeline
 
 
 def test_one_prompt(lcm_folder, tmp_path, capsys):
-    out = tmp_path / "new/folder/picture.png"
+    out = tmp_path / "new/folder/image.png"
     assert sample.main([f"--model={lcm_folder}", "--prompt=a red seven", "--steps=1", "--seed=3", f"--out={out}"]) == 0
-    with PIL.Image.open(out) as picture:
-        assert np.array_equal(picture, load_pipeline(lcm_folder)("a red seven", 1, seed=3)[0])
+    with PIL.Image.open(out) as image:
+        assert np.array_equal(image, load_pipeline(lcm_folder)("a red seven", 1, seed=3)[0])
     assert capsys.readouterr().out.splitlines()[-1] == f"The image is in {out}"
-    assert [p.name for p in out.parent.iterdir()] == ["picture.png"]
+    assert [p.name for p in out.parent.iterdir()] == ["image.png"]
 
 
 def test_several_prompts_are_one_grid(lcm_folder, tmp_path, capsys):
@@ -24,14 +24,14 @@ def test_several_prompts_are_one_grid(lcm_folder, tmp_path, capsys):
     arguments = ["--prompt=a", "--prompt=b", "--prompt=c", "--guidance_scale=4", "--timesteps=999", "--height=12"]
     sample.main([f"--model={lcm_folder}", *arguments, f"--out={out}"])
     expected = load_pipeline(lcm_folder)(["a", "b", "c"], guidance_scale=4, timesteps=[999], height=12)
-    with PIL.Image.open(out) as picture:
-        found = np.asarray(picture)
-    # two columns; each picture is somewhere in the grid, whatever lies between them
+    with PIL.Image.open(out) as image:
+        found = np.asarray(image)
+    # two columns; each image is somewhere in the grid, whatever lies between them
     assert found.shape[1] >= 32
     assert found.shape[0] >= 24
     windows = np.lib.stride_tricks.sliding_window_view(found, (12, 16, 3))[:, :, 0]
-    for picture in expected:
-        assert (windows == picture).all(axis=(-1, -2, -3)).any()
+    for image in expected:
+        assert (windows == image).all(axis=(-1, -2, -3)).any()
     assert capsys.readouterr().out.splitlines()[-1] == f"The 3 images are in {out}"
 
 
@@ -61,8 +61,8 @@ def test_options_of_a_diffusion_model(teacher_folder, tmp_path):
     sample.main([f"--model={teacher_folder}", "--prompt=a", *arguments, f"--out={out}"])
     pipe = load_pipeline(teacher_folder, dtype="bfloat16")
     expected = pipe("a", 2, 2.0, negative_prompt="blue", sampler="dpmpp")[0]
-    with PIL.Image.open(out) as picture:
-        assert np.array_equal(picture, expected)
+    with PIL.Image.open(out) as image:
+        assert np.array_equal(image, expected)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_options_of_a_diffusion_model(teacher_folder, tmp_path):
         (["--negative_prompt=ugly"], "takes no negative_prompt"),
         (["--prompt=caf\udce9"], r"--prompt is 'caf.udce9', which is not UTF-8; give it in UTF-8"),
         (["--seed=18446744073709551616"], r"seed is 18446744073709551616; it must be in 0 … 18446744073709551615"),
-        (["--out=picture.jpg"], r"should end in .png; or .* with a slash: picture.jpg/"),
+        (["--out=image.jpg"], r"should end in .png; or .* with a slash: image.jpg/"),
         (["--out="], "--out= is empty"),
         (["--images-per-prompt=0"], "--images-per-prompt is 0; it must be at least 1"),
         (["--images-per-prompt=257"], r"would be a grid of 257 images, more than 256; give a folder: --out=FOLDER/"),
@@ -163,12 +163,12 @@ def test_no_such_model(capsys, tmp_path):
     assert capsys.readouterr().err == f"lcm-jax sample: error: there is no folder {tmp_path}/nowhere\n"
 
 
-def test_pictures_are_enlarged_and_labelled(lcm_folder, tmp_path):
+def test_images_are_enlarged_and_labelled(lcm_folder, tmp_path):
     def size(*more):
         out = tmp_path / "x.png"
         sample.main([f"--model={lcm_folder}", "--prompt=a", "--prompt=b", "--steps=1", f"--out={out}", *more])
-        with PIL.Image.open(out) as picture:
-            return picture.size
+        with PIL.Image.open(out) as image:
+            return image.size
 
     width, height = size()
     assert size("--scale=3") == (3 * (width - GAP) + GAP, 3 * height)

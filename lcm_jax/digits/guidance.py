@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Sequence
 
 from lcm_jax.digits.classifier import Classifier
-from lcm_jax.digits.draw import draw_all
 from lcm_jax.digits.evaluation_set import SEED, real_images, validation_prompts
 from lcm_jax.digits.measures import score
+from lcm_jax.digits.sampling import sample_all
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.interop.recipe import RECIPE_FILE
 from lcm_jax.monitor.progress import Sampling
@@ -37,7 +37,7 @@ def best_guidance(
     scores = {}
     for guidance in candidates:
         done = progress and progress.series(f"{steps} steps, trying guidance {guidance:g}", len(prompts), steps)
-        images, _ = draw_all(pipe, prompts, steps, guidance, sampler, seed=VALIDATION_SEED, done=done)
+        images, _ = sample_all(pipe, prompts, steps, guidance, sampler, seed=VALIDATION_SEED, done=done)
         scores[guidance] = score(images, prompts, classifier, features)
     best = max(s.prompt.value for s in scores.values())
     good = {g: s.frechet for g, s in scores.items() if s.prompt.value >= best - WITHIN}

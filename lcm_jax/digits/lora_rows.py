@@ -8,11 +8,11 @@ from jaxtyping import UInt8
 
 from lcm_jax.digits.classifier import Classifier
 from lcm_jax.digits.dataset import STYLES
-from lcm_jax.digits.draw import draw_all
 from lcm_jax.digits.evaluation_set import Prompt, real_images, test_prompts
 from lcm_jax.digits.guidance import best_guidance, work
 from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row, figure_class, pixels, said
+from lcm_jax.digits.sampling import sample_all
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.interop.lora.merge import Loras
 from lcm_jax.monitor.progress import Sampling
@@ -74,14 +74,14 @@ class Measured:
 
     def sheet(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> dict[str, UInt8[np.ndarray, "n 32 32 3"]]:
         """Returns row name -> images for the prompts, sampled with each row's settings; real test images come first."""
-        drawn = {"real test images": real_images(prompts, "test", self.style)}
+        sampled = {"real test images": real_images(prompts, "test", self.style)}
         for row in rows:
             lora = row.name == WITH
             self._attach(self._lcm[1] if lora else 0.0)
             name = f"{row.name}, {row.steps} step{'s' * (row.steps != 1)}"
             sampler = "lcm" if lora else "ddim"
-            drawn[name], _ = draw_all(self.pipe, prompts, row.steps or 1, row.guidance_scale, sampler, fill=True)
-        return drawn
+            sampled[name], _ = sample_all(self.pipe, prompts, row.steps or 1, row.guidance_scale, sampler, fill=True)
+        return sampled
 
     def _attach(self, weight: float) -> None:
         self.pipe.set_loras({**self._others, self._lcm[0]: weight})
@@ -89,8 +89,8 @@ class Measured:
     def _row(self, name: str, steps: int, candidates: Sequence[float], sampler: str) -> Row:
         guidance = best_guidance(self.pipe, self._classifier, steps, candidates, sampler, self.style, self._progress)
         done = self._progress and self._progress.series(f"{name}, {steps} steps", len(self._prompts), steps)
-        pictures, rate = draw_all(self.pipe, self._prompts, steps, guidance, sampler, done=done)
-        measured = score(pictures, self._prompts, self._classifier, self._features, self._asked)
+        images, rate = sample_all(self.pipe, self._prompts, steps, guidance, sampler, done=done)
+        measured = score(images, self._prompts, self._classifier, self._features, self._asked)
         row = Row(name, measured, steps, guidance, rate)
         print(said(row), flush=True)
         return row

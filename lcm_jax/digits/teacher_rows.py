@@ -10,12 +10,12 @@ from typing import Any
 import jax
 
 from lcm_jax.digits.classifier import WEIGHTS, Classifier
-from lcm_jax.digits.draw import draw_all
 from lcm_jax.digits.evaluation_set import real_images, test_prompts
 from lcm_jax.digits.guidance import GUIDANCE, best_guidance, work
 from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row
 from lcm_jax.digits.report import said as line_of
+from lcm_jax.digits.sampling import sample_all
 from lcm_jax.errors import UserError
 from lcm_jax.host import json_file
 from lcm_jax.inference.pipeline import Pipeline
@@ -39,7 +39,7 @@ def measure(pipe: Pipeline, classifier: Classifier, say: Callable[[str], None]) 
             for steps in STEPS:
                 guidance = best_guidance(pipe, classifier, steps, GUIDANCE, sampler, progress=progress)
                 done = progress.series(f"{name}, {steps} steps", len(prompts), steps)
-                images, rate = draw_all(pipe, prompts, steps, guidance, sampler, done=done)
+                images, rate = sample_all(pipe, prompts, steps, guidance, sampler, done=done)
                 rows.append(Row(name, score(images, prompts, classifier, test_features), steps, guidance, rate))
                 say(line_of(rows[-1]))
     return rows

@@ -195,10 +195,10 @@ class Pipeline:
         sizes = checked_sizes(self.family, request.batch_size, *pixels, **given)
         negative = bool(self.family.null) and negative_prompt is not None
         program = self._program(settings.sampler, settings.guided, output != "latents", negative)
-        drawn = np.concatenate([*self._sample(request, program, prompts, null_prompts, sizes)])
+        sampled = np.concatenate([*self._sample(request, program, prompts, null_prompts, sizes)])
         if output == "latents":
-            return drawn
-        images = to_unit(drawn)
+            return sampled
+        images = to_unit(sampled)
         return to_uint8(images) if output == "uint8" else images
 
     def _sample(
@@ -213,13 +213,13 @@ class Pipeline:
             for part in request.parts():
                 of_batch = part.of_batch(ids), part.of_batch(null_ids)
                 result = program(weights, *of_batch, sizes, w, settings.timesteps, part.z_T, part.between)
-                drawn = np.asarray(result, np.float32)[: part.count]
-                if not np.isfinite(drawn).all():
+                sampled = np.asarray(result, np.float32)[: part.count]
+                if not np.isfinite(sampled).all():
                     raise UserError(
                         f"{self.folder.path} samples values that are not finite at guidance_scale "
                         f"{settings.guidance_scale:g}: its weights or the inputs are not finite or too large"
                     )
-                yield drawn
+                yield sampled
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise

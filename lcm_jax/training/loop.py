@@ -210,10 +210,10 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
                     metrics.flush()
                 checkpoints.save(done, state, data.get_state())
             if show:
-                pictures = preview(*program.whole((state["ema"] or state["params"], frozen)))
+                images = preview(*program.whole((state["ema"] or state["params"], frozen)))
                 held.check()
                 if metrics:
-                    shown, path = sheet(config, parts, pictures, done), workdir / "samples" / f"step_{done:06d}.png"
+                    shown, path = sheet(config, parts, images, done), workdir / "samples" / f"step_{done:06d}.png"
                     metrics.images(done, "samples", shown[None])
                     write_png(path, shown)
                     progress.say(f"Samples of step {done}: {path}")

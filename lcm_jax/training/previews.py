@@ -22,18 +22,18 @@ LEAST = 128  # pixels; smaller images are enlarged on the sheet
 LINES = 3  # of a label
 
 
-def sheet(config: Config, parts: Parts, pictures: np.ndarray, step: int) -> np.ndarray:
+def sheet(config: Config, parts: Parts, images: np.ndarray, step: int) -> np.ndarray:
     """Returns the preview of a step to look at, uint8 (H, W, 3): enlarged, each image above its prompt."""
     if parts.objective.sampling(parts.options, parts.process) is None:
-        labels = ["image", "reconstruction"] * (len(pictures) // 2)
+        labels = ["image", "reconstruction"] * (len(images) // 2)
         how = "images and what the autoencoder makes of them"
     else:
         labels = list(config.log.prompts) or [""]
         how = f"{config.log.sample_steps} network steps, guidance scale {config.log.guidance_scale:g}"
     return grid(
-        pictures,
+        images,
         columns=4,
-        scale=-(-LEAST // min(LEAST, *pictures.shape[1:3])),
+        scale=-(-LEAST // min(LEAST, *images.shape[1:3])),
         labels=labels,
         lines=LINES,
         title=f"step {step} of {config.steps}; {how}",

@@ -94,8 +94,8 @@ def test_italic_digits_differ_in_style_only(tmp_path):
 
 def test_a_drawn_digit_can_be_read(grids):
     """The nearest neighbour of almost every digit has the same label, so nothing is mirrored or mixed up."""
-    drawn = dataset.coverage(grids[0][:600]).reshape(600, -1)
-    distance = ((drawn[:, None, ::7] - drawn[None, :, ::7]) ** 2).sum(-1)
+    covers = dataset.coverage(grids[0][:600]).reshape(600, -1)
+    distance = ((covers[:, None, ::7] - covers[None, :, ::7]) ** 2).sum(-1)
     np.fill_diagonal(distance, np.inf)
     assert (grids[1][:600][distance.argmin(1)] == grids[1][:600]).mean() > 0.95
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from lcm_jax import cli, evaluate, load_pipeline
-from lcm_jax.digits import draw, evaluation_set, guidance, teacher_rows
-from lcm_jax.digits.draw import draw_all
+from lcm_jax.digits import evaluation_set, guidance, sampling, teacher_rows
 from lcm_jax.digits.evaluation_set import first_noise, later_noise, real_images, sheet_prompts
 from lcm_jax.digits.measures import score
 from lcm_jax.digits.presets import write_blank
 from lcm_jax.digits.report import Row, table
+from lcm_jax.digits.sampling import sample_all
 from lcm_jax.digits.sheet import HEAD, LEFT
 from lcm_jax.errors import UserError
 from lcm_jax.host.images import GAP
@@ -35,7 +35,7 @@ def few(monkeypatch, micro_teacher, micro_student):
         monkeypatch.setattr(module, "test_prompts", lambda: PROMPTS)
     monkeypatch.setattr(guidance, "validation_prompts", lambda: PROMPTS[::-1])
     monkeypatch.setattr(evaluate, "sheet_prompts", lambda: ON_SHEET)
-    for module in (evaluate, draw):
+    for module in (evaluate, sampling):
         monkeypatch.setattr(module, "BATCH", 2)
     monkeypatch.setattr(teacher_rows, "SAMPLERS", {"ddim": "teacher, DDIM"})
     monkeypatch.setattr(teacher_rows, "STEPS", (4,))
@@ -115,19 +115,19 @@ def test_everything(few, micro_teacher, micro_student, tmp_path, classifier, cap
     features, _ = classifier(real)
     chosen = rows[3].guidance_scale
     assert chosen == guidance.best_guidance(student, classifier, 2, (2.0, 3.0))
-    images, _ = draw_all(student, PROMPTS, 2, chosen)
+    images, _ = sample_all(student, PROMPTS, 2, chosen)
     assert rows[3].score == score(images, PROMPTS, classifier, features)
     assert rows[4].score.frechet == pytest.approx(rows[3].score.frechet, rel=2e-4)
-    others, _ = draw_all(student, PROMPTS, 2, 5.0 - chosen)
+    others, _ = sample_all(student, PROMPTS, 2, 5.0 - chosen)
     other = score(others, PROMPTS, classifier, features)
     assert other.frechet != pytest.approx(rows[3].score.frechet, rel=1e-3)
-    drawn, _ = draw_all(load_pipeline(micro_teacher), PROMPTS, 4, rows[2].guidance_scale, "ddim")
-    assert rows[2].score == score(drawn, PROMPTS, classifier, features)
+    sampled, _ = sample_all(load_pipeline(micro_teacher), PROMPTS, 4, rows[2].guidance_scale, "ddim")
+    assert rows[2].score == score(sampled, PROMPTS, classifier, features)
 
     with PIL.Image.open(out / "sheet.png") as image:
         sheet = np.asarray(image)
-    teachers, _ = draw_all(load_pipeline(micro_teacher), ON_SHEET, 4, rows[2].guidance_scale, "ddim")
-    students, _ = draw_all(student, ON_SHEET, 2, chosen)
+    teachers, _ = sample_all(load_pipeline(micro_teacher), ON_SHEET, 4, rows[2].guidance_scale, "ddim")
+    students, _ = sample_all(student, ON_SHEET, 2, chosen)
     for column in range(2):
         np.testing.assert_array_equal(cell(sheet, 0, column), real_images(ON_SHEET, "test")[column])
         np.testing.assert_array_equal(cell(sheet, 1, column), teachers[column])
@@ -152,11 +152,11 @@ def test_rows_that_come_with_the_package(shipped, micro_student, tmp_path, capsy
     """Results are written next to the model, and the teacher's rows are used unchanged."""
     asked = []
 
-    def draw_all(pipe, prompts, steps, guidance_scale, sampler=None, *, fill=False, done=None):
+    def sample_all(pipe, prompts, steps, guidance_scale, sampler=None, *, fill=False, done=None):
         asked.append((pipe.is_lcm, len(prompts), steps, guidance_scale))
         return real_images(prompts, "train"), 7.0
 
-    monkeypatch.setattr(evaluate, "draw_all", draw_all)
+    monkeypatch.setattr(evaluate, "sample_all", sample_all)
     lcm = shutil.copytree(micro_student, tmp_path / "run" / "lcm")
     evaluate.main([f"--model={lcm}", "--steps=4,1", "--guidance_scale=2.5"])
     out = tmp_path / "run" / "evaluation"
@@ -203,7 +203,7 @@ def test_ceilings(classifier):
 def nothing_is_drawn(monkeypatch):
     """Makes sampling fail: mistakes must be reported before any long computation."""
     for module in (evaluate, teacher_rows):
-        monkeypatch.setattr(module, "draw_all", None)
+        monkeypatch.setattr(module, "sample_all", None)
     monkeypatch.setattr(evaluate, "in_batches", None)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from beartype import beartype
 
-from lcm_jax.digits import colours, draw, evaluation_set, measures, sheet
+from lcm_jax.digits import colours, evaluation_set, measures, sampling, sheet
 from lcm_jax.digits.classifier import Classifier
 from lcm_jax.evaluation import frechet
 
@@ -25,7 +25,7 @@ def test_shapes_and_dtypes_are_as_declared(classifier):
     checked(evaluation_set.first_noise)(3, (2, 4, 1), 0)
     checked(evaluation_set.later_noise)(3, 2, (2, 4, 1), 1)
     checked(sheet.sheet)({"a": images, "b": images}, ["a", "b", "c"])
-    checked(draw.in_batches)(lambda texts, *noise: images[: len(texts)], PROMPTS, (2, 4, 1), 2)
+    checked(sampling.in_batches)(lambda texts, *noise: images[: len(texts)], PROMPTS, (2, 4, 1), 2)
     for wrong in (images[..., :2], images.astype(np.float32)):
         with pytest.raises(jaxtyping.TypeCheckError):
             checked(colours.read_colours)(wrong)

@@ -7,12 +7,12 @@ import pytest
 from fixtures_loras import random_lora
 
 from lcm_jax import evaluate, load_pipeline
-from lcm_jax.digits import draw, evaluation_set, guidance, lora_rows
+from lcm_jax.digits import evaluation_set, guidance, lora_rows, sampling
 from lcm_jax.digits.classifier import STYLE_WEIGHTS, load_classifier
-from lcm_jax.digits.draw import draw_all
 from lcm_jax.digits.evaluation_set import real_images, sheet_prompts
 from lcm_jax.digits.measures import score
 from lcm_jax.digits.report import Row, table
+from lcm_jax.digits.sampling import sample_all
 from lcm_jax.errors import UserError
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.lora.file import write_lora
@@ -27,7 +27,7 @@ def few(monkeypatch):
         monkeypatch.setattr(module, "test_prompts", lambda: PROMPTS)
     monkeypatch.setattr(guidance, "validation_prompts", lambda: PROMPTS[::-1])
     monkeypatch.setattr(evaluate, "sheet_prompts", lambda: ON_SHEET)
-    for module in (evaluate, draw):
+    for module in (evaluate, sampling):
         monkeypatch.setattr(module, "BATCH", 2)
     monkeypatch.setattr(lora_rows, "BASE_STEPS", (2, 3))
     monkeypatch.setattr(lora_rows, "BASE_GUIDANCE", (2.0,))
@@ -70,7 +70,7 @@ def test_rows_are_those_of_what_is_attached(micro_teacher, files, tmp_path, caps
 
     def expected(attached, steps, scale, sampler):  # added to the weights in this order, as the command does
         pipe = load_pipeline(micro_teacher, loras=attached)
-        images, _ = draw_all(pipe, PROMPTS, steps, scale, sampler)
+        images, _ = sample_all(pipe, PROMPTS, steps, scale, sampler)
         return score(images, PROMPTS, classifier, features, "italic")
 
     assert rows[3].score == expected({style: 0.8}, 3, 2.0, "ddim")
@@ -88,12 +88,12 @@ def test_the_sheet_shows_the_rows(micro_teacher, files):
     classifier = load_classifier(STYLE_WEIGHTS)
     measured = lora_rows.Measured(pipe, (lcm, 0.5), {style: 0.8}, classifier, "italic")
     rows = [Row(lora_rows.WITHOUT, None, 2, 2.0), Row(lora_rows.WITH, None, 2, 1.0)]
-    drawn = measured.sheet(ON_SHEET, rows)
+    sampled = measured.sheet(ON_SHEET, rows)
     for (name, images), attached, row in zip(
-        list(drawn.items())[1:], ({style: 0.8}, {lcm: 0.5, style: 0.8}), rows, strict=True
+        list(sampled.items())[1:], ({style: 0.8}, {lcm: 0.5, style: 0.8}), rows, strict=True
     ):
         sampler = "ddim" if row.name == lora_rows.WITHOUT else "lcm"
-        expected, _ = draw_all(load_pipeline(micro_teacher, loras=attached), ON_SHEET, 2, row.guidance_scale, sampler)
+        expected, _ = sample_all(load_pipeline(micro_teacher, loras=attached), ON_SHEET, 2, row.guidance_scale, sampler)
         # other orders of the two LoRAs' sums round differently
         np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1, err_msg=name)
 
@@ -122,7 +122,7 @@ def test_mistakes_with_loras(arguments, message, micro_teacher, micro_student, f
         arguments = [argument.replace(name, str(place)) for argument in arguments]
         message = message.replace(name, str(place))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lora_rows, "draw_all", None)
+    monkeypatch.setattr(lora_rows, "sample_all", None)
     with pytest.raises(UserError) as error:
         evaluate.main(arguments)
     assert str(error.value).startswith(message)

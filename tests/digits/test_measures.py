@@ -66,12 +66,12 @@ def test_prompts_are_for_ever():
 
 @pytest.mark.parametrize("noise", [first_noise, functools.partial(later_noise, 3)])
 def test_noise_is_standard_normal_and_fixed(noise):
-    drawn = noise(300, (4, 4, 2), 0)
-    assert drawn.shape[-4:] == (300, 4, 4, 2)
-    assert drawn.dtype == np.float32
-    np.testing.assert_allclose([drawn.mean(), drawn.std()], [0, 1], atol=0.03)
-    np.testing.assert_array_equal(noise(300, (4, 4, 2), 0), drawn)
-    assert (noise(300, (4, 4, 2), 1) != drawn).any()
+    noises = noise(300, (4, 4, 2), 0)
+    assert noises.shape[-4:] == (300, 4, 4, 2)
+    assert noises.dtype == np.float32
+    np.testing.assert_allclose([noises.mean(), noises.std()], [0, 1], atol=0.03)
+    np.testing.assert_array_equal(noise(300, (4, 4, 2), 0), noises)
+    assert (noise(300, (4, 4, 2), 1) != noises).any()
 
 
 def test_noises_differ_from_one_another():

@@ -33,7 +33,7 @@ def measured(monkeypatch, table, *, guidance):
     monkeypatch.setattr(choice, "validation_prompts", lambda: "validation prompts")
     monkeypatch.setattr(teacher_rows, "test_prompts", lambda: "test prompts")
 
-    def draw_all(pipe, prompts, steps, guidance_scale, sampler, *, seed=None, done=None):
+    def sample_all(pipe, prompts, steps, guidance_scale, sampler, *, seed=None, done=None):
         assert pipe == "a model"
         assert (seed == choice.VALIDATION_SEED) == (prompts == "validation prompts")  # the test rows use other noise
         asked.append((prompts, sampler, steps, guidance_scale))
@@ -47,7 +47,7 @@ def measured(monkeypatch, table, *, guidance):
         return score_of(*table[scale]) if split == "validation" else score_of(0, scale)
 
     for module in (teacher_rows, choice):
-        monkeypatch.setattr(module, "draw_all", draw_all)
+        monkeypatch.setattr(module, "sample_all", sample_all)
         monkeypatch.setattr(module, "score", score)
         monkeypatch.setattr(module, "real_images", lambda prompts, split, *_: f"{split} images of {prompts}")
     lines = []

@@ -93,9 +93,9 @@ def test_consistency_model_against_diffusers(lcm, lcm_pipeline, steps):
     assert_close(lcm(PROMPTS, **ours, output="float"), theirs["np"])
     if steps == 1:
         assert_close(lcm(PROMPTS, **ours, output="latents"), nhwc(theirs["latent"]))
-    pictures = lcm(PROMPTS, **ours)
-    assert pictures.dtype == np.uint8
-    assert np.abs(pictures.astype(int) - np.stack([np.asarray(p) for p in theirs["pil"]])).max() <= 1
+    images = lcm(PROMPTS, **ours)
+    assert images.dtype == np.uint8
+    assert np.abs(images.astype(int) - np.stack([np.asarray(p) for p in theirs["pil"]])).max() <= 1
 
 
 def test_consistency_model_with_own_timesteps_and_size(lcm, lcm_pipeline):
@@ -163,7 +163,7 @@ def test_arguments_of_diffusers_are_answered_with_ours(lcm, given, said):
         lcm("red", **given)
 
 
-def test_seed_decides_the_picture(lcm):
+def test_seed_decides_the_image(lcm):
     first, again, other = (lcm(PROMPTS, steps=1, seed=seed, output="latents") for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
@@ -223,7 +223,7 @@ def test_a_batch_on_an_accelerator_is_as_large_as_its_images_allow():
     assert [default_size(platform, count, side, side) for platform, count, side in cases] == [1, 1, 8, 32, 2, 1]
 
 
-def test_guidance_changes_the_picture(lcm, teacher):
+def test_guidance_changes_the_image(lcm, teacher):
     assert not np.allclose(lcm(PROMPTS, 1, 3.0, output="latents"), lcm(PROMPTS, 1, 12.0, output="latents"))
     assert not np.allclose(teacher(PROMPTS, 5, 3.0, output="float"), teacher(PROMPTS, 5, 9.0, output="float"))
 

@@ -208,8 +208,8 @@ def test_sample(pipe, teacher_folder, files, tmp_path):
     pipe.set_loras({files[0]: 0.5, files[1]: 1.0})
     expected = pipe("a", 1, sampler="lcm")[0]
     pipe.set_loras({})
-    with PIL.Image.open(tmp_path / "x.png") as picture:
-        assert np.array_equal(picture, expected)
+    with PIL.Image.open(tmp_path / "x.png") as image:
+        assert np.array_equal(image, expected)
 
 
 def test_export(pipe, teacher_folder, files, tmp_path, capsys):

@@ -289,11 +289,11 @@ def test_its_own_timesteps_are_taken(files, folder, tmp_path):
     pipe = lcm_jax.load_pipeline(folder.path, loras={files["kohya"]: 1.0})
     noise = np.random.default_rng(0).standard_normal((2, *pipe.latent_shape(1))).astype(np.float32)
 
-    def draw(pipe, **options):
+    def sampled(pipe, **options):
         return pipe("a red seven", latents=noise[0], noise=noise[1:], output="latents", **options)
 
-    found = draw(pipe, sampler="lcm", steps=2)
-    np.testing.assert_array_equal(draw(pipe, steps=2), found)  # the file says that it is an LCM-LoRA
+    found = sampled(pipe, sampler="lcm", steps=2)
+    np.testing.assert_array_equal(sampled(pipe, steps=2), found)  # the file says that it is an LCM-LoRA
     assert not np.array_equal(pipe("x", 2, sampler="ddim", output="latents"), pipe("x", 2, output="latents"))
     assert (
         cli.run(
@@ -305,8 +305,8 @@ def test_its_own_timesteps_are_taken(files, folder, tmp_path):
     merged = lcm_jax.load_pipeline(tmp_path / "merged")
     assert merged.folder.scheduler["original_inference_steps"] == 25
     assert merged.folder.scheduler["timestep_scaling"] == 7.0
-    np.testing.assert_allclose(draw(merged, steps=2, guidance_scale=1.0), found, atol=1e-4 * np.abs(found).max())
-    np.testing.assert_array_equal(draw(pipe, sampler="lcm", timesteps=[999, 519]), found)  # of 25; of 50: 999, 499
+    np.testing.assert_allclose(sampled(merged, steps=2, guidance_scale=1.0), found, atol=1e-4 * np.abs(found).max())
+    np.testing.assert_array_equal(sampled(pipe, sampler="lcm", timesteps=[999, 519]), found)  # of 25; of 50: 999, 499
     pipe.set_loras({})
     assert pipe.lora_recipe is None
 
@@ -318,8 +318,8 @@ def test_closing_lines_and_mistakes(run, files, folder, capsys, tmp_path):
     *_, line = capsys.readouterr().out.splitlines()
     assert f"--model={folder.path} --lora={tmp_path / 'x.safetensors'} --sampler=lcm" in line
     lora_option = f"--lora={files['diffusers']}"
-    drawn = [f"--model={folder.path}", lora_option, "--sampler=lcm", "--prompt=a", f"--out={tmp_path / 'a.png'}"]
-    assert cli.run(sample.main, drawn) == 0
+    options = [f"--model={folder.path}", lora_option, "--sampler=lcm", "--prompt=a", f"--out={tmp_path / 'a.png'}"]
+    assert cli.run(sample.main, options) == 0
     assert cli.run(export.main, [f"--workdir={run}", f"--out={tmp_path / 'folder'}"]) == 2
     assert "should end in .safetensors" in capsys.readouterr().err
 
@@ -337,15 +337,15 @@ def test_each_recipe_has_its_own_program(files, folder, tmp_path):
     files = [with_recipe(files, folder, tmp_path / f"{x}.safetensors", timestep_scaling=x) for x in (1e-3, 2e-3)]
     pipe = lcm_jax.load_pipeline(folder.path)
 
-    def draw(loras):
+    def sampled(loras):
         pipe.set_loras(loras)
         return pipe("a red seven", steps=1, sampler="lcm", output="latents")
 
-    base, one, other = (draw(loras) for loras in ({files[1]: 0.0}, {files[0]: 1.0}, {files[1]: 1.0}))
+    base, one, other = (sampled(loras) for loras in ({files[1]: 0.0}, {files[0]: 1.0}, {files[1]: 1.0}))
     assert np.abs(one - other).max() > 0.01 * np.abs(one).max()
-    np.testing.assert_array_equal(draw({files[0]: 1.0}), one)
-    np.testing.assert_array_equal(draw({files[0]: 0.0}), base)
-    np.testing.assert_array_equal(draw({files[1]: 0.0, files[0]: 1.0}), one)
+    np.testing.assert_array_equal(sampled({files[0]: 1.0}), one)
+    np.testing.assert_array_equal(sampled({files[0]: 0.0}), base)
+    np.testing.assert_array_equal(sampled({files[1]: 0.0, files[0]: 1.0}), one)
 
 
 @pytest.mark.parametrize(

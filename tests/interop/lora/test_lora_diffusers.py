@@ -66,7 +66,7 @@ def nchw(array):
     return torch.from_numpy(np.moveaxis(array, -1, -3).copy())
 
 
-def assert_same_picture(pipe, peer, guidance_scale=2.0):
+def assert_same_image(pipe, peer, guidance_scale=2.0):
     """Two steps of consistency sampling: a diffusion model with an LCM-LoRA."""
     z_T, noise = latents(1, *SHAPE), latents(2, 1, *SHAPE)
     peer.scheduler = diffusers.LCMScheduler.from_config(peer.scheduler.config)
@@ -93,7 +93,7 @@ def test_written_by_us(folder, pipe, peer, dialect, tmp_path, caplog):
     assert_same_differences(differences(adapters), their_differences(peer, "x"))
     peer.set_adapters("x", 0.7)
     pipe.set_loras({file: 0.7})
-    with_lora = assert_same_picture(pipe, peer)
+    with_lora = assert_same_image(pipe, peer)
     pipe.set_loras({file: 0.0})
     noise = {"latents": latents(1, *SHAPE), "noise": latents(2, 1, *SHAPE)}
     without = pipe("a red seven", 2, 2.0, **noise, sampler="lcm", output="latents")
@@ -150,7 +150,7 @@ def test_two_with_weights(folder, pipe, peer, tmp_path):
         files[file] = weight
     peer.set_adapters(["a", "b"], [0.5, -0.8])
     pipe.set_loras(files)
-    assert_same_picture(pipe, peer, guidance_scale=1.0)
+    assert_same_image(pipe, peer, guidance_scale=1.0)
 
 
 DTYPES = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "float32", "float64")
@@ -215,7 +215,7 @@ def test_save_lora_weights(folder, pipe, peer, tmp_path):
     peer.save_lora_weights(tmp_path, **layers(peer), **metadata(peer))
     assert_read(folder, peer, tmp_path)
     pipe.set_loras({tmp_path: 1.0})
-    assert_same_picture(pipe, peer)
+    assert_same_image(pipe, peer)
 
 
 @pytest.mark.parametrize(

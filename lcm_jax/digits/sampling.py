@@ -14,7 +14,7 @@ BATCH = 160  # images per call
 Done = Callable[[int], None]
 
 
-def draw_all(
+def sample_all(
     pipe: Pipeline,
     prompts: Sequence[Prompt],
     steps: int,
@@ -64,27 +64,27 @@ def in_batches(
     Args:
       shape: shape of one latent (h, w, C).
       lcm_steps: number of consistency sampling steps that need noise between them; 0 for other samplers.
-      fill, seed, done: as in `draw_all`.
+      fill, seed, done: as in `sample_all`.
 
     Returns:
-      As `draw_all`; the first batch is timed if it is the only one.
+      As `sample_all`; the first batch is timed if it is the only one.
     """
     first = first_noise(len(prompts), shape, seed)
     later = later_noise(lcm_steps, len(prompts), shape, seed + 1) if lcm_steps else None
     numbers = list(range(len(prompts)))
     if fill:
         numbers += [0] * (-len(numbers) % BATCH)
-    pictures, starts = [], []
+    images, starts = [], []
     for start in range(0, len(numbers), BATCH):
         chosen = numbers[start : start + BATCH]
         starts.append(time.perf_counter())
         between = None if later is None else later[:, chosen]
         with warnings.catch_warnings():
-            if pictures:
+            if images:
                 warnings.simplefilter("ignore")  # the first batch has issued them
-            pictures.append(batch([prompts[i].text for i in chosen], first[chosen], between))
+            images.append(batch([prompts[i].text for i in chosen], first[chosen], between))
         if done:
             done(min(start + BATCH, len(prompts)))
     seconds = time.perf_counter() - starts[min(1, len(starts) - 1)]
-    timed = sum(len(part) for part in pictures[1:]) or len(pictures[0])
-    return np.concatenate(pictures)[: len(prompts)], timed / seconds
+    timed = sum(len(part) for part in images[1:]) or len(images[0])
+    return np.concatenate(images)[: len(prompts)], timed / seconds

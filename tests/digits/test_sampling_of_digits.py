@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lcm_jax.digits import draw, evaluation_set
+from lcm_jax.digits import evaluation_set, sampling
 from lcm_jax.digits.evaluation_set import SEED, first_noise, later_noise
 
 PROMPTS = evaluation_set.test_prompts()[:5]
@@ -30,10 +30,10 @@ def test_batches(monkeypatch, lcm_steps, fill):
         between = later_noise(3, 5, SHAPE, SEED + 1).sum((2, 3, 4))
         expected = np.add(expected, np.stack([np.zeros(5), between.T @ [10.0, 100.0]], 1))
     for size, calls in ((2, [2, 2, 2 if fill else 1]), (5, [5]), (7, [7 if fill else 5])):
-        monkeypatch.setattr(draw, "BATCH", size)
+        monkeypatch.setattr(sampling, "BATCH", size)
         seen = []
         counts = []
-        found, _ = draw.in_batches(record(seen), PROMPTS, SHAPE, lcm_steps, fill=fill, done=counts.append)
+        found, _ = sampling.in_batches(record(seen), PROMPTS, SHAPE, lcm_steps, fill=fill, done=counts.append)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         assert seen == calls
         assert counts == [min(size * (i + 1), 5) for i in range(len(calls))]
@@ -47,9 +47,9 @@ def test_the_first_batch_is_not_timed_unless_it_is_the_only_one(monkeypatch, siz
         clock[0] += 3.0 if clock[0] else 100.0
         return first
 
-    monkeypatch.setattr(draw, "BATCH", size)
-    monkeypatch.setattr(draw.time, "perf_counter", lambda: clock[0])
-    assert draw.in_batches(batch, PROMPTS, SHAPE, 0)[1] == rate
+    monkeypatch.setattr(sampling, "BATCH", size)
+    monkeypatch.setattr(sampling.time, "perf_counter", lambda: clock[0])
+    assert sampling.in_batches(batch, PROMPTS, SHAPE, 0)[1] == rate
 
 
 class Model:
@@ -68,15 +68,15 @@ class Model:
 
 
 def test_a_model_is_told_all(monkeypatch):
-    monkeypatch.setattr(draw, "BATCH", 2)
+    monkeypatch.setattr(sampling, "BATCH", 2)
     teacher, student = Model(is_lcm=False), Model(is_lcm=True)
-    images, _ = draw.draw_all(teacher, PROMPTS, 8, 2.5, "dpmpp")
+    images, _ = sampling.sample_all(teacher, PROMPTS, 8, 2.5, "dpmpp")
     assert teacher.told == ([PROMPTS[4].text], 8, 2.5, "dpmpp")
     np.testing.assert_array_equal(images, first_noise(5, SHAPE, SEED))
-    images, _ = draw.draw_all(student, PROMPTS, 3, 4.0, fill=True)
+    images, _ = sampling.sample_all(student, PROMPTS, 3, 4.0, fill=True)
     assert student.told == ([PROMPTS[4].text, PROMPTS[0].text], 3, 4.0, None)
     np.testing.assert_allclose(
         images, first_noise(5, SHAPE, SEED) + later_noise(3, 5, SHAPE, SEED + 1).sum(0), rtol=1e-5
     )
-    images, _ = draw.draw_all(student, PROMPTS, 1, 4.0)
+    images, _ = sampling.sample_all(student, PROMPTS, 1, 4.0)
     np.testing.assert_array_equal(images, first_noise(5, SHAPE, SEED))
