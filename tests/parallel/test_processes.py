@@ -1,19 +1,17 @@
 """The train command in several real processes: losses as with one; stopped, killed, and resumed by others."""
 
-import os
 import pathlib
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from compiling import QUICK_FLAGS
 from event_files import visible
+from forks import Fork, command
 from little import assert_weights_equal
 
 from lcm_jax.training.checkpoint import finalized_steps, restore_params
@@ -48,20 +46,12 @@ class Group:
     def __init__(self, options, workdir, count, wait=60, only=None):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        devices = f"--xla_force_host_platform_device_count={DEVICES // count} {QUICK_FLAGS}"
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "XLA_FLAGS": devices}
-        command = [sys.executable, "-m", "lcm_jax.train", *options, f"--workdir={workdir}"]
+        flags = f"--xla_force_host_platform_device_count={DEVICES // count} {QUICK_FLAGS}"
         place = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}", f"--wait={wait}"] if count > 1 else []
+        argv = [*options, f"--workdir={workdir}", *place]
         self.workdir = workdir
         self.processes = [
-            subprocess.Popen(
-                [*command, *place, *([f"--process-id={i}"] if place else [])],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+            Fork(command, "train", [*argv, *([f"--process-id={i}"] if place else [])], flags=flags)
             for i in (range(count) if only is None else only)
         ]
 
@@ -75,7 +65,7 @@ class Group:
 
     def end(self):
         """The exit codes and what was printed."""
-        outputs = [process.communicate(timeout=240)[0] for process in self.processes]
+        outputs = [process.communicate() for process in self.processes]
         return [process.returncode for process in self.processes], outputs
 
 

@@ -2,23 +2,20 @@
 
 import json
 import os
-import pathlib
-import subprocess
-import sys
 import time
 
 import pytest
 from bucket_server import serve
 from commands import train_on_one
+from compiling import QUICK_FLAGS
 from etils import epath
 from event_files import visible
+from forks import Fork, command
 
 from lcm_jax import cli, export
 from lcm_jax.errors import Unavailable, UserError
 from lcm_jax.monitor import tensorboard
 from lcm_jax.training import checkpoint, workdir
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sending a large body directly"),  # gcsfs, of objects beyond a megabyte
@@ -37,11 +34,7 @@ def quick(quick):
 
 
 def start(options, workdir):
-    command = [sys.executable, "-m", "lcm_jax.train", *options, f"--workdir={workdir}"]
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return Fork(command, "train", [*options, f"--workdir={workdir}"], flags=QUICK_FLAGS)
 
 
 def steps(workdir):
@@ -57,11 +50,12 @@ def state(workdir, step):
 
 def test_killed_in_a_bucket_as_if_never_stopped_in_a_folder(bucket, quick, tmp_path):
     there, here = bucket / "runs" / "killed", tmp_path / "run"
+    quick = [*quick, "--config.checkpoint.every=6"]
     longer = [option.replace("steps=6", "steps=400") for option in quick]
     process = start(longer, there)
     deadline = time.monotonic() + 240
     while not steps(there):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.kill()
@@ -69,9 +63,9 @@ def test_killed_in_a_bucket_as_if_never_stopped_in_a_folder(bucket, quick, tmp_p
     last = steps(there)[0]
     last += -last % 6 + 6
     options = [option.replace("steps=6", f"steps={last}") for option in quick]
-    said = [start(options, workdir).communicate()[0] for workdir in (there, here)]
+    said = [start(options, workdir).communicate() for workdir in (there, here)]
     assert said[0].endswith(f"--workdir={there} --out=runs/killed/model\n"), said[0]
-    assert steps(there) == checkpoint.finalized_steps(here / "checkpoints") == [last, last - 2]
+    assert steps(there) == checkpoint.finalized_steps(here / "checkpoints") == [last, last - 6]
     assert state(there, last) == state(here, last)
     images = sorted(path.name for path in (here / "samples").iterdir())
     assert images[-1] == f"step_{last:06d}.png"
