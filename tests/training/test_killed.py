@@ -1,4 +1,4 @@
-"""A distillation that is killed and stopped ends with the bits of one that was not interrupted.
+"""Distillations that are killed and stopped end with the bits of those that were not interrupted.
 
 The signals are real ones, each at an exact moment, and so is the death of the process.
 """
@@ -20,6 +20,10 @@ from lcm_jax.training.checkpoint import finalized_steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, EVERY = 12, 3
+KINDS = {
+    "all weights": ["--config.lcd.w_embedding_dim=8"],
+    "LoRA": ["--config.lora.rank=2", "--config.lcd.w_embedding_dim=0"],
+}
 SAVING, BETWEEN = ("saving", 2 * EVERY), ("training", EVERY + 1)  # moments
 
 # Runs the command once for each (workdir, moment, signal) and prints the exit codes. One process for several runs: most
@@ -71,9 +75,10 @@ def trained(options, *runs):
     return done.returncode, done.stdout
 
 
-def test_a_run_that_is_killed_and_stopped_ends_bit_identical(options, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_is_killed_and_stopped_ends_bit_identical(kind, options, tmp_path):
     workdir, reference = tmp_path / "struck", tmp_path / "reference"
-    command = [f"--config={ROOT}/configs/digits.py", "--config.lcd.w_embedding_dim=8", *options]
+    command = [f"--config={ROOT}/configs/digits.py", *KINDS[kind], *options]
     stops = [(*BETWEEN, signal.SIGINT), ("saving", 3 * EVERY, signal.SIGTERM)]
     nothing = ((), 0)
     code, output = trained(command, (reference, *nothing), (workdir, SAVING, signal.SIGKILL))
