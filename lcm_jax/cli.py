@@ -164,9 +164,7 @@ def workdir(text: str) -> epath.Path:
         if "://" in str(epath.Path(os.path.abspath(text))):  # epath, and so Orbax, reads /gs/… as gs://…
             raise UserError(f"--workdir={text} would be read as a gs:// path; choose another folder")
         return epath.Path(text)
-    bucket, _, rest = text.removeprefix("gs://").partition("/")
-    if not bucket or not rest.strip("/"):
-        raise UserError(f"--workdir={text} must name a bucket and a path in it: gs://BUCKET/PATH")
+    files.check_bucket("--workdir", text)
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f'--workdir={text} needs gcsfs: pip install gcsfs, or lcm_jax with its extra "tpu"')
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it also raises the errors that it logs with tracebacks

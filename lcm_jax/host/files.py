@@ -19,6 +19,13 @@ def in_bucket(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith("gs://")
 
 
+def check_bucket(option: str, path: str) -> None:
+    """Raises UserError, which begins with `option`=`path`, unless a gs:// path has a bucket and a path in it."""
+    bucket, _, rest = path.removeprefix("gs://").partition("/")
+    if not bucket or not rest.strip("/"):
+        raise UserError(f"{option}={path} must name a bucket and a path in it: gs://BUCKET/PATH")
+
+
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """Returns the absolute path; a path in a bucket is returned unchanged."""
     return epath.Path(path) if in_bucket(path) else epath.Path(os.path.abspath(path))

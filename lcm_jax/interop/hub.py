@@ -37,6 +37,8 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
             raise UserError(f"{name} is a file; give the folder that holds model_index.json")
     except OSError as error:  # a name that is too long, a folder that this user must not read
         raise UserError(f"{name} can't be read: {error.strerror}") from None
+    except ValueError:  # a null character, or half of a UTF-16 pair
+        raise UserError(f"{name!r} is no path: it has a character that no file's name can have") from None
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"there is no folder {name}")
     # lazy: slow to import, and most models are local folders

@@ -86,6 +86,8 @@ def _executable_in(step: bytes) -> tuple[int, int]:
 
 def given(text: str) -> None:
     """Raises UserError if the file of --compiled does not exist."""
+    if files.in_bucket(text):
+        files.check_bucket("--compiled", text)  # a bucket without a name is searched for until the network gives up
     if not (epath.Path(text).is_file() if files.in_bucket(text) else os.path.isfile(text)):
         raise UserError(f"--compiled={text}: the file does not exist; plan --save={text} writes it")
 

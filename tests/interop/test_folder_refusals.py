@@ -352,6 +352,7 @@ def test_unsupported_schedule(copy):
 
 def test_no_folder(tmp_path):
     fails(tmp_path / "nowhere", "there is no folder")
+    fails("\ud800", r"'.ud800' is no path: it has a character that no file's name can have")
     fails("~no-such-user/a/b", "there is no folder ~no-such-user/a/b")
     fails(tmp_path / ("x" * 300), "x can't be read: File name too long")
 

@@ -78,6 +78,8 @@ def test_train_takes_the_step_that_plan_saved(quick, cache, compiled, tmp_path, 
     assert f"--compiled={saved}x: the file does not exist" in capsys.readouterr().err
     assert run(quick, tmp_path / "typo", "--compiled=http://x/y") == 2
     assert "--compiled=http://x/y: the file does not exist" in capsys.readouterr().err
+    assert run(quick, tmp_path / "typo", "--compiled=gs://") == 2
+    assert "--compiled=gs:// must name a bucket and a path in it" in capsys.readouterr().err
     assert not (tmp_path / "typo").exists()
 
 
