@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from lcm_jax.host import compile_cache
+from lcm_jax.host import compile_cache, memory
 from lcm_jax.inference.generate import Sampler, generate
 
 
@@ -29,6 +29,7 @@ class Program:
         if key not in self._compiled:
             with contextlib.nullcontext() if self._quiet else reported(self._what(*args[5:7])):
                 self._compiled[key] = self._jitted.lower(*args).compile()
+                memory.release()
         return self._compiled[key](*args)
 
     def _what(self, timesteps: Any, z_T: Any) -> str:

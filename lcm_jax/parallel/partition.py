@@ -69,9 +69,28 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, like: Any) -> Any:
-    """Moves host arrays to devices with the shapes and shardings of `like`, a tree of jax.ShapeDtypeStruct."""
-    return jax.tree.map(
-        lambda x, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.asarray(x[index])),
-        tree,
-        like,
-    )
+    """Moves host arrays to devices with the shapes and shardings of `like`, a tree of jax.ShapeDtypeStruct.
+
+    A replicated array is one buffer in memory, however many devices a CPU is split into: they share it. Do not donate
+    it to a program.
+    """
+    return jax.tree.map(_placed, tree, like)
+
+
+def _placed(x: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    sharding = leaf.sharding
+    assert isinstance(sharding, NamedSharding)  # of a Program
+    if not (sharding.is_fully_replicated and sharding.mesh.devices.flat[0].platform == "cpu"):
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(x[index]))
+    buffer = _aligned(np.asarray(x))
+    copies = [jax.device_put(buffer, device, may_alias=True) for device in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+
+
+def _aligned(x: np.ndarray) -> np.ndarray:
+    """Returns a copy that begins at a multiple of 64 bytes, which JAX needs to use it without a copy."""
+    room = np.empty(x.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    copy = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy

@@ -34,7 +34,7 @@ from jaxlib import xla_client
 
 from lcm_jax.config import OUTSIDE_THE_STEP, Config
 from lcm_jax.errors import UserError, say
-from lcm_jax.host import cache_entries, compile_cache, files, json_file, private
+from lcm_jax.host import cache_entries, compile_cache, files, json_file, memory, private
 
 CPU_INFO = pathlib.Path("/proc/cpuinfo")
 
@@ -138,6 +138,7 @@ class Ahead:
                 return compiled
         before = compile_cache.from_cache()
         compiled = lowered.compile()
+        memory.release()
         if self._own and compile_cache.from_cache() == before:
             try:
                 private.write(self._own, _content(self._mesh, lowered, compiled))

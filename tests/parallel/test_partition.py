@@ -80,3 +80,15 @@ def test_each_device_gets_its_part():
     placed = place({"a": array}, {"a": like})["a"]
     assert placed.addressable_shards[0].data.shape == (2, 5)
     np.testing.assert_array_equal(placed, array)
+
+
+def test_a_replicated_array_is_one_buffer_for_all_devices_of_a_cpu():
+    mesh = make_mesh(MeshConfig())
+    x = np.arange(15, dtype=np.float32).reshape(3, 5)
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, P()))
+    placed = place(x, like)
+    shards = placed.addressable_shards
+    assert len(shards) == 8
+    assert len({shard.data.unsafe_buffer_pointer() for shard in shards}) == 1
+    x += 1  # the buffer is not the caller's
+    np.testing.assert_array_equal(placed, x - 1)
