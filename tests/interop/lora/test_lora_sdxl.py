@@ -3,7 +3,6 @@
 import diffusers
 import numpy as np
 import pytest
-import torch
 import transformers
 from fixtures_loras import assert_same_differences, differences
 from peft.tuners.tuners_utils import BaseTunerLayer
