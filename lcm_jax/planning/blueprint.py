@@ -5,7 +5,6 @@ import pathlib
 from importlib import resources
 
 import numpy as np
-from jaxtyping import Int
 
 from lcm_jax.config import Config
 from lcm_jax.families.base import Tokens
@@ -43,7 +42,7 @@ def published() -> dict[str, tuple[Folder, Tokens]]:
     return found
 
 
-def _empty_prompt(*, start: int, end: int, padding: int, length: int) -> Int[np.ndarray, "1 length"]:
+def _empty_prompt(*, start: int, end: int, padding: int, length: int) -> np.ndarray:
     tokens = np.full((1, length), padding, np.int32)
     tokens[0, :2] = start, end
     return tokens
