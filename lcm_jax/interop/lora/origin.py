@@ -32,7 +32,11 @@ _BLOCKS = {
     r"down_blocks[._](0[._]attentions|3)[._]|up_blocks[._](2[._]attentions|3)[._]": _SD,
     r"input_blocks[._]([12][._]1|9|1\d)[._]": _SD,
 }
-_MORE_LAYERS = re.compile(r"mid_block[._]attentions|middle_block[._][12][._]|transformer_blocks[._]\d")
+# a usual module of a transformer: the model lacks the whole layer, not a module in it
+_MORE_LAYERS = re.compile(
+    r"transformer_blocks[._]\d.*[._](to_[qkv]|to_out|net[._][02])|"
+    r"(mid_block[._]attentions[._]0|middle_block[._]1)[._]proj_(in|out)"
+)
 
 
 def strangers(file: Shapes, keys: Sequence[str], kernels: Mapping[str, Shapes], fault: str) -> str:

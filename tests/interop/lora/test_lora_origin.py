@@ -102,9 +102,10 @@ def test_for_the_first_stable_diffusion_in_each_naming(name, tmp_path):
 def test_half_of_the_modules_are_unknown(tmp_path):
     """Nothing is loaded, whoever made the file."""
     own = {f"unet.down_blocks.1.{TO_K}": 2048}
-    path = write(tmp_path / "x.safetensors", {**own, "unet.down_blocks.1.attentions.0.extra": 640}, out=640)
+    extra = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.extra"
+    path = write(tmp_path / "x.safetensors", {**own, f"unet.{extra}": 640}, out=640)
     found = message(path, SDXL)
-    assert "this model's unet has no module down_blocks.1.attentions.0.extra" in found
+    assert f"this model's unet has no module {extra}" in found
     assert found.endswith("was it trained on another base model?")
 
 
