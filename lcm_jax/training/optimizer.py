@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, BFloat16, Float
+from jaxtyping import Array, BFloat16, Float, UInt32
 
 from lcm_jax.config import OptimizerConfig
+from lcm_jax.training.hashing import mixed, places
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -92,15 +93,19 @@ def _adam_in_bfloat16(b1: float, b2: float, eps: float) -> optax.GradientTransfo
         mean, square = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
         scaled = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square)
         leaves, structure = jax.tree.flatten(nu)
-        keys = jax.random.split(jax.random.fold_in(extra["key"], _ROUNDING), len(leaves))
-        rounded = structure.unflatten([stochastically_rounded(v, keys[i]) for i, v in enumerate(leaves)])
+        seeds = jax.random.bits(jax.random.fold_in(extra["key"], _ROUNDING), (len(leaves),), jnp.uint32)
+        rounded = structure.unflatten([stochastically_rounded(v, seeds[i]) for i, v in enumerate(leaves)])
         return scaled, optax.ScaleByAdamState(count, optax.tree.cast(mu, jnp.bfloat16), rounded)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def stochastically_rounded(x: Float[Array, "..."], key: jax.Array) -> BFloat16[Array, "..."]:
-    """Rounds finite float32 to one of the two neighbouring bfloat16 values, so that the expectation is x."""
-    below = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)  # carries into the kept bits, or does not
-    words = jax.lax.bitcast_convert_type(x, jnp.uint32) + below
+def stochastically_rounded(x: Float[Array, "..."], seed: UInt32[Array, ""]) -> BFloat16[Array, "..."]:
+    """Rounds finite float32 to one of the two neighbouring bfloat16 values, so that the expectation over seeds is x.
+
+    The noise is a hash of the seed and the element's index, with fewer operations than jax.random's. It does not depend
+    on how x is divided over devices.
+    """
+    noise = mixed(places(x.shape) * jnp.uint32(0x9E3779B1) + seed) >> 16  # carries into the kept bits, or does not
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
     return jax.lax.bitcast_convert_type((words >> 16).astype(jnp.uint16), jnp.bfloat16)
