@@ -81,8 +81,13 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up, then a constant or cosine learning rate, and clipping by global norm."""
+    """AdamW or Adafactor with a linear warm-up, then a constant or cosine learning rate, clipped by global norm."""
 
+    # adamw: two moments per weight | adafactor: hardly any memory, a mean of squares per row and per column of a weight
+    # (of at least 128 each), and no mean of gradients; each weight's update is clipped to a root mean square of 1
+    name: str = "adamw"
+    # of AdamW's two moments: float32 | bfloat16: half the memory; the mean of squares is rounded stochastically
+    moments_dtype: str = "float32"
     learning_rate: float = 1e-5  # after the warm-up
     warmup_steps: int = 0  # steps over which the learning rate rises linearly from zero
     decay: str = "constant"  # constant | cosine (to zero at the last step)
@@ -95,10 +100,15 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _positive(self, "learning_rate", "eps")
         _not_negative(self, "warmup_steps", "weight_decay", "clip_norm")
+        one_of("name", self.name, ("adamw", "adafactor"))
+        one_of("moments_dtype", self.moments_dtype, ("float32", "bfloat16"))
         one_of("decay", self.decay, ("constant", "cosine"))
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        for name in ("moments_dtype", "b1", "b2", "eps"):
+            if self.name == "adafactor" and getattr(self, name) != getattr(OptimizerConfig, name):
+                raise UserError(f"{name} has no effect: name is 'adafactor'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,9 @@ FILES = (
     "digits_teacher.py:vae",
     "sd15.py",
     "sd21.py",
+    "sdxl.py",
+    "sdxl_lora.py",
+    "ssd1b_lora.py",
 )
 
 
@@ -74,6 +77,8 @@ def test_the_command_line_overrides(override, path, value):
         ("--config.optimizer.clip_norm=inf", "config.optimizer.clip_norm is inf"),
         ("--config.log.guidance_scale=nan", "config.log.guidance_scale is nan; it must be a finite number"),
         ("--config.ema.decay=1.5", "config.ema.decay is 1.5"),
+        ("--config.optimizer.name=adam", "config.optimizer.name is 'adam'; did you mean 'adamw'? One of "),
+        ("--config.optimizer.moments_dtype=float16", "moments_dtype is 'float16'; did you mean 'bfloat16'? One of "),
         ("--config.objective=lcm", "did you mean 'lcd'"),
         ("--config.denoising.min_snr_gamma=5", "denoising.min_snr_gamma has no effect: objective is 'lcd'"),
     ],
@@ -83,6 +88,12 @@ def test_a_slip_ends_in_one_line_that_helps(override, said):
         load("digits.py", override)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["moments_dtype=bfloat16", "b1=0.8", "b2=0.99", "eps=1e-6"])
+def test_adamws_options_have_no_effect_on_adafactor(option):
+    with pytest.raises(UserError, match=rf"optimizer\.{option.split('=')[0]} has no effect: name is 'adafactor'"):
+        load("digits.py", "--config.optimizer.name=adafactor", f"--config.optimizer.{option}")
 
 
 @pytest.mark.parametrize(

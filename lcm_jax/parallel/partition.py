@@ -31,7 +31,8 @@ def divided_axis(path: str, shape: tuple[int, ...], fsdp: int) -> int | None:
         if re.fullmatch(pattern, path):
             if fsdp == 1:
                 return None
-            return next((axis % len(shape) for axis in preferred if shape[axis] % fsdp == 0), None)
+            there = (axis for axis in preferred if -axis <= len(shape))  # Adafactor's means have an axis less
+            return next((axis % len(shape) for axis in there if shape[axis] % fsdp == 0), None)
     raise ValueError(f"no rule of lcm_jax/parallel/partition.py matches the parameter {path}")
 
 

@@ -24,6 +24,7 @@ from lcm_jax.errors import Unavailable, UserError, plain, say
 from lcm_jax.host import files
 from lcm_jax.parallel.processes import all_agree, is_first, meet
 from lcm_jax.training import orbax_noise
+from lcm_jax.training.hashing import mixed, places
 
 FOLDER = "checkpoints"
 COUNTERS = ("step", "skipped")
@@ -49,13 +50,8 @@ def checksums(tree: Any) -> list[int]:
 def _checksum(x: jax.Array) -> jax.Array:
     bits = min(jnp.dtype(x.dtype).itemsize * 8, 32)  # a 64-bit value becomes two words on a new last axis
     words = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
-    place = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    hashed = words.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))
-    hashed = (hashed ^ (hashed >> 16)) * jnp.uint32(0x85EBCA6B)  # the finalizer of MurmurHash3
-    hashed = (hashed ^ (hashed >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(hashed ^ (hashed >> 16), dtype=jnp.uint32)
+    hashed = words.astype(jnp.uint32) ^ (places(words.shape) * jnp.uint32(0x9E3779B1))
+    return jnp.sum(mixed(hashed), dtype=jnp.uint32)
 
 
 def _items(state: dict[str, Any]) -> dict[str, Any]:

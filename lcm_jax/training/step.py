@@ -109,7 +109,7 @@ def _make_update(config: Config, parts: Parts, mesh: Mesh, loss: Loss, number: i
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
         old = part(params, loss)
-        changes, new_state = optimizer.update(grads, opt_state, old)
+        changes, new_state = optimizer.update(grads, opt_state, old, key=key)
         # the barrier: else both weights and EMA would read the update, which would be written to memory for that
         new = jax.lax.optimization_barrier(kept(optax.apply_updates(old, changes), old))
         if average:

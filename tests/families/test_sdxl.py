@@ -11,6 +11,7 @@ import torch
 import transformers
 from commands import train_on_one
 from fixtures_folders import SCHEDULE, TOKENS, UNET, VAE, latents, randomize, write_tokenizer
+from fixtures_loras import TEXT_TARGETS, UNET_TARGETS, random_adapter
 
 import lcm_jax
 from lcm_jax import cli, export
@@ -18,6 +19,7 @@ from lcm_jax.errors import UserError
 from lcm_jax.families.base import default_sizes
 from lcm_jax.inference.verify import verify
 from lcm_jax.interop.folder import read_folder
+from lcm_jax.interop.lora.file import write_lora
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS = ["a red seven", "red red words"]
@@ -217,6 +219,16 @@ def test_a_distillation_step_and_export(folder, digits_data_dir, tmp_path):
     assert student.w_embedding_dim == 32
     assert verify(out) < 1e-4
     assert "StableDiffusionXLPipeline.from_pretrained" in (out / "README.md").read_text()
+
+
+def test_a_lora_of_all_three_networks(folder, tmp_path):
+    loaded, targets = read_folder(folder), {"unet": UNET_TARGETS}
+    adapters = {
+        name: random_adapter(loaded, name, targets.get(name, TEXT_TARGETS), seed)
+        for seed, name in enumerate(("unet", "text_encoder", "text_encoder_2"))
+    }
+    file = write_lora(tmp_path / "x.safetensors", adapters, dialect="kohya")
+    assert verify(folder, lora=file) < 1e-4
 
 
 @pytest.mark.parametrize(

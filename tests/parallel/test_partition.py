@@ -7,10 +7,12 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from lcm_jax.config import OptimizerConfig
 from lcm_jax.interop.network_configs import MODEL_CLASSES
 from lcm_jax.models import Network
 from lcm_jax.parallel.mesh import MeshConfig, make_mesh
 from lcm_jax.parallel.partition import divided_axes, divided_axis, place, shardings, spec
+from lcm_jax.training.optimizer import make_optimizer
 
 SD15_UNET = {
     "block_out_channels": [320, 640, 1280, 1280],
@@ -71,6 +73,36 @@ def test_the_state_lies_as_its_weights_do():
     of_kernels = [s.spec for s, x in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True) if x.ndim == 4]
     assert of_kernels == [P(None, None, "fsdp")] * 3  # the weight and both of its moments
     assert {s.spec for s, x in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True) if x.ndim < 4} == {P()}
+
+
+@pytest.mark.parametrize(
+    "options", [{"name": "adafactor"}, {"moments_dtype": "bfloat16"}], ids=["adafactor", "bfloat16"]
+)
+def test_the_small_optimizers_states_are_divided(options):
+    """Adafactor's means along their own axes; an update over eight devices is that of one."""
+    config = OptimizerConfig(clip_norm=0.0, **options)  # the norm's sum would depend on the devices
+    optimizer = make_optimizer(config, 10)
+    random = np.random.default_rng(0)
+    shapes = {"a.kernel": (256, 384), "conv.kernel": (3, 3, 128, 136), "conv.bias": (136,)}
+    weights, grads = (
+        {"unet": {k: jnp.asarray(random.standard_normal(s), jnp.float32) for k, s in shapes.items()}} for _ in range(2)
+    )
+    key = jax.random.key(0)
+
+    def two_updates(weights, state, grads):
+        for _ in range(2):
+            changes, state = optimizer.update(grads, state, weights, key=key)
+        return changes, state
+
+    expected = jax.jit(two_updates)(weights, optimizer.init(weights), grads)
+    mesh = make_mesh(MeshConfig(fsdp=8, data=1))
+    places = shardings((weights, optimizer.init(weights), grads), mesh)
+    found = jax.jit(two_updates, in_shardings=places, out_shardings=places[:2])(weights, optimizer.init(weights), grads)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-5, atol=0)
+    divided = [leaf.size for leaf in jax.tree.leaves(found[1]) if leaf.sharding.spec != P()]
+    matrices = [256, 384, 9 * 128, 9 * 136] if config.name == "adafactor" else [256 * 384, 9 * 128 * 136] * 2
+    assert sorted(divided) == sorted(matrices)
 
 
 def test_each_device_gets_its_part():

@@ -32,6 +32,8 @@ STEP = {
     "model.dtype": ("bfloat16", "lcd"),
     "model.remat": ("block", "lcd"),
     "accumulate": (2, "autoencoder"),
+    "optimizer.name": ("adafactor", "autoencoder"),
+    "optimizer.moments_dtype": ("bfloat16", "autoencoder"),
     "optimizer.learning_rate": (3e-4, "autoencoder"),
     "optimizer.warmup_steps": (3, "autoencoder"),
     "optimizer.decay": ("cosine", "autoencoder"),

@@ -71,6 +71,44 @@ def test_unet_and_text_encoders_of_sdxl(tmp_path):
     )
 
 
+UNKNOWN = {  # tensor -> model, message: by names alone
+    "lora_unet_input_blocks_4_1_transformer_blocks_1_ff_net_2": (SD1, "on SDXL; this model is Stable Diffusion 1.x"),
+    "unet.down_blocks.1.attentions.1.transformer_blocks.1.attn1.to_q": (SD1, "on SDXL; this model is Stable"),
+    "lora_unet_label_emb_0_0": (SD1, "on SDXL; this model is Stable Diffusion 1.x"),
+    "lora_unet_input_blocks_10_0_in_layers_2": (SDXL, "on Stable Diffusion 1.x or Stable Diffusion 2.x; this model is"),
+    "unet.down_blocks.0.attentions.0.proj_in": (SDXL, "on Stable Diffusion 1.x or Stable Diffusion 2.x; this model is"),
+    "lora_unet_output_blocks_0_1_transformer_blocks_8_ff_net_2": (SDXL, "on a larger model of SDXL's kind; this model"),
+    "unet.mid_block.attentions.0.proj_in": (SDXL, "on a larger model of SDXL's kind; this model has fewer transformer"),
+}
+
+
+@pytest.mark.parametrize("module", UNKNOWN)
+def test_what_names_alone_show(module, tmp_path):
+    model, said = UNKNOWN[module]
+    found = message(write(tmp_path / "x.safetensors", {module: 640}), model)
+    assert f"x.safetensors: it was trained {said}" in found
+    assert ": 1 of its 1 modules are not in this model" in found
+
+
+@pytest.mark.parametrize(
+    "name", ["input_blocks_1_1_transformer_blocks_0", "unet.down_blocks.0.attentions.0.transformer"]
+)
+def test_for_the_first_stable_diffusion_in_each_naming(name, tmp_path):
+    modules = {f"lora_unet_{name}_attn2_to_k" if "input" in name else f"{name}_blocks.0.attn2.to_k": 768}
+    found = message(write(tmp_path / "x.safetensors", modules), SDXL)
+    assert "it was trained on Stable Diffusion 1.x (text width 768); this model is SDXL with text width 2048" in found
+
+
+def test_half_of_the_modules_are_unknown(tmp_path):
+    """Nothing is loaded, whoever made the file."""
+    own = {f"unet.down_blocks.1.{TO_K}": 2048}
+    extra = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.extra"
+    path = write(tmp_path / "x.safetensors", {**own, f"unet.{extra}": 640}, out=640)
+    found = message(path, SDXL)
+    assert f"this model's unet has no module {extra}" in found
+    assert found.endswith("was it trained on another base model?")
+
+
 def test_for_the_first_stable_diffusion_on_sdxl(tmp_path):
     path = write(tmp_path / "x.safetensors", {f"unet.down_blocks.0.{TO_K}": 768})
     found = message(path, SDXL)
