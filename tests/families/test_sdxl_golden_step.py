@@ -22,6 +22,7 @@ from lcm_jax.objectives.lcd import Draws, LCDConfig
 from lcm_jax.training.losses import make_losses
 from lcm_jax.training.networks import frozen_params, initial_params, make_parts
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS, SIZE, W_DIM = ["a red seven", "red", "words"], 8, 32
 SIZES = np.asarray([[20, 30, 1, 2, 16, 17], [16, 16, 0, 0, 16, 16], [40, 9, 5, 0, 18, 16]], np.int32)
 DRAWS = Draws(

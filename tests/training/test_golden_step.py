@@ -29,6 +29,7 @@ from lcm_jax.training.networks import frozen_params, initial_params, make_parts
 from lcm_jax.training.state import initial_state
 from lcm_jax.training.step import make_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH, SIZE, W_DIM = 3, 8, 32
 LEARNING_RATES = (5e-4, 1e-3)  # a warm-up of two steps
 DECAY, CLIP_NORM, WEIGHT_DECAY, BETAS, EPS = 0.9, 0.05, 0.1, (0.8, 0.95), 1e-3
@@ -48,15 +49,6 @@ def folder(tmp_path_factory):
     pipeline.register_modules(unet=unet.eval(), vae=vae.eval())
     pipeline.save_pretrained(path / "teacher")
     return read_folder(path / "teacher")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Torch is slower with several threads on layers this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def configure(folder, solver):
