@@ -5,7 +5,8 @@ import pathlib
 
 from fixtures_folders import SCHEDULE, TOKENS, UNET, VAE, randomize, write_tokenizer
 
-WIDTHS, PROJECTION, TIME_DIM = (8, 16), 12, 4
+WIDTHS, TIME_DIM = (8, 16), 4
+PROJECTION = 8  # the first encoder's width, so that its pooled vector would fit too
 
 
 def build_sdxl(root: pathlib.Path, layers: int = 3, **unet):

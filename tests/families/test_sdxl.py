@@ -182,7 +182,7 @@ def test_a_distillation_step_and_export(folder, digits_data_dir, tmp_path):
             "it looks like SDXL's refiner",
         ),
         ("unet/config.json", {"cross_attention_dim": 32}, "unet and text_encoder and text_encoder_2 don't fit"),
-        ("unet/config.json", {"addition_time_embed_dim": 8}, r"projection_dim \+ 6 · addition_time_embed_dim 60"),
+        ("unet/config.json", {"addition_time_embed_dim": 8}, r"projection_dim \+ 6 · addition_time_embed_dim 56"),
         ("unet/config.json", {"addition_embed_type": None}, "addition_embed_type is None; supported: 'text_time'"),
     ],
     ids=["setting", "encoder", "refiner", "width", "sizes", "unet of sd"],
