@@ -61,9 +61,7 @@ class Algorithm1:
           huber_c, distance: d.
         """
         drop = torch.from_numpy(np.array(draws.drop))
-        condition = jax.tree.map(
-            lambda c, n: torch.where(drop.reshape(-1, *[1] * (c.ndim - 1)), n, c), condition, null
-        )
+        condition = jax.tree.map(lambda c, n: torch.where(drop.reshape(-1, *[1] * (c.ndim - 1)), n, c), condition, null)
         t = SKIP * (torch.from_numpy(np.array(draws.i)).long() + 1) - 1
         s = torch.clamp(t - SKIP, min=0)
         with torch.no_grad():
