@@ -61,7 +61,7 @@ def test_images_are_those_of_diffusers(teacher_pipeline, lcm_pipeline, tmp_path,
         z_T, noise = latents(1, 2, 8, 8, 4), latents(2, count - 1, 2, 8, 8, 4)
         eps, *between = (torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for x in (z_T, *noise))
         with injected_noise(between), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(importlib.import_module(type(peer).__module__), "randn_tensor", lambda *_, **__: eps)
+            patch.setattr(importlib.import_module(type(peer).__module__), "randn_tensor", lambda *_, eps=eps, **__: eps)
             # the posterior's mean, of which we start
             patch.setattr("diffusers.models.autoencoders.vae.randn_tensor", lambda shape, **_: torch.zeros(shape))
             options = {"num_inference_steps": steps, "strength": strength, "guidance_scale": scale}
