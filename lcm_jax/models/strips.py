@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 from lcm_jax.models.layers import ResnetBlock2D, enlarge
 from lcm_jax.models.norms import GroupNorm
 
-PIXELS = 2**16  # of a strip, at most
+PIXELS = 2**15  # of a strip, at most
 Map = Float[Array, "b h w c"]
-Padded = Float[Array, "b h+2 w c"]  # a map with a row of zeros above and below
+Padded = Float[Array, "b h+2 w c"]  # a map with an unused row above and below
 
 
 class Moments(NamedTuple):
@@ -106,8 +106,8 @@ def _resnet(resnet: ResnetBlock2D, kept: Padded, moments: Moments, pixels: int) 
         return _put(inner, row, y), skip, _update(seen, y, fresh)
 
     shape = (*kept.shape[:3], resnet.conv1.out_features)
-    skip = jnp.zeros(shape, kept.dtype) if hasattr(resnet, "conv_shortcut") else kept
-    inner, skip, seen = strips.run(first, (jnp.zeros(shape, kept.dtype), skip, _no_moments(shape)))
+    skip = _new(shape, kept[:, 1:]) if hasattr(resnet, "conv_shortcut") else kept
+    inner, skip, seen = strips.run(first, (_new(shape, kept), skip, _no_moments(shape)))
     return _second_half(resnet, inner, seen, skip, strips)
 
 
@@ -121,14 +121,14 @@ def _resnet_after_upsampling(
 
     def upsampled(row: Any) -> Map:
         """Rows 2 row - 1 … 2 row + 2 rows of the input; those outside of it are not zero."""
-        return _convolved(upsampler, enlarge(_rows(kept, row, low.rows + 2)))
+        return _convolved(upsampler, enlarge(_inside(_rows(kept, row, low.rows + 2), row, height)))
 
     def skips(carry: Any, row: Any, fresh: Any) -> Any:
         skip, seen = carry
         x = upsampled(row)[:, 1:-1]
         return _put(skip, 2 * row, resnet.conv_shortcut(x)), _update(seen, x, jnp.repeat(fresh, 2))
 
-    start = jnp.zeros(shape, kept.dtype), _no_moments((b, 0, 0, c))
+    start = _new(shape, kept), _no_moments((b, 0, 0, c))
     skip, moments = low.run(skips, start)
     normal = _normal(resnet.norm1, moments)
 
@@ -137,7 +137,7 @@ def _resnet_after_upsampling(
         y = _convolved(resnet.conv1, _inside(normal(upsampled(row)), 2 * row, 2 * height))
         return _put(inner, 2 * row, y), _update(seen, y, jnp.repeat(fresh, 2))
 
-    inner, seen = low.run(first, (jnp.zeros(shape, kept.dtype), _no_moments(shape)))
+    inner, seen = low.run(first, (_new(shape, skip), _no_moments(shape)))
     return _second_half(resnet, inner, seen, skip, _divide(inner, pixels))
 
 
@@ -164,10 +164,11 @@ def _upsample(conv: Any, kept: Padded, pixels: int) -> tuple[Padded, Moments]:
 
     def step(carry: Any, row: Any, fresh: Any) -> Any:
         out, seen = carry
-        y = _convolved(conv, enlarge(_rows(kept, row, strips.rows + 2)))[:, 1:-1]
+        rows = _inside(_rows(kept, row, strips.rows + 2), row, strips.height)
+        y = _convolved(conv, enlarge(rows))[:, 1:-1]
         return _put(out, 2 * row, y), _update(seen, y, jnp.repeat(fresh, 2))
 
-    return strips.run(step, (jnp.zeros(shape, kept.dtype), _no_moments(shape)))
+    return strips.run(step, (_new(shape, kept), _no_moments(shape)))
 
 
 def _last(decoder: Any, kept: Padded, moments: Moments, pixels: int) -> Map:
@@ -178,7 +179,7 @@ def _last(decoder: Any, kept: Padded, moments: Moments, pixels: int) -> Map:
         rows = _inside(normal(_rows(kept, row, strips.rows + 2)), row, strips.height)
         return _put(image, row, _convolved(decoder.conv_out, rows))
 
-    image = jnp.zeros((*kept.shape[:3], decoder.conv_out.out_features), kept.dtype)
+    image = _new((*kept.shape[:3], decoder.conv_out.out_features), kept)
     return strips.run(step, image)[:, 1:-1]
 
 
@@ -189,6 +190,14 @@ def _divide(kept: Padded, pixels: int) -> _Strips:
     height = kept.shape[1] - 2
     rows = min(max(pixels // kept.shape[2], 1), height)
     return _Strips(height, rows, -(-height // rows))
+
+
+def _new(shape: tuple[int, ...], before: Padded) -> Padded:
+    """Returns a map to be filled, once the map `before` is there.
+
+    XLA would make the zeros of all layers at the start, and one array of zeros for two maps, which it then copies.
+    """
+    return jnp.broadcast_to(before[:1, :1, :1, :1], shape)
 
 
 def _pad(x: Map) -> Padded:
