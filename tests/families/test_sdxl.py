@@ -87,6 +87,46 @@ def test_samples_against_diffusers(pipe, peer, negative, sizes):
     assert relative(ours, theirs) < 1e-4
 
 
+def test_negative_sizes_against_diffusers(pipe, peer):
+    """Of one image: with more, diffusers gives half of the prompts the negative sizes."""
+    z_T, options = latents(1, 1, 8, 12, 4), {"negative_original_size": (9, 40), "negative_target_size": (30, 7)}
+    ours = {
+        crop: pipe(
+            PROMPTS[0], 2, 5.0, latents=z_T, height=16, width=24, output="float", negative_crop=crop,
+            decode_in_strips=True, **options,
+        )
+        for crop in (None, (6, 2))
+    }  # fmt: skip
+    for crop, images in ours.items():
+        theirs = peer(
+            PROMPTS[0],
+            height=16,
+            width=24,
+            num_inference_steps=2,
+            guidance_scale=5.0,
+            latents=torch.from_numpy(z_T).permute(0, 3, 1, 2),
+            output_type="np",
+            negative_crops_coords_top_left=crop or (0, 0),
+            **options,
+        ).images
+        assert relative(images, theirs) < 1e-4
+    assert relative(ours[None], ours[6, 2]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("scale", "sizes", "message"),
+    [
+        (5.0, {"negative_crop": (1, 2)}, "negative_original_size is missing; give negative_original_size and negat"),
+        (1.0, {"negative_original_size": (1, 2)}, "negative sizes have no effect without guidance; leave them out"),
+        (5.0, {"negative_original_size": (1, 2), "negative_target_size": 3}, "negative_target_size is 3; it must be"),
+    ],
+    ids=["crop alone", "unguided", "one number"],
+)
+def test_wrong_negative_sizes(pipe, scale, sizes, message):
+    with pytest.raises(UserError, match=message):
+        pipe(PROMPTS, 2, scale, **sizes)
+
+
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )  # of diffusers' EulerDiscreteScheduler
