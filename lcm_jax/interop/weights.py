@@ -36,8 +36,11 @@ _NAME = re.compile(
     rf"(?:{'|'.join(_STEMS)})(?:\.(?P<variant>[\w-]+))?\.safetensors(?:\.index(?:\.(?P<index_variant>[\w-]+))?\.json)?"
 )
 _SHARD = re.compile(r".*-\d+-of-\d+")
-# safetensors looks these up in numpy, which lacks them
-_FLOAT8 = {
+_FLOATS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
     "F8_E4M3": jnp.float8_e4m3fn,
     "F8_E5M2": jnp.float8_e5m2,
     "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
@@ -165,8 +168,8 @@ def read_file(path: pathlib.Path) -> tuple[Tensors, dict[str, str] | None]:
     """Returns the tensors and header metadata of a safetensors file; raises UserError if it can't be read."""
     with _opened(path) as file:
         dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (no iterator)
-        float8 = _read_float8(path, [key for key, dtype in dtypes.items() if dtype in _FLOAT8])
-        return {key: float8[key] if key in float8 else file.get_tensor(key) for key in dtypes}, file.metadata()
+        floats = _read_floats(path, [key for key, dtype in dtypes.items() if dtype in _FLOATS])
+        return {key: floats[key] if key in floats else file.get_tensor(key) for key in dtypes}, file.metadata()
 
 
 def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
@@ -181,8 +184,12 @@ def read_header(path: pathlib.Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def _read_float8(path: pathlib.Path, keys: list[str]) -> Tensors:
-    """Reads float8 tensors by the offsets in the header; safetensors must have validated the file."""
+def _read_floats(path: pathlib.Path, keys: list[str]) -> Tensors:
+    """Reads floating-point tensors by the offsets in the header; safetensors must have validated the file.
+
+    safetensors maps the file into memory and copies each tensor, so that a process holds the weights twice for a
+    while. It also looks types up in numpy, which lacks float8.
+    """
     if not keys:
         return {}
     tensors = {}
@@ -192,7 +199,8 @@ def _read_float8(path: pathlib.Path, keys: list[str]) -> Tensors:
         for key in keys:
             start, end = header[key]["data_offsets"]
             file.seek(8 + size + start)
-            flat = np.fromfile(file, np.dtype(_FLOAT8[header[key]["dtype"]]), end - start)
+            dtype = np.dtype(_FLOATS[header[key]["dtype"]])
+            flat = np.fromfile(file, dtype, (end - start) // dtype.itemsize)
             tensors[key] = flat.reshape(header[key]["shape"])
     return tensors
 

@@ -69,9 +69,19 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, like: Any) -> Any:
-    """Moves host arrays to devices with the shapes and shardings of `like`, a tree of jax.ShapeDtypeStruct."""
-    return jax.tree.map(
-        lambda x, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.asarray(x[index])),
-        tree,
-        like,
-    )
+    """Moves host arrays to devices with the shapes, dtypes and shardings of `like`, a tree of jax.ShapeDtypeStruct.
+
+    Each array is divided, and its parts cast, before they are moved: neither the host nor a device holds it whole once
+    more. An array that nothing else refers to is freed before the next one is moved, if `tree` gives it up: {name:
+    flat dict} is emptied.
+    """
+
+    def moved(x: Any, leaf: Any) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            return np.asarray(x[index]).astype(leaf.dtype, copy=False)
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part).block_until_ready()
+
+    return {
+        name: {path: moved(flat.pop(path), leaf) for path, leaf in like[name].items()} for name, flat in tree.items()
+    }

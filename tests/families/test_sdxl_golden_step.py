@@ -97,7 +97,7 @@ def test_loss_and_gradient_are_torchs(path, peer, solver, zeros):
     batch = {"input_ids": tokenizer(PROMPTS), "sizes": SIZES, "moments": moments}
     loss = make_losses(parts)["student"].loss
     (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(
-        {"unet": student}, {"unet": average}, frozen_params(config, parts, folder), batch, (noise, DRAWS)
+        {"unet": student}, {"unet": average}, frozen_params(parts, folder), batch, (noise, DRAWS)
     )
 
     with torch.no_grad():

@@ -151,7 +151,7 @@ def test_two_steps_are_torchs(folder):
     state, random = initial_state(config, make_losses(parts), params), np.random.default_rng(0)
     state["ema"] = {"unet": perturbed({p: np.asarray(a) for p, a in params["unet"].items()}, random)}
     peer = Peer(folder.path, params["unet"], state["ema"]["unet"])
-    frozen = frozen_params(config, parts, folder)
+    frozen = frozen_params(parts, folder)
     step = jax.jit(make_step(config, parts), compiler_options=QUICK)
     for i, learning_rate in enumerate(LEARNING_RATES):
         batch = {
@@ -174,7 +174,7 @@ def test_the_student_starts_as_the_teacher(folder):
     """Bit for bit, at every w: the projection of the w-embedding starts at zero."""
     config = dataclasses.replace(configure(folder, "ddim"), lcd=lcd.LCDConfig(w_embedding_dim=W_DIM))
     parts = make_parts(config, folder, load_tokenizer(folder))
-    params, frozen = initial_params(config, parts, folder)["unet"], frozen_params(config, parts, folder)["teacher"]
+    params, frozen = initial_params(config, parts, folder)["unet"], frozen_params(parts, folder)["teacher"]
     student, teacher = (jax.jit(parts.networks[name].apply) for name in ("unet", "teacher"))
     random = np.random.default_rng(0)
     z, context = (random.standard_normal(shape, np.float32) for shape in ((5, 8, 8, 4), (5, 16, 16)))
