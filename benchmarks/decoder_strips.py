@@ -11,6 +11,7 @@ import functools
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ def smooth_image(size: int) -> np.ndarray:
     return np.tanh(waves / 2 + edges)[None].astype(np.float32)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="512,1024")
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
     print("|--:|--:|--:|--:|--:|--:|--:|--:|")
     for size in sorted({*sizes, *timed}):
         z = jax.ShapeDtypeStruct((1, size // config.factor, size // config.factor, config.latent_channels), jnp.float32)
-        compiled = {key: function.lower(used, z).compile() for key, function in functions.items()}
+        compiled: dict[bool, Any] = {key: function.lower(used, z).compile() for key, function in functions.items()}
         whole, strips = (of.memory_analysis().temp_size_in_bytes / 2**20 for of in compiled.values())
         row = f"| {size} | {whole:,.0f} | {strips:,.0f} | {strips / whole:.2f} |"
         print(row + (times(compiled, network, used, size, args.rounds) if size in timed else " | | | |"), flush=True)
