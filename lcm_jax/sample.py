@@ -132,6 +132,11 @@ def _parser() -> cli.Parser:
         "--image", metavar="FILE", type=pathlib.Path, help="start from this image, resized and cropped to the size"
     )
     parser.add_argument("--strength", type=float, help="how much of it is replaced, in (0, 1] (default: 0.8, SDXL 0.3)")
+    parser.add_argument(
+        "--decode-in-strips",
+        action=argparse.BooleanOptionalAction,
+        help="whether the VAE decodes strip by strip, with about half the memory (default: from 1024 x 1024 pixels on)",
+    )
     parser.add_argument("--timesteps", type=_timesteps, help="instead of --steps: decreasing, e.g. 999,759,499,259")
     parser.add_argument(
         "--sampler", choices=SAMPLERS, help="for a diffusion model (default: ddim; with an LCM-LoRA from lcm_jax: lcm)"
@@ -193,6 +198,7 @@ def _images(pipe: Pipeline, args: argparse.Namespace, prompts: list[str]) -> Ima
                 first_image=args.first_image + start,
                 image=args.image,
                 strength=args.strength,
+                decode_in_strips=args.decode_in_strips,
             )
             for i, image in enumerate(images):
                 yield args.first_image + start + i, image[None]

@@ -153,6 +153,17 @@ def lcm_folder(lcm_pipeline, tmp_path_factory) -> pathlib.Path:
     return _save(lcm_pipeline, tmp_path_factory.mktemp("lcm") / "lcm")
 
 
+@pytest.fixture
+def one_thread():
+    """Torch is slower with several threads on layers this small."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def _save(pipeline, folder: pathlib.Path, **options) -> pathlib.Path:
     pipeline.save_pretrained(folder, **options)
     (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# A micro model\n")

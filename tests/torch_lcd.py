@@ -4,15 +4,18 @@ For N = 50 trained timesteps, k = 20 timesteps apart, on diffusers' noise schedu
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import diffusers
+import jax
 import numpy as np
 import torch
 
 from lcm_jax.objectives.lcd import Draws
 
 SKIP, TIMESTEP_SCALING = 20, 10.0
-Network = Callable[..., torch.Tensor]  # (z, t, context) or (z, t, context, w embedding) → its raw output
+Condition = Any  # a tensor (B, …), or a tree of them
+Network = Callable[..., torch.Tensor]  # (z, t, condition) or (z, t, condition, w embedding) → its raw output
 X0Eps = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -40,8 +43,8 @@ class Algorithm1:
         self,
         z_0: torch.Tensor,
         eps: torch.Tensor,
-        context: torch.Tensor,
-        null: torch.Tensor,
+        condition: Condition,
+        null: Condition,
         w_emb: torch.Tensor,
         draws: Draws,
         *,
@@ -52,20 +55,21 @@ class Algorithm1:
 
         Args:
           z_0, eps: scaled latents and the noise added to them, (B, …).
-          context, null: text features (B, L, D) of the prompts and of the empty prompt.
+          condition, null: text features (B, L, D), or a family's tree, of the prompts and of the empty prompt.
           w_emb: embedding of w (B, W).
           draws: timestep numbers `i`, guidance `w` and dropped prompts `drop`; `eps` is not read.
           huber_c, distance: d.
         """
-        context = torch.where(torch.from_numpy(np.array(draws.drop))[:, None, None], null, context)
+        drop = torch.from_numpy(np.array(draws.drop))
+        condition = jax.tree.map(lambda c, n: torch.where(drop.reshape(-1, *[1] * (c.ndim - 1)), n, c), condition, null)
         t = SKIP * (torch.from_numpy(np.array(draws.i)).long() + 1) - 1
         s = torch.clamp(t - SKIP, min=0)
         with torch.no_grad():
             alpha, sigma, _ = self._at(t)
             z_t = (alpha * z_0 + sigma * eps).float()
-            z_s = self._solve(z_t, t, s, context, null, per_sample(torch.from_numpy(np.array(draws.w)))).float()
-            goal = self._f(self.target, z_s, s, context, w_emb)
-        difference = self._f(self.student, z_t, t, context, w_emb) - goal
+            z_s = self._solve(z_t, t, s, condition, null, per_sample(torch.from_numpy(np.array(draws.w)))).float()
+            goal = self._f(self.target, z_s, s, condition, w_emb)
+        difference = self._f(self.student, z_t, t, condition, w_emb) - goal
         if distance == "l2":
             return (difference**2).mean()
         return ((difference**2 + huber_c**2).sqrt() - huber_c).mean()
@@ -96,14 +100,14 @@ class Algorithm1:
         z: torch.Tensor,
         t: torch.Tensor,
         s: torch.Tensor,
-        context: torch.Tensor,
-        null: torch.Tensor,
+        condition: Condition,
+        null: Condition,
         w: torch.Tensor,
     ) -> torch.Tensor:
         """Returns psi: the teacher's guided solution at s, from z at t."""
 
         def guided(z: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> X0Eps:
-            both = [self._x0_eps(self.teacher(z.float(), t, c).double(), z, alpha, sigma) for c in (context, null)]
+            both = [self._x0_eps(self.teacher(z.float(), t, c).double(), z, alpha, sigma) for c in (condition, null)]
             x0, eps = ((1 + w) * cond - w * uncond for cond, uncond in zip(*both, strict=True))
             return x0, eps
 
@@ -123,10 +127,10 @@ class Algorithm1:
         return sigma_s / sigma_t * z - alpha_s * torch.expm1(-h) * x0
 
     def _f(
-        self, network: Network, z: torch.Tensor, t: torch.Tensor, context: torch.Tensor, w_emb: torch.Tensor
+        self, network: Network, z: torch.Tensor, t: torch.Tensor, condition: Condition, w_emb: torch.Tensor
     ) -> torch.Tensor:
         """Returns the consistency function, with its boundary condition at t = 0."""
         alpha, sigma, _ = self._at(t)
-        x0, _ = self._x0_eps(network(z, t, context, w_emb).double(), z, alpha, sigma)
+        x0, _ = self._x0_eps(network(z, t, condition, w_emb).double(), z, alpha, sigma)
         tau = TIMESTEP_SCALING * per_sample(t)
         return 0.25 / (tau**2 + 0.25) * z + tau / (tau**2 + 0.25).sqrt() * x0

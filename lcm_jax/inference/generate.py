@@ -27,6 +27,7 @@ class Sampler:
         with a w-embedding takes w as an input instead.
       timestep_scaling: for the consistency function's boundary condition; "lcm" only.
       decode: whether to return images, not latents.
+      in_strips: whether to decode in strips (`models.strips`).
       negative: whether the null prompts are the caller's, not the family's null condition.
     """
 
@@ -38,6 +39,7 @@ class Sampler:
     timestep_scaling: float = 10.0
     decode: bool = True
     negative: bool = False
+    in_strips: bool = False
 
 
 def generate(
@@ -46,6 +48,7 @@ def generate(
     input_ids: Tokens,
     null_ids: Tokens,
     sizes: Int[Array, "b 6"] | None,
+    null_sizes: Int[Array, "b 6"] | None,
     w: Float[Array, " b"],
     timesteps: Int[Array, " n"],
     z_T: Float[Array, "b h w c"],
@@ -59,6 +62,7 @@ def generate(
       input_ids: the prompts.
       null_ids: the negative or empty prompts; unused unless `sampler.guided`.
       sizes: of the images, as in `families.base.default_sizes`; None for a family that doesn't use them.
+      null_sizes: the same for the negative or empty prompts.
       w: guidance_scale - 1.
       timesteps: descending, one per step.
       z_T: noise at the first timestep.
@@ -75,7 +79,7 @@ def generate(
 
     if sampler.guided:
         null = family.null(text) if family.null and not sampler.negative else family.encode(bound, null_ids)
-        denoise = guidance.cfg_denoiser(denoiser, process, condition, family.condition(null, sizes), w)
+        denoise = guidance.cfg_denoiser(denoiser, process, condition, family.condition(null, null_sizes), w)
     else:
         dim = family.w_embedding_dim(networks[family.denoiser].config)
         w_embedding = guidance.w_embedding(w, dim) if dim else None
@@ -96,4 +100,4 @@ def generate(
         z_0 = sampling.ddim_sample(denoise, process, z_T, timesteps, 1.0 if sampler.kind == "euler" else None)
     else:
         z_0 = sampling.dpmpp_sample(denoise, process, z_T, timesteps)
-    return bound["vae"](z_0, method="to_images") if sampler.decode else z_0
+    return bound["vae"](z_0, method="to_images", in_strips=sampler.in_strips) if sampler.decode else z_0

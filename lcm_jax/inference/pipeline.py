@@ -34,7 +34,7 @@ from lcm_jax.inference.image_to_image import image_array, image_size, initial_la
 from lcm_jax.inference.program import Program
 from lcm_jax.inference.request import Request, at_least_one, negatives
 from lcm_jax.inference.rules import Rules
-from lcm_jax.inference.sizes import checked_sizes
+from lcm_jax.inference.sizes import checked_negative_sizes, checked_sizes
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.interop.folder_writing import write_folder
 from lcm_jax.interop.lora.merge import Loras, check, lcm_recipe, merged_kernels, with_kernels
@@ -50,8 +50,10 @@ DIFFUSERS_NAMES = {  # argument of diffusers' pipelines → ours
     "num_images_per_prompt": "images_per_prompt",
     "num_images": "images_per_prompt",
     "crops_coords_top_left": "crop",
+    "negative_crops_coords_top_left": "negative_crop",
 }
 OUTPUTS = ("uint8", "float", "latents")
+IN_STRIPS = 2**20  # pixels of an image, from which on the VAE decodes in strips
 LARGEST = 2**14  # pixels per side; far above, XLA aborts the process
 
 
@@ -105,8 +107,12 @@ class Pipeline:
         original_size: Sequence[int] | None = None,
         crop: Sequence[int] | None = None,
         target_size: Sequence[int] | None = None,
+        negative_original_size: Sequence[int] | None = None,
+        negative_crop: Sequence[int] | None = None,
+        negative_target_size: Sequence[int] | None = None,
         image: Any = None,
         strength: float | None = None,
+        decode_in_strips: bool | None = None,
         **others: Any,
     ) -> np.ndarray:
         """Samples the images of each prompt, one by default. B is the number of prompts times the images per prompt.
@@ -142,11 +148,15 @@ class Pipeline:
           original_size, crop, target_size: of a model that conditions on sizes (SDXL): (height, width) of the image
             before it was resized, (top, left) of the crop, (height, width) of the result; by default the image's size
             and (0, 0).
+          negative_original_size, negative_crop, negative_target_size: those that guidance leads away from; as in
+            diffusers both sizes or neither, and then (0, 0) by default. Without them they are the image's.
           image: to start from it instead of from noise: uint8 or float in [0, 1] (H, W, 3), one for all prompts or one
             per prompt, or scaled latents (h, w, C). Its size is that of the result.
           strength: in (0, 1], how much of the image is replaced; 0.8 by default (SDXL: 0.3). As in diffusers, a folder
             of LatentConsistencyModelPipeline takes `steps` steps from the lower part of its trained grid, any other
             model the last int(steps · strength) of `steps` steps.
+          decode_in_strips: whether the VAE decodes horizontal strips one by one, which takes about half the memory. The
+            images differ by rounding only. By default it does so for images of 2^20 pixels (1024 x 1024) or more.
           others: none; an argument of diffusers' pipelines is answered with its name here.
 
         Raises:
@@ -193,16 +203,25 @@ class Pipeline:
         pixels = [side * self.networks["vae"].network.config.factor for side in shape[1:3]]
         given = {"original_size": original_size, "crop": crop, "target_size": target_size}
         sizes = checked_sizes(self.family, request.batch_size, *pixels, **given)
+        negative_sizes = checked_negative_sizes(
+            self.family, sizes, settings.guided, negative_original_size, negative_crop, negative_target_size
+        )
         negative = bool(self.family.null) and negative_prompt is not None
-        program = self._program(settings.sampler, settings.guided, output != "latents", negative)
-        sampled = np.concatenate([*self._sample(request, program, prompts, null_prompts, sizes)])
+        in_strips = pixels[0] * pixels[1] >= IN_STRIPS if decode_in_strips is None else bool(decode_in_strips)
+        program = self._program(settings.sampler, settings.guided, output != "latents", negative, in_strips)
+        sampled = np.concatenate([*self._sample(request, program, prompts, null_prompts, sizes, negative_sizes)])
         if output == "latents":
             return sampled
         images = to_unit(sampled)
         return to_uint8(images) if output == "uint8" else images
 
     def _sample(
-        self, request: Request, program: Program, prompts: list[str], null_prompts: list[str], sizes: np.ndarray | None
+        self,
+        request: Request,
+        program: Program,
+        prompts: list[str],
+        null_prompts: list[str],
+        *sizes: np.ndarray | None,
     ) -> Iterator[np.ndarray]:
         """Yields the images of each batch in [-1, 1], or its latents."""
         weights = {name: bound.params for name, bound in self.networks.items()}
@@ -212,7 +231,7 @@ class Pipeline:
         try:
             for part in request.parts():
                 of_batch = part.of_batch(ids), part.of_batch(null_ids)
-                result = program(weights, *of_batch, sizes, w, settings.timesteps, part.z_T, part.between)
+                result = program(weights, *of_batch, *sizes, w, settings.timesteps, part.z_T, part.between)
                 sampled = np.asarray(result, np.float32)[: part.count]
                 if not np.isfinite(sampled).all():
                     raise UserError(
@@ -224,6 +243,7 @@ class Pipeline:
             if not is_out_of_memory(error):
                 raise
             fewer = "a smaller batch_size, or " if request.batch_size > 1 else ""
+            fewer += "" if program.in_strips else "decode_in_strips=True (--decode-in-strips), or "
             raise UserError(
                 f"{request.batch_size} latents of {request.shape[1]} x {request.shape[2]} don't fit into this device's "
                 f"memory; give {fewer}a smaller height and width"
@@ -314,9 +334,9 @@ class Pipeline:
         """Returns `steps` of the timesteps that the model or LCM-LoRA was trained on; raises UserError for too many."""
         return self.rules.lcm_timesteps(steps)
 
-    def _program(self, kind: str, guided: bool, decode: bool, negative: bool) -> Program:
+    def _program(self, kind: str, guided: bool, decode: bool, negative: bool, in_strips: bool) -> Program:
         _, timestep_scaling = self.rules.lcm_grid
-        key = (kind, guided, decode, negative, timestep_scaling)
+        key = (kind, guided, decode, negative, decode and in_strips, timestep_scaling)
         if key not in self._programs:
             sampler = Sampler(
                 family=self.family,
@@ -327,6 +347,7 @@ class Pipeline:
                 timestep_scaling=timestep_scaling,
                 decode=decode,
                 negative=negative,
+                in_strips=in_strips,
             )
             self._programs[key] = Program(sampler, self._quiet)
         return self._programs[key]

@@ -22,12 +22,17 @@ class Program:
         self._jitted = jax.jit(functools.partial(generate, sampler))
         self._compiled: dict[Any, Any] = {}
 
+    @property
+    def in_strips(self) -> bool:
+        """Whether images are decoded in strips, or not at all."""
+        return self._sampler.in_strips or not self._sampler.decode
+
     def __call__(self, *args: Any) -> jax.Array:
         """Samples one batch; compiles the program first if it is the first batch of these shapes."""
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         key = (precision, *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args)))
         if key not in self._compiled:
-            with contextlib.nullcontext() if self._quiet else reported(self._what(*args[5:7])):
+            with contextlib.nullcontext() if self._quiet else reported(self._what(*args[6:8])):
                 self._compiled[key] = self._jitted.lower(*args).compile()
                 memory.release()
         return self._compiled[key](*args)

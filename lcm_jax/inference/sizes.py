@@ -40,8 +40,42 @@ def checked_sizes(
     return sizes
 
 
+def checked_negative_sizes(
+    family: Family,
+    sizes: Int[np.ndarray, "count 6"] | None,
+    guided: bool,
+    negative_original_size: Any,
+    negative_crop: Any,
+    negative_target_size: Any,
+) -> Int[np.ndarray, "count 6"] | None:
+    """Returns the sizes that guidance leads away from: as in diffusers `sizes`, or those given, with a crop at (0, 0).
+
+    Args:
+      family: of the model.
+      sizes: of the images, from `checked_sizes`.
+      guided: whether the model is called without the prompt.
+      negative_original_size, negative_crop, negative_target_size: each two whole numbers, or None.
+
+    Raises:
+      UserError: as `checked_sizes`; one of the two sizes alone; no guidance.
+    """
+    given = {"negative_original_size": negative_original_size, "negative_target_size": negative_target_size}
+    if all(value is None for value in (*given.values(), negative_crop)):
+        return sizes
+    if sizes is None:
+        raise UserError(f"negative sizes have no effect: {family.name} doesn't condition on sizes; leave them out")
+    if not guided:
+        raise UserError("negative sizes have no effect without guidance; leave them out")
+    for name, value in given.items():
+        if value is None:
+            raise UserError(f"{name} is missing; give negative_original_size and negative_target_size, or neither")
+    original, target = (_pair(name, value) for name, value in given.items())
+    crop = (0, 0) if negative_crop is None else _pair("negative_crop", negative_crop)
+    return np.tile(np.asarray([*original, *crop, *target], np.int32), (len(sizes), 1))
+
+
 def _pair(name: str, value: Any) -> tuple[int, int]:
-    wanted = f"two whole numbers in 0 … {LARGEST}, {'top and left' if name == 'crop' else 'height and width'}"
+    wanted = f"two whole numbers in 0 … {LARGEST}, {'top and left' if name.endswith('crop') else 'height and width'}"
     if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes)) or len(value) != 2:
         raise UserError(f"{name} is {value!r}; it must be {wanted}")
     first, second = (arguments.whole(name, item) for item in value)

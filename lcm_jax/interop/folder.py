@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import numpy as np
+
 from lcm_jax.diffusion.schedule import Schedule
 from lcm_jax.errors import UserError
 from lcm_jax.host import json_file
@@ -52,6 +54,7 @@ class Component:
       config: the content of config.json, unchanged.
       params: path → array, in this package's names and layout, in the file's dtype.
       source: how the files store the parameters; None if they were not read from files.
+      dtype: to which the parameters are cast when they are written; None: their own.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Component:
     config: dict[str, Any]
     params: Flat
     source: Source | None = None
+    dtype: np.dtype | None = None
 
     def network(self, *, policy: Policy = FP32, **options: Any) -> Network:
         """Returns this component's network; `options` are passed to `lcm_jax.models.Network`."""

@@ -80,7 +80,8 @@ def write_component(component: Component, root: pathlib.Path) -> None:
     write_json(directory / "config.json", component.config)
     source = component.source or new_source(component)
     tensors = {key: names.to_file(path, component.params[path]) for path, key in source.keys.items()}
-    weights.write_weights(directory, {**tensors, **source.buffers}, source.arrangement)
+    dtypes = dict.fromkeys(tensors, component.dtype) if component.dtype else {}
+    weights.write_weights(directory, {**tensors, **source.buffers}, source.arrangement, dtypes)
 
 
 def new_source(component: Component) -> Source:
@@ -93,14 +94,14 @@ def new_source(component: Component) -> Source:
 def replace_params(
     component: Component, params: Mapping[str, Any], dtype: np.dtype, config: dict[str, Any] | None = None
 ) -> Component:
-    """Returns the component with new parameters, cast to `dtype`, to be written to one file without a variant.
+    """Returns the component with new parameters, to be written as `dtype` to one file without a variant.
 
     Keys and buffers of the component's source are kept. Raises UserError if the parameters don't fit the network.
     """
     network = make_network(component.library_class, config or component.config, where=component.name)
-    cast = {path: np.asarray(array).astype(dtype) for path, array in params.items()}
-    network.check(cast, where=component.name)
-    new = Component(component.name, component.library_class, dict(config or component.config), cast)
+    arrays = {path: np.asarray(array) for path, array in params.items()}
+    network.check(arrays, where=component.name)
+    new = Component(component.name, component.library_class, dict(config or component.config), arrays, dtype=dtype)
     source = new_source(new)
     if component.source:
         keys = {**source.keys, **{path: key for path, key in component.source.keys.items() if path in params}}

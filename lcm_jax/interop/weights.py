@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,13 +36,24 @@ _NAME = re.compile(
     rf"(?:{'|'.join(_STEMS)})(?:\.(?P<variant>[\w-]+))?\.safetensors(?:\.index(?:\.(?P<index_variant>[\w-]+))?\.json)?"
 )
 _SHARD = re.compile(r".*-\d+-of-\d+")
-# safetensors looks these up in numpy, which lacks them
-_FLOAT8 = {
+_FLOATS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
     "F8_E4M3": jnp.float8_e4m3fn,
     "F8_E5M2": jnp.float8_e5m2,
     "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
     "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
 }
+# in the order in which a file holds them
+_DTYPES = {
+    **{"U64": np.uint64, "I64": np.int64, "F64": np.float64, "F32": np.float32, "U32": np.uint32, "I32": np.int32},
+    **{"BF16": jnp.bfloat16, "F16": np.float16, "U16": np.uint16, "I16": np.int16},
+    **{name: dtype for name, dtype in _FLOATS.items() if name.startswith("F8")},
+    **{"I8": np.int8, "U8": np.uint8, "BOOL": np.bool_},
+}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,20 +140,48 @@ def _check(file: pathlib.Path) -> None:
     places.part_file(file.parent.parent, file.parent.name, file.name)
 
 
-def write_weights(directory: pathlib.Path, tensors: Tensors, arrangement: Arrangement) -> None:
-    """Writes tensors, in the names and layout of the file, in the given arrangement.
+def write_weights(
+    directory: pathlib.Path, tensors: Tensors, arrangement: Arrangement, dtypes: Mapping[str, np.dtype] | None = None
+) -> None:
+    """Writes tensors, in the names and layout of the file, in the given arrangement, one after the other.
+
+    `dtypes`: key → dtype to cast it to; the others stay as they are. No more than one tensor is copied at a time.
 
     Raises UserError if a file name is not a plain name, OSError if a file can't be written.
     """
     for name in arrangement.file_names:
         places.plain_name(name, f"the weights for {directory.name} name")
     for name, metadata in arrangement.metadata.items():
-        # safetensors ignores strides: a transposed view would be written in the wrong order
-        shard = {key: np.ascontiguousarray(tensors[key]) for key, file in arrangement.shard_of.items() if file == name}
-        save(directory / name, shard, metadata)
+        keys = [key for key, file in arrangement.shard_of.items() if file == name]
+        _write_file(directory / name, {key: tensors[key] for key in keys}, metadata, dtypes or {})
     if arrangement.index:
         index = {"metadata": arrangement.index_metadata, "weight_map": arrangement.shard_of}
         (directory / arrangement.index).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(
+    path: pathlib.Path, tensors: Tensors, metadata: dict[str, str] | None, dtypes: Mapping[str, np.dtype]
+) -> None:
+    """Writes a safetensors file as `save_file` does, which needs all tensors cast and in the file's layout at once.
+
+    The format is that of https://github.com/huggingface/safetensors: the header's length, the header, the tensors. As
+    there, tensors of wider dtypes come first, so that all are aligned.
+    """
+    to = {key: np.dtype(dtypes.get(key, array.dtype)) for key, array in tensors.items()}
+    order = sorted(tensors, key=lambda key: (list(_DTYPES).index(_NAMES[to[key]]), key))
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for key in order:
+        start, end = end, end + tensors[key].size * to[key].itemsize
+        name = _NAMES[to[key]]
+        header[key] = {"dtype": name, "shape": list(tensors[key].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            array = np.ascontiguousarray(tensors[key].astype(to[key], copy=False))  # a transposed view has strides
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def save(path: pathlib.Path, tensors: Tensors, metadata: dict[str, str] | None) -> None:
@@ -165,8 +204,8 @@ def read_file(path: pathlib.Path) -> tuple[Tensors, dict[str, str] | None]:
     """Returns the tensors and header metadata of a safetensors file; raises UserError if it can't be read."""
     with _opened(path) as file:
         dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (no iterator)
-        float8 = _read_float8(path, [key for key, dtype in dtypes.items() if dtype in _FLOAT8])
-        return {key: float8[key] if key in float8 else file.get_tensor(key) for key in dtypes}, file.metadata()
+        floats = _read_floats(path, [key for key, dtype in dtypes.items() if dtype in _FLOATS])
+        return {key: floats[key] if key in floats else file.get_tensor(key) for key in dtypes}, file.metadata()
 
 
 def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
@@ -181,8 +220,12 @@ def read_header(path: pathlib.Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def _read_float8(path: pathlib.Path, keys: list[str]) -> Tensors:
-    """Reads float8 tensors by the offsets in the header; safetensors must have validated the file."""
+def _read_floats(path: pathlib.Path, keys: list[str]) -> Tensors:
+    """Reads floating-point tensors by the offsets in the header; safetensors must have validated the file.
+
+    safetensors maps the file into memory and copies each tensor, so that a process holds the weights twice for a
+    while. It also looks types up in numpy, which lacks float8.
+    """
     if not keys:
         return {}
     tensors = {}
@@ -192,7 +235,8 @@ def _read_float8(path: pathlib.Path, keys: list[str]) -> Tensors:
         for key in keys:
             start, end = header[key]["data_offsets"]
             file.seek(8 + size + start)
-            flat = np.fromfile(file, np.dtype(_FLOAT8[header[key]["dtype"]]), end - start)
+            dtype = np.dtype(_FLOATS[header[key]["dtype"]])
+            flat = np.fromfile(file, dtype, (end - start) // dtype.itemsize)
             tensors[key] = flat.reshape(header[key]["shape"])
     return tensors
 

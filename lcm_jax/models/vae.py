@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lcm_jax.errors import UserError
+from lcm_jax.models import strips
 from lcm_jax.models.layers import ResnetBlock2D, conv, enlarge
 from lcm_jax.models.norms import GroupNorm
 from lcm_jax.models.policy import FP32, Policy
@@ -210,12 +211,15 @@ class AutoencoderKL(nnx.Module):
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
-        """Decodes unscaled latents to float32 images, approximately in [-1, 1]."""
+    def decode(self, z: Float[Array, "b h w c"], *, in_strips: bool = False) -> Float[Array, "b H W o"]:
+        """Decodes unscaled latents to float32 images, approximately in [-1, 1].
+
+        `in_strips`: the same image up to rounding, with less memory.
+        """
         z = z.astype(self.policy.compute)
         if self.config.use_post_quant_conv:
             z = self.post_quant_conv(z)
-        return self.decoder(z).astype(jnp.float32)
+        return (strips.decode(self.decoder, z) if in_strips else self.decoder(z)).astype(jnp.float32)
 
     def to_latents(
         self, images: Float[Array, "b H W i"], noise: Float[Array, "b h w c"] | None
@@ -223,9 +227,9 @@ class AutoencoderKL(nnx.Module):
         """Encodes images in [-1, 1] to scaled latents: a sample of q(z|x) with standard normal `noise`, or its mean."""
         return scaled_draw(self.config, *self.encode(images), noise)
 
-    def to_images(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
-        """Decodes scaled latents to float32 images, approximately in [-1, 1]."""
-        return self.decode(unscaled(self.config, latents))
+    def to_images(self, latents: Float[Array, "b h w c"], *, in_strips: bool = False) -> Float[Array, "b H W o"]:
+        """Decodes scaled latents to float32 images, approximately in [-1, 1]; `in_strips` as in `decode`."""
+        return self.decode(unscaled(self.config, latents), in_strips=in_strips)
 
 
 def scaled_draw(

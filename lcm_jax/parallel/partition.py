@@ -70,22 +70,28 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, like: Any) -> Any:
-    """Moves host arrays to devices with the shapes and shardings of `like`, a tree of jax.ShapeDtypeStruct.
+    """Moves host arrays to devices with the shapes, dtypes and shardings of `like`, a tree of jax.ShapeDtypeStruct.
 
-    A replicated array is one buffer in memory, however many devices a CPU is split into: they share it. Do not donate
-    it to a program.
+    Each array is divided, and its parts cast, before they are moved: neither the host nor a device holds it whole once
+    more. An array that nothing else refers to is freed before the next one is moved, if `tree` gives it up: {name:
+    flat dict} is emptied. A replicated array is one buffer in memory, however many devices a CPU is split into: they
+    share it. Do not donate it to a program.
     """
-    return jax.tree.map(_placed, tree, like)
+    return {
+        name: {path: _moved(flat.pop(path), leaf) for path, leaf in like[name].items()} for name, flat in tree.items()
+    }
 
 
-def _placed(x: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    sharding = leaf.sharding
-    assert isinstance(sharding, NamedSharding)  # of a Program
-    if not (sharding.is_fully_replicated and sharding.mesh.devices.flat[0].platform == "cpu"):
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(x[index]))
-    buffer = _aligned(np.asarray(x))
-    copies = [jax.device_put(buffer, device, may_alias=True) for device in sharding.addressable_devices]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+def _moved(x: Any, leaf: Any) -> jax.Array:
+    def part(index: Any) -> np.ndarray:
+        return np.asarray(x[index]).astype(leaf.dtype, copy=False)
+
+    sharding: NamedSharding = leaf.sharding
+    if sharding.is_fully_replicated and sharding.mesh.devices.flat[0].platform == "cpu":
+        buffer = _aligned(part(...))
+        copies = [jax.device_put(buffer, device, may_alias=True) for device in sharding.addressable_devices]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+    return jax.make_array_from_callback(leaf.shape, sharding, part).block_until_ready()
 
 
 def _aligned(x: np.ndarray) -> np.ndarray:

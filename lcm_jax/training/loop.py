@@ -127,7 +127,11 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
                 f"config.profile.steps={profiled.steps} has no effect: the run resumes after step {start}", stacklevel=2
             )
         profiled = ProfileConfig()
-    frozen = place(frozen_params(config, parts, folder), program.frozen)
+    frozen_on_host = frozen_params(parts, folder)
+    for name, component in folder.components.items():
+        if name != "vae":  # the data's reader compares it
+            component.params.clear()  # each array is freed once it is on the devices
+    frozen = place(frozen_on_host, program.frozen)
 
     data = batches(
         config.data,

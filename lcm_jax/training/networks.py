@@ -187,10 +187,10 @@ def adapted(config: Config, trained: dict[str, str], networks: dict[str, Network
 
 
 def initial_params(config: Config, parts: Parts, folder: Folder) -> dict[str, Flat]:
-    """Returns the float32 weights that training starts from: the folder's own, new ones as the objective makes them.
+    """Returns the weights that training starts from: the folder's own, new ones as the objective makes them.
 
-    Adapters start with a second half of zero, so the adapted network equals its base. The arrays are on the host: they
-    go to the devices at once, not by one small program for each shape.
+    Adapters start with a second half of zero, so the adapted network equals its base. The arrays are on the host, the
+    folder's in the file's dtype: `partition.place` casts them to float32 on their way to the devices.
     """
     if parts.adapted:
         return {
@@ -205,9 +205,7 @@ def initial_params(config: Config, parts: Parts, folder: Folder) -> dict[str, Fl
     params = {}
     for key, component in parts.trained.items():
         network = parts.networks[key]
-        flat: dict[str, Any] = {
-            path: np.asarray(array, np.float32) for path, array in folder.components[component].params.items()
-        }
+        flat: dict[str, Any] = dict(folder.components[component].params)
         for path in network.shapes.keys() - flat.keys():
             if parts.objective.new_weight:
                 random = jax.random.fold_in(jax.random.key(config.seed), NEW_WEIGHT_KEY)
@@ -221,13 +219,12 @@ NEW_WEIGHT_KEY = 2**31 - 1  # no step has this number, so the key is used nowher
 LORA_KEY = 2**31 - 2  # and the number below
 
 
-def frozen_params(config: Config, parts: Parts, folder: Folder) -> dict[str, dict[str, np.ndarray]]:
-    """Returns the weights that the step reads but does not train, in the compute dtype."""
-    dtype = Policy.named(config.model.dtype).compute
-    return {
-        key: {path: np.asarray(array, dtype) for path, array in folder.components[component].params.items()}
-        for key, component in parts.frozen.items()
-    }
+def frozen_params(parts: Parts, folder: Folder) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the weights that the step reads but does not train, in the file's dtype.
+
+    `partition.place` casts them to the compute dtype, as in `frozen_shapes`, on their way to the devices.
+    """
+    return {key: dict(folder.components[component].params) for key, component in parts.frozen.items()}
 
 
 def trained_shapes(parts: Parts) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -245,7 +242,7 @@ def trained_shapes(parts: Parts) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
 
 
 def frozen_shapes(config: Config, parts: Parts) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Returns the shapes and dtypes of `frozen_params`."""
+    """Returns the shapes of `frozen_params`, and the compute dtype."""
     dtype = Policy.named(config.model.dtype).compute
     return {
         name: {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in parts.networks[name].shapes.items()}

@@ -90,6 +90,6 @@ def make_preview(config: Config, parts: Parts, tokenizer: Callable[[list[str]], 
         for name in sampler.networks.keys() & parts.adapted.keys():
             params = {**params, name: lora.merge(frozen[name], params[name], lora.alphas(parts.adapted[name]))}
         # the trained weights stand before the frozen ones of the same component
-        return generate(sampler, {**frozen, **params}, ids, null_ids, sizes, w, times, z_T, key_noise)
+        return generate(sampler, {**frozen, **params}, ids, null_ids, sizes, sizes, w, times, z_T, key_noise)
 
     return lambda weights, frozen: to_uint8(to_unit(np.asarray(sample(weights, frozen))))

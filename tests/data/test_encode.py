@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_the_images(encoded, teacher, digits_data_dir):
         assert {name: (array.shape[1:], array.dtype) for name, array in batch.items()} == {
             name: (leaf.shape, leaf.dtype) for name, leaf in parts.sample_shapes(data).items()
         }
-        losses.append(jax.jit(of.loss)(params, params, frozen_params(run, parts, folder), batch, draws)[0])
+        losses.append(jax.jit(of.loss)(params, params, frozen_params(parts, folder), batch, draws)[0])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
     assert losses[0] != losses[1]
 

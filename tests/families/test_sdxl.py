@@ -8,10 +8,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import transformers
 from commands import train_on_one
-from fixtures_folders import SCHEDULE, TOKENS, UNET, VAE, latents, randomize, write_tokenizer
+from fixtures_folders import SCHEDULE, latents
 from fixtures_loras import TEXT_TARGETS, UNET_TARGETS, random_adapter
+from fixtures_sdxl import build_sdxl
 
 import lcm_jax
 from lcm_jax import cli, export
@@ -23,59 +23,11 @@ from lcm_jax.interop.lora.file import write_lora
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS = ["a red seven", "red red words"]
-WIDTHS, PROJECTION, TIME_DIM = (8, 16), 12, 4
 
 
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory):
-    """A tiny StableDiffusionXLPipeline of diffusers."""
-    root = tmp_path_factory.mktemp("tokenizers")
-    tokenizers = []
-    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):  # as SDXL's own differ
-        write_tokenizer(root / name)
-        config = json.loads((root / name / "tokenizer_config.json").read_text())
-        (root / name / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": pad}))
-        tokenizers.append(transformers.CLIPTokenizer.from_pretrained(str(root / name)))
-    configs = [
-        transformers.CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            max_position_embeddings=TOKENS,
-            projection_dim=PROJECTION,
-            hidden_act=act,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for tokenizer, width, act in zip(tokenizers, WIDTHS, ("quick_gelu", "gelu"), strict=True)
-    ]
-    parts = {
-        "unet": diffusers.UNet2DConditionModel(
-            **{**UNET, "cross_attention_dim": sum(WIDTHS), "transformer_layers_per_block": (2, 1)},
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=TIME_DIM,
-            projection_class_embeddings_input_dim=PROJECTION + 6 * TIME_DIM,
-        ),
-        "vae": diffusers.AutoencoderKL(**VAE, scaling_factor=0.13025),
-        "text_encoder": transformers.CLIPTextModel(configs[0]),
-        "text_encoder_2": transformers.CLIPTextModelWithProjection(configs[1]),
-    }
-    for seed, part in enumerate(parts.values()):
-        randomize(part, seed)
-        part.eval()
-    pipeline = diffusers.StableDiffusionXLPipeline(
-        **parts,
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
-        scheduler=diffusers.DDIMScheduler(**SCHEDULE, timestep_spacing="trailing", clip_sample=False),
-        add_watermarker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return build_sdxl(tmp_path_factory.mktemp("tokenizers"))
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +87,46 @@ def test_samples_against_diffusers(pipe, peer, negative, sizes):
         **({"crops_coords_top_left": sizes["crop"], **SIZES} if sizes else {}),
     ).images
     assert relative(ours, theirs) < 1e-4
+
+
+def test_negative_sizes_against_diffusers(pipe, peer):
+    """Of one image: with more, diffusers gives half of the prompts the negative sizes."""
+    z_T, options = latents(1, 1, 8, 12, 4), {"negative_original_size": (9, 40), "negative_target_size": (30, 7)}
+    ours = {
+        crop: pipe(
+            PROMPTS[0], 2, 5.0, latents=z_T, height=16, width=24, output="float", negative_crop=crop,
+            decode_in_strips=True, **options,
+        )
+        for crop in (None, (6, 2))
+    }  # fmt: skip
+    for crop, images in ours.items():
+        theirs = peer(
+            PROMPTS[0],
+            height=16,
+            width=24,
+            num_inference_steps=2,
+            guidance_scale=5.0,
+            latents=torch.from_numpy(z_T).permute(0, 3, 1, 2),
+            output_type="np",
+            negative_crops_coords_top_left=crop or (0, 0),
+            **options,
+        ).images
+        assert relative(images, theirs) < 1e-4
+    assert relative(ours[None], ours[6, 2]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("scale", "sizes", "message"),
+    [
+        (5.0, {"negative_crop": (1, 2)}, "negative_original_size is missing; give negative_original_size and negat"),
+        (1.0, {"negative_original_size": (1, 2)}, "negative sizes have no effect without guidance; leave them out"),
+        (5.0, {"negative_original_size": (1, 2), "negative_target_size": 3}, "negative_target_size is 3; it must be"),
+    ],
+    ids=["crop alone", "unguided", "one number"],
+)
+def test_wrong_negative_sizes(pipe, scale, sizes, message):
+    with pytest.raises(UserError, match=message):
+        pipe(PROMPTS, 2, scale, **sizes)
 
 
 @pytest.mark.filterwarnings(
@@ -242,7 +234,7 @@ def test_a_lora_of_all_three_networks(folder, tmp_path):
             "it looks like SDXL's refiner",
         ),
         ("unet/config.json", {"cross_attention_dim": 32}, "unet and text_encoder and text_encoder_2 don't fit"),
-        ("unet/config.json", {"addition_time_embed_dim": 8}, r"projection_dim \+ 6 · addition_time_embed_dim 60"),
+        ("unet/config.json", {"addition_time_embed_dim": 8}, r"projection_dim \+ 6 · addition_time_embed_dim 56"),
         ("unet/config.json", {"addition_embed_type": None}, "addition_embed_type is None; supported: 'text_time'"),
     ],
     ids=["setting", "encoder", "refiner", "width", "sizes", "unet of sd"],

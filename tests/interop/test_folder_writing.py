@@ -284,7 +284,7 @@ def test_networks_that_would_not_load(copy, tmp_path, monkeypatch):
     folder = read_folder(copy)
     write = weights.write_weights
 
-    def lossy(directory, tensors, arrangement):
+    def lossy(directory, tensors, arrangement, *others):
         write(directory, tensors, arrangement)
         if directory.name == "unet":
             path = next(directory.glob("*.safetensors"))

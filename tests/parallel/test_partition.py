@@ -118,7 +118,7 @@ def test_a_replicated_array_is_one_buffer_for_all_devices_of_a_cpu():
     mesh = make_mesh(MeshConfig())
     x = np.arange(15, dtype=np.float32).reshape(3, 5)
     like = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, P()))
-    placed = place(x, like)
+    placed = place({"unet": {"kernel": x}}, {"unet": {"kernel": like}})["unet"]["kernel"]
     shards = placed.addressable_shards
     assert len(shards) == 8
     assert len({shard.data.unsafe_buffer_pointer() for shard in shards}) == 1

@@ -49,7 +49,7 @@ def train(little, configure, devices, **changes):
     config, parts = configure(**changes)
     program = make_program(config, parts, make_mesh(config.mesh, devices))
     state = program.start(place(start(config, parts, little), program.state["params"]))
-    frozen = place(frozen_params(config, parts, little), program.frozen)
+    frozen = place(frozen_params(parts, little), program.frozen)
     step = program.lower().compile(compiler_options=QUICK)
     for i in range(STEPS):
         state, metrics = step(state, frozen, program.put(batch(i)), program.put_stop(0))

@@ -81,7 +81,7 @@ def history(little, configure, parts):
     config, _ = configure(ema=EMAConfig(decay=0.9), optimizer=OPTIMIZER, mesh=MeshConfig(1, 2))
     program = make_program(config, parts, make_mesh(config.mesh, jax.devices()[:2]))
     state = program.start(place(initial_params(config, parts, little), program.state["params"]))
-    frozen = place(frozen_params(config, parts, little), program.frozen)
+    frozen = place(frozen_params(parts, little), program.frozen)
     assert frozen == {}
     step = program.lower().compile(compiler_options=QUICK)
     history = []

@@ -29,6 +29,7 @@ from lcm_jax.training.networks import frozen_params, initial_params, make_parts
 from lcm_jax.training.state import initial_state
 from lcm_jax.training.step import make_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH, SIZE, W_DIM = 3, 8, 32
 LEARNING_RATES = (5e-4, 1e-3)  # a warm-up of two steps
 DECAY, CLIP_NORM, WEIGHT_DECAY, BETAS, EPS = 0.9, 0.05, 0.1, (0.8, 0.95), 1e-3
@@ -48,15 +49,6 @@ def folder(tmp_path_factory):
     pipeline.register_modules(unet=unet.eval(), vae=vae.eval())
     pipeline.save_pretrained(path / "teacher")
     return read_folder(path / "teacher")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Torch is slower with several threads on layers this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def configure(folder, solver):
@@ -159,7 +151,7 @@ def test_two_steps_are_torchs(folder):
     state, random = initial_state(config, make_losses(parts), params), np.random.default_rng(0)
     state["ema"] = {"unet": perturbed({p: np.asarray(a) for p, a in params["unet"].items()}, random)}
     peer = Peer(folder.path, params["unet"], state["ema"]["unet"])
-    frozen = frozen_params(config, parts, folder)
+    frozen = frozen_params(parts, folder)
     step = jax.jit(make_step(config, parts), compiler_options=QUICK)
     for i, learning_rate in enumerate(LEARNING_RATES):
         batch = {
@@ -182,7 +174,7 @@ def test_the_student_starts_as_the_teacher(folder):
     """Bit for bit, at every w: the projection of the w-embedding starts at zero."""
     config = dataclasses.replace(configure(folder, "ddim"), lcd=lcd.LCDConfig(w_embedding_dim=W_DIM))
     parts = make_parts(config, folder, load_tokenizer(folder))
-    params, frozen = initial_params(config, parts, folder)["unet"], frozen_params(config, parts, folder)["teacher"]
+    params, frozen = initial_params(config, parts, folder)["unet"], frozen_params(parts, folder)["teacher"]
     student, teacher = (jax.jit(parts.networks[name].apply) for name in ("unet", "teacher"))
     random = np.random.default_rng(0)
     z, context = (random.standard_normal(shape, np.float32) for shape in ((5, 8, 8, 4), (5, 16, 16)))

@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_merged_weights(changes, folder):
     params, target = (random_adapters(config, parts, folder, seed) for seed in (0, 1))
     components = {"unet", "text_encoder"} if config.objective == "denoising" else {"unet"}
     assert params.keys() == components
-    frozen, whole_frozen = frozen_params(config, parts, folder), frozen_params(whole_config, whole_parts, folder)
+    frozen, whole_frozen = frozen_params(parts, folder), frozen_params(whole_parts, folder)
     (loss,), (whole_loss,) = (make_losses(of).values() for of in (parts, whole_parts))
     base = initial_params(whole_config, whole_parts, folder)
     random = np.random.default_rng(2)
@@ -114,7 +114,7 @@ def test_loss_and_gradient_are_those_of_merged_weights(changes, folder):
 def test_the_base_is_kept_once(folder):
     """Teacher and student read the same frozen weights; the state has adapters alone, and starts as the teacher."""
     config, parts = configure(folder, lcd=TOLD)
-    assert set(frozen_params(config, parts, folder)) == {"vae", "text_encoder", "unet"}
+    assert set(frozen_params(parts, folder)) == {"vae", "text_encoder", "unet"}
     params = initial_params(config, parts, folder)
     unet = parts.networks["unet"].shapes
     assert {lora.module_of(path) + ".kernel" for path in params["unet"]} < set(unet)
@@ -234,7 +234,7 @@ def test_previews_are_drawn_with_the_adapters(run, folder):
     """The sample grid of the last step equals the pipeline's images with that step's adapters, not the base's."""
     config = load_resolved(run)
     parts = make_parts(config, folder, load_tokenizer(folder))
-    preview, frozen = make_preview(config, parts, load_tokenizer(folder)), frozen_params(config, parts, folder)
+    preview, frozen = make_preview(config, parts, load_tokenizer(folder)), frozen_params(parts, folder)
     trained, start = (
         preview(restore_params(run, "ema")[0], frozen),
         preview(initial_params(config, parts, folder), frozen),

@@ -129,7 +129,7 @@ def program(folder, changes):
     parts = make_parts(config, folder, load_tokenizer(folder))
     params = initial_params(config, parts, folder)  # on the host
     state = jax.eval_shape(lambda: initial_state(config, make_losses(parts), params))
-    frozen = jax.eval_shape(lambda: frozen_params(config, parts, folder))
+    frozen = jax.eval_shape(lambda: frozen_params(parts, folder))
     batch = {
         "image": jax.ShapeDtypeStruct((2, SIZE, SIZE, 3), jnp.uint8),
         "input_ids": jax.ShapeDtypeStruct((2, 16), jnp.int32),
@@ -210,7 +210,7 @@ def preview(folder, changes):
     config = configure(folder, changes)
     parts = make_parts(config, folder, load_tokenizer(folder))
     state = initial_state(config, make_losses(parts), initial_params(config, parts, folder))
-    return make_preview(config, parts, load_tokenizer(folder))(state["ema"], frozen_params(config, parts, folder))
+    return make_preview(config, parts, load_tokenizer(folder))(state["ema"], frozen_params(parts, folder))
 
 
 def test_a_preview_follows_its_options(folder):

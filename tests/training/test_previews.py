@@ -46,7 +46,7 @@ def test_a_preview_has_the_networks_that_it_samples_with(folder, needs, rank):
     parts = make_parts(config, folder, tokenizer, (record, DenoisingConfig()))
     params = initial_params(config, parts, folder)
     assert params.keys() == {"unet", "critic"}
-    preview, frozen = make_preview(config, parts, tokenizer), frozen_params(config, parts, folder)
+    preview, frozen = make_preview(config, parts, tokenizer), frozen_params(parts, folder)
     images = preview(params, frozen)
     assert images.shape == (2, SIZE, SIZE, 3)
     np.testing.assert_array_equal(preview({"unet": params["unet"]}, frozen), images)

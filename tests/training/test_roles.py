@@ -56,7 +56,7 @@ def states(folder, **options):
         "image": jax.ShapeDtypeStruct((2, SIZE, SIZE, 3), jnp.uint8),
         "input_ids": jax.ShapeDtypeStruct((2, *parts.null_ids.shape[1:]), np.int32),
     }
-    return state, jax.eval_shape(make_step(config, parts), state, frozen_params(config, parts, folder), batch)[0]
+    return state, jax.eval_shape(make_step(config, parts), state, frozen_params(parts, folder), batch)[0]
 
 
 @pytest.mark.parametrize(
