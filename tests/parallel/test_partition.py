@@ -109,7 +109,7 @@ def test_each_device_gets_its_part():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     array = np.arange(8 * 5, dtype=np.float32).reshape(8, 5)
     like = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=jax.NamedSharding(mesh, P("fsdp")))
-    placed = place({"a": array}, {"a": like})["a"]
+    placed = place({"a": {"kernel": array}}, {"a": {"kernel": like}})["a"]["kernel"]
     assert placed.addressable_shards[0].data.shape == (2, 5)
     np.testing.assert_array_equal(placed, array)
 
