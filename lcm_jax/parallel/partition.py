@@ -87,7 +87,7 @@ def _moved(x: Any, leaf: Any) -> jax.Array:
         return np.asarray(x[index]).astype(leaf.dtype, copy=False)
 
     sharding: NamedSharding = leaf.sharding
-    if sharding.is_fully_replicated and sharding.mesh.devices.flat[0].platform == "cpu":
+    if sharding.is_fully_replicated and next(iter(sharding.device_set)).platform == "cpu":
         buffer = _aligned(part(...))
         copies = [jax.device_put(buffer, device, may_alias=True) for device in sharding.addressable_devices]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
