@@ -54,17 +54,12 @@ def used(figures):
     return {kind for kind, found in figures["collectives"].items() if found["count"]}
 
 
+DIVIDED = ["--topology=v5p-16", "--batch-a-chip=2", "--config.mesh.fsdp=8"]
+
+
 def test_weights_divided_over_a_v5p(denoising, tmp_path, capsys):
     """Only weights and gradients are communicated; anything else here is a bug."""
-    figures, output = planned(
-        denoising,
-        tmp_path,
-        capsys,
-        "--topology=v5p-16",
-        "--batch-a-chip=2",
-        "--config.mesh.fsdp=8",
-        f"--save={tmp_path}/x",
-    )
+    figures, output = planned(denoising, tmp_path, capsys, *DIVIDED, f"--save={tmp_path}/x")
     assert used(figures) <= {"all-gather", "all-reduce", "reduce-scatter"}
     assert figures["to_explain"] == []
     parameters = 8 * figures["memory_bytes"]["parameters"] // 4  # of the whole, in number; some are not divided
@@ -92,6 +87,17 @@ def test_weights_divided_over_a_v5p(denoising, tmp_path, capsys):
     made = json.loads(header)
     assert made["made_for"]["devices"] == "8 x TPU v5"
     assert 10_000 < made["step"] < len(content)
+    is_near(planned(denoising, tmp_path, capsys, *DIVIDED, "--fast"), figures)
+
+
+def is_near(fast, whole):
+    """The layers of a step, added up, are near the complete program: all of it is in them."""
+    figures, output = fast
+    assert figures["fast"] is True
+    assert "fast: added up from layers" in output.out
+    print(figures["seconds"], whole["seconds"], figures["memory_bytes"], whole["memory_bytes"])
+    assert figures.keys() == {"fast", *whole}
+    assert figures["flops_a_chip"]["model"] == whole["flops_a_chip"]["model"]
 
 
 def test_weights_whole_on_a_v4(autoencoder, tmp_path, capsys):
