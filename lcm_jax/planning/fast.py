@@ -3,9 +3,9 @@
 Time. A piece with matrix products or convolutions is compiled for one chip, with memory layouts of the compiler's
 choice, and has the compiler's cycles. Of the same pass of the same kind of layer at the same resolution, only the
 smallest is compiled: the others, with other channels or another multiple of eight images, have its price times the
-ratio of FLOPs, counted with channels padded to the chip's 128 lanes. Pieces without products (casts, norms of gradients, the optimizer, sums of skip connections) are priced per
-byte, by the largest of those with the same operations. Collectives come from the traced step; `exchange_time` prices
-them. Nothing hides an exchange here.
+ratio of FLOPs, counted with channels padded to the chip's 128 lanes. Pieces without products (casts, norms of
+gradients, the optimizer, sums of skip connections) are priced per byte, by the largest of those with the same
+operations. Collectives come from the traced step; `exchange_time` prices them. Nothing hides an exchange here.
 
 Memory. The state is exact. Temporaries are what lives at the borders of pieces, in the order of the trace, plus the
 piece's own. Weights are gathered just before their first use. Arrays are padded to the chip's tiles.
@@ -38,6 +38,7 @@ from lcm_jax.training.program import Program
 
 Report = dict[str, Any]
 _LANES, _SUBLANES = 128, 8  # arrays are padded to such tiles along two of their axes
+_WINDOW = 3  # the largest of a layer's convolutions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Estimate:
         return sum(piece.times * getattr(self.priced[id(piece)], what) for piece in self.parts)
 
     def _size(self, piece: Piece, work: dict[int, int]) -> tuple[float, ...]:
-        """Orders pieces of a kind: the least work and the fewest results first; without products, the largest."""
+        """Orders pieces of a kind: the least work and fewest results first; without products, the largest."""
         if work[id(piece)]:
             return (work[id(piece)], len(piece.program.outvars))
         return (-self.sizes.moved(piece),)
@@ -155,12 +156,14 @@ class Estimate:
         if not work:
             return piece.local, tuple(each.primitive.name for each in piece.program.eqns)
         path = piece.module.split("/", 1)
-        maps = [each.aval.shape for each in piece.program.invars if each.aval.ndim > 2]
-        if len(path) == 1 or not maps:
+        shapes = [each.aval.shape for each in (*piece.program.invars, *piece.program.outvars) if each.aval.ndim == 4]
+        maps = [shape for shape in shapes if shape[1] > _WINDOW]  # (images, height, width, features), not a kernel
+        tokens = [each.aval.shape for each in piece.program.invars if each.aval.ndim == 3]
+        if len(path) == 1 or not (maps or tokens):
             return piece.key
-        images = maps[0][0] if maps[0][0] % ABREAST else ABREAST
-        side = max(max(shape[1:-1]) for shape in maps if shape[0] == maps[0][0])
-        return _class(path[1]), images, side, round(math.log2(_products(piece.program) / 3))
+        largest = max(maps or tokens, key=lambda shape: shape[1])
+        images = largest[0] if largest[0] % ABREAST else ABREAST
+        return _class(path[1]), images, largest[1:-1], round(math.log2(_products(piece.program) / 3))
 
 
 def _computes(piece: Piece) -> bool:
@@ -169,14 +172,16 @@ def _computes(piece: Piece) -> bool:
 
 
 def _class(path: str) -> str:
-    """Returns the kind of layer and the pass of a module: "resnets (forward)" of "down_blocks.0/resnets.1 (forward)"."""
+    """Returns the kind of layer and the pass: "resnets (forward)" of "down_blocks.0/resnets.1 (forward)"."""
     layer, _, when = path.split("/")[-1].partition(" ")
     return f"{re.sub(r'[.][0-9]+', '', layer)} {when.replace('again', 'forward')}"
 
 
 def _products(jaxpr: Jaxpr) -> int:
     """Returns the number of matrix products and convolutions."""
-    inner = sum(_products(getattr(each, "jaxpr", each)) for line in jaxpr.eqns for each in jaxprs_in_params(line.params))
+    inner = sum(
+        _products(getattr(each, "jaxpr", each)) for line in jaxpr.eqns for each in jaxprs_in_params(line.params)
+    )
     return inner + sum(line.primitive.name in ("dot_general", "conv_general_dilated") for line in jaxpr.eqns)
 
 
@@ -358,4 +363,3 @@ def profile(found: Estimate) -> list[Report]:
     return [
         {"module": m, "operation": o, "seconds": s} for (m, o), s in sorted(seconds.items(), key=lambda each: -each[1])
     ]
-

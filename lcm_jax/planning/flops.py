@@ -6,7 +6,6 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
-
 _LARGEST_WINDOW = 16  # of a layer's convolution; a larger one is an image
 
 

@@ -1,9 +1,9 @@
 """Cuts a traced training step into pieces: what one layer of one network computes in one pass.
 
 A piece is a run of equations of the same module, such as a residual block of the teacher, or the gradient of one of the
-student's. Equal pieces are compiled once. What is computed for each weight (casts, the optimizer) is a piece per weight.
-Inside `shard_map` shapes are those of one device, so such a piece is a program for one device. Collectives are no part
-of pieces.
+student's. Equal pieces are compiled once. What is computed for each weight (casts, the optimizer) is a piece per
+weight. Inside `shard_map` shapes are those of one device, so such a piece is a program for one device. Collectives are
+no part of pieces.
 """
 
 import dataclasses
@@ -106,8 +106,12 @@ class Step:
             call = _CALLS.get(name)
             if call and call in params:
                 body = params[call]
-                named = inner + ("/rematted_computation" if name == "checkpoint" and params.get("differentiated") else "")
-                yield from self._call(body, given, equation, values, inner if name != "checkpoint" else named, times, local)
+                named = inner + (
+                    "/rematted_computation" if name == "checkpoint" and params.get("differentiated") else ""
+                )
+                yield from self._call(
+                    body, given, equation, values, inner if name != "checkpoint" else named, times, local
+                )
             elif name == "shard_map":
                 yield from self._shard_map(equation, given, values, inner, times)
             elif name == "scan" and _is_large(params["jaxpr"]):
@@ -139,7 +143,9 @@ class Step:
         self.inputs.add(fresh)
         return fresh
 
-    def _shard_map(self, equation: JaxprEqn, given: Sequence[Any], values: dict, path: str, times: int) -> Iterator[Line]:
+    def _shard_map(
+        self, equation: JaxprEqn, given: Sequence[Any], values: dict, path: str, times: int
+    ) -> Iterator[Line]:
         inner, params = equation.params["jaxpr"], equation.params
         inside: dict[Var, Any] = {}
         for each, outer, spec in zip(inner.invars, given, params["in_specs"], strict=True):
@@ -159,7 +165,9 @@ class Step:
         inner, params = equation.params["jaxpr"].jaxpr, equation.params
         inside = dict(zip(inner.constvars, map(self._input, inner.constvars), strict=True))
         for each, outer in zip(inner.invars, given, strict=True):
-            inside[each] = outer if isinstance(outer, Literal) or outer.aval.shape == each.aval.shape else Var(each.aval)
+            inside[each] = (
+                outer if isinstance(outer, Literal) or outer.aval.shape == each.aval.shape else Var(each.aval)
+            )
             if inside[each] is not outer:
                 self.same[inside[each]] = outer
         yield from self._flat(inner, inside, path, times * params["length"], local)

@@ -107,11 +107,11 @@ class Free:
         return fast.Price({}, 0.0, 0.0, 0.0, 0.0)
 
 
-def test_temporaries_of_layers(options):
+def test_temporaries_of_layers(denoising):
     """What lives between the layers: with twice the images twice the activations, with recomputation fewer."""
 
     def temporaries(*changes):
-        config = config_file.load(options[0].removeprefix("--config="), [*options[1:], *changes])
+        config = config_file.load(denoising[0].removeprefix("--config="), [*denoising[1:], *changes])
         step = make_program(config, blueprint(config), make_mesh(config.mesh, jax.devices()[:1]))
         return fast.memory(fast.Estimate(step, topology.parse("v5p-8"), Free()))["temporaries"]
 
