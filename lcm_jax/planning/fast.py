@@ -13,21 +13,27 @@ piece's own. Weights are gathered just before their first use. Arrays are padded
 
 import collections
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
+import pathlib
 import re
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.extend.core import Jaxpr, Var, jaxprs_in_params
 from jax.sharding import Mesh, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from lcm_jax.host import compile_cache, files
 from lcm_jax.planning import estimate, exchange_time, flops, topology
 from lcm_jax.planning.compiled import Collective, HloProgram
 from lcm_jax.planning.exchange_time import Position
@@ -92,7 +98,29 @@ class Prices:
             out_shardings=[free] * len(program.outvars),
         )
         with topology.quiet():
-            compiled = jitted.trace(*given).lower(lowering_platforms=("tpu",)).compile()
+            lowered = jitted.trace(*given).lower(lowering_platforms=("tpu",))
+        file = self._file(lowered.as_text())
+        if file and file.is_file():
+            return Price(**json.loads(file.read_text()))
+        with topology.quiet():
+            price = self._priced(lowered.compile())
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(file, dataclasses.asdict(price))
+        return price
+
+    def _file(self, text: str) -> pathlib.Path | None:
+        """Returns where the price of a program is kept; None without a local cache.
+
+        JAX's cache can't read programs for devices that are not there.
+        """
+        folder = compile_cache.folder()
+        if not folder or "://" in folder:
+            return None
+        made = (text, self._where.chip.kind, jax.__version__, jaxlib.__version__, metadata.version("libtpu"))
+        return pathlib.Path(folder) / "prices" / f"{hashlib.sha256(repr(made).encode()).hexdigest()}.json"
+
+    def _priced(self, compiled: jax.stages.Compiled) -> Price:
         hlo = HloProgram(compiled.as_text() or "")
         seconds: dict[str, float] = collections.defaultdict(float)
         for row in estimate.profile(hlo, self._where):

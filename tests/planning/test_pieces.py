@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.planning import flops
+from lcm_jax.host import compile_cache
+from lcm_jax.planning import fast, flops, topology
 from lcm_jax.planning.pieces import Step
 
 
@@ -89,3 +90,14 @@ def test_a_loop_counts_with_its_rounds(arguments):
     cut = Step(traced.jaxpr)
     assert {each.times for each in cut.pieces if each.module.startswith("net/")} == {5}
     assert sum(each.times * flops.count(each.program) for each in cut.pieces) == flops.count(traced) > 0
+
+
+def test_a_price_is_kept(arguments, monkeypatch, tmp_path):
+    """JAX's cache can't read a program for a chip that is not there, so a second plan would compile all again."""
+    monkeypatch.setattr(compile_cache, "folder", lambda: str(tmp_path))
+    cut = Step(jax.make_jaxpr(step)(*arguments).jaxpr)
+    piece = next(each for each in cut.pieces if each.module == "net/layers.0 (forward)")
+    first = fast.Prices(topology.parse("v5e-4")).of(piece, cut)
+    assert sum(first.seconds.values()) > 0
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: pytest.fail("compiled again"))
+    assert fast.Prices(topology.parse("v5e-4")).of(piece, cut) == first
