@@ -14,7 +14,6 @@ piece's own. Weights are gathered just before their first use. Arrays are padded
 import collections
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import pathlib
@@ -26,15 +25,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax.experimental.layout import Format, Layout
-from jax.extend.core import Jaxpr, Var, jaxprs_in_params
+from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.sharding import Mesh, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from lcm_jax.host import compile_cache, files
-from lcm_jax.planning import estimate, exchange_time, flops, topology
+from lcm_jax.planning import estimate, exchange_time, flops, lifetimes, topology
 from lcm_jax.planning.compiled import Collective, HloProgram
 from lcm_jax.planning.exchange_time import Position
 from lcm_jax.planning.pieces import Piece, Step, has_axes
@@ -43,7 +41,6 @@ from lcm_jax.planning.topology import Topology
 from lcm_jax.training.program import Program
 
 Report = dict[str, Any]
-_LANES, _SUBLANES = 128, 8  # arrays are padded to such tiles along two of their axes
 _WINDOW = 3  # the largest of a layer's convolutions
 
 
@@ -81,7 +78,7 @@ class Prices:
 
     def of(self, piece: Piece, step: Step) -> Price:
         """Returns the price of a piece of a step; outside of `shard_map`, as if one chip computed all of it."""
-        stored = tuple(step.root(each) in step.inputs for each in piece.program.invars)
+        stored = tuple(step.root(each) in step.inputs for each in piece.inputs)
         key = (piece.key, stored)
         if key not in self._known:
             self._known[key] = self._compiled(piece, stored)
@@ -90,12 +87,11 @@ class Prices:
     def _compiled(self, piece: Piece, stored: Sequence[bool]) -> Price:
         """Compiles a piece. What is `stored`, an argument of the step, keeps its memory layout."""
         free = Format(Layout.AUTO, self._device)
-        program = piece.program
-        given = [jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in program.invars]
+        given = [jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in piece.inputs]
         jitted = jax.jit(
             lambda *args: piece(*args),
             in_shardings=tuple(self._device if each else free for each in stored),
-            out_shardings=[free] * len(program.outvars),
+            out_shardings=[free] * len(piece.outputs),
         )
         with topology.quiet():
             lowered = jitted.trace(*given).lower(lowering_platforms=("tpu",))
@@ -117,7 +113,7 @@ class Prices:
         folder = compile_cache.folder()
         if not folder or "://" in folder:
             return None
-        made = (text, self._where.chip.kind, jax.__version__, jaxlib.__version__, metadata.version("libtpu"))
+        made = (text, self._where.chip.kind, jax.__version__, metadata.version("jaxlib"), metadata.version("libtpu"))
         return pathlib.Path(folder) / "prices" / f"{hashlib.sha256(repr(made).encode()).hexdigest()}.json"
 
     def _priced(self, compiled: jax.stages.Compiled) -> Price:
@@ -145,7 +141,7 @@ class Estimate:
         self.program, self.where = program, where
         traced = program.trace().jaxpr
         self.step = Step(traced.jaxpr)
-        self.sizes = _Sizes(self.step, program)
+        self.sizes = lifetimes.Sizes(self.step, program)
         self.parts = [each for each in self.step.pieces if not each.collective and _computes(each)]
         self.priced = self._priced(prices)
         self.collectives = _collectives(self.step, program.mesh)
@@ -153,7 +149,7 @@ class Estimate:
 
     def _priced(self, prices: Prices) -> dict[int, Price]:
         """Returns id of each piece → its price."""
-        work = {id(each): flops.count(each.program, tile=_LANES) for each in self.parts}
+        work = {id(each): flops.count(each.program, tile=lifetimes.LANES) for each in self.parts}
         found: dict[int, Price] = {}
         references: dict[Any, Piece] = {}
         for each in self.parts:
@@ -176,7 +172,7 @@ class Estimate:
     def _size(self, piece: Piece, work: dict[int, int]) -> tuple[float, ...]:
         """Orders pieces of a kind: the least work and fewest results first; without products, the largest."""
         if work[id(piece)]:
-            return (work[id(piece)], len(piece.program.outvars))
+            return (work[id(piece)], len(piece.outputs))
         return (-self.sizes.moved(piece),)
 
     def _kind(self, piece: Piece, work: int) -> Any:
@@ -184,9 +180,9 @@ class Estimate:
         if not work:
             return piece.local, tuple(each.primitive.name for each in piece.program.eqns)
         path = piece.module.split("/", 1)
-        shapes = [each.aval.shape for each in (*piece.program.invars, *piece.program.outvars) if each.aval.ndim == 4]
+        shapes = [each.aval.shape for each in piece.inputs if each.aval.ndim == 4]
         maps = [shape for shape in shapes if shape[1] > _WINDOW]  # (images, height, width, features), not a kernel
-        tokens = [each.aval.shape for each in piece.program.invars if each.aval.ndim == 3]
+        tokens = [each.aval.shape for each in piece.inputs if each.aval.ndim == 3]
         if len(path) == 1 or not (maps or tokens):
             return piece.key
         largest = max(maps or tokens, key=lambda shape: shape[1])
@@ -213,67 +209,6 @@ def _products(jaxpr: Jaxpr) -> int:
     return inner + sum(line.primitive.name in ("dot_general", "conv_general_dilated") for line in jaxpr.eqns)
 
 
-class _Sizes:
-    """Bytes of variables on one chip."""
-
-    def __init__(self, step: Step, program: Program) -> None:
-        self._step, self._sizes = step, dict(program.mesh.shape)
-        leaves = jax.tree.leaves((program.state, program.frozen, program.batch, program.stop))
-        self._local: dict[Var, tuple[int, ...]] = {
-            each: leaf.sharding.shard_shape(leaf.shape) for each, leaf in zip(step.arguments, leaves, strict=True)
-        }
-        for piece in step.pieces:
-            if not piece.local:  # what has the shape of an input is divided like it
-                known = {each.aval.shape: self.shape(each) for each in piece.program.invars}
-                for each in piece.program.outvars:
-                    if each not in step.specs and each.aval.shape in known:
-                        self._local[each] = known[each.aval.shape]
-
-    def shape(self, variable: Var) -> tuple[int, ...]:
-        """Returns the shape of a variable's part on one chip."""
-        if variable in self._local:
-            return self._local[variable]
-        spec = self._step.specs.get(variable, P())
-        parts = [math.prod(self._sizes[axis] for axis in _axes(names)) for names in (*spec, *[None] * 9)]
-        return tuple(size // part for size, part in zip(variable.aval.shape, parts))  # noqa: B905
-
-    def of(self, variable: Var) -> int:
-        """Returns the bytes of a variable's part on one chip, with padding."""
-        return _padded(self.shape(variable), _itemsize(variable))
-
-    def moved(self, piece: Piece, *, everywhere: bool = False) -> float:
-        """Returns the bytes that a piece reads and writes on one chip, or all of it on one chip."""
-        variables = (*piece.program.invars, *piece.program.outvars)
-        if everywhere:
-            return sum(_padded(each.aval.shape, _itemsize(each)) for each in variables)
-        return sum(map(self.of, variables))
-
-
-def _axes(names: Any) -> tuple[str, ...]:
-    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
-
-
-def _itemsize(variable: Var) -> int:
-    dtype = variable.aval.dtype
-    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
-
-
-def _padded(shape: Sequence[int], itemsize: int) -> int:
-    """Returns the bytes of an array, padded to tiles along the two axes where that takes least."""
-    if len(shape) < 2:
-        return math.prod(shape) * itemsize
-    least = min(
-        _up(shape[lane], _LANES) / shape[lane] * _up(shape[row], _SUBLANES) / shape[row]
-        for lane, row in itertools.permutations(range(len(shape)), 2)
-        if shape[lane] and shape[row]
-    )
-    return int(math.prod(shape) * least) * itemsize
-
-
-def _up(size: int, tile: int) -> int:
-    return -(-size // tile) * tile
-
-
 def _collectives(step: Step, mesh: Mesh) -> list[Collective]:
     """Returns the collectives of a step. Sums that follow each other are one, as the compiler combines them."""
     found: list[Collective] = []
@@ -283,12 +218,12 @@ def _collectives(step: Step, mesh: Mesh) -> list[Collective]:
             continue
         equation = piece.program.eqns[0]
         names = equation.params.get("axes") or equation.params["axis_name"]
-        names = tuple(name for name in _axes(names) if mesh.shape[name] > 1)
+        names = tuple(name for name in lifetimes.axes(names) if mesh.shape[name] > 1)
         if not names:
             continue
-        kind, (result,) = piece.collective, equation.outvars
+        kind, (result,) = piece.collective, piece.outputs
         if kind == "reduce-scatter" and fills:
-            kind, result = "all-reduce", equation.invars[0]
+            kind, result = "all-reduce", piece.inputs[0]
         size = math.prod(result.aval.shape) * result.aval.dtype.itemsize
         last = found[-1] if found else None
         groups = _groups(mesh, names)
@@ -325,42 +260,11 @@ def _groups(mesh: Mesh, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
 def memory(found: Estimate) -> Report:
     """Returns bytes per chip by category, as `estimate.memory` does for a complete program."""
     parts = estimate.state_memory(found.program)
+    own = {number: price.temporaries for number, price in found.priced.items()}
+    most = lifetimes.temporaries(found.step, found.sizes, own)
     distinct = {each.key: found.priced[id(each)].code for each in found.parts}
-    parts |= {"padding": 0, "temporaries": round(_temporaries(found)), "program": round(sum(distinct.values()))}
+    parts |= {"padding": 0, "temporaries": round(most), "program": round(sum(distinct.values()))}
     return {"total": sum(parts.values()), **parts}
-
-
-def _temporaries(found: Estimate) -> float:
-    """Returns the most bytes that live at once, without arguments and results of the step."""
-    step, sizes, pieces = found.step, found.sizes, found.step.pieces
-    free = {step.root(each) for each in (*step.inputs, *step.outputs)}
-    size: dict[Var, int] = collections.defaultdict(int)
-    last: dict[Var, int] = {}
-    made: dict[Var, int] = {}
-    first: dict[Var, int] = {}
-    place: dict[int, int] = {}
-    for i in reversed(range(len(pieces))):  # what gathers or casts a weight runs just before the first reader
-        program = pieces[i].program
-        readers = [first[step.root(each)] for each in program.outvars if step.root(each) in first]
-        early = pieces[i].local and len(program.eqns) == 1 and bool(readers)
-        place[i] = min(readers) if early else i
-        for each in map(step.root, program.invars):
-            first[each] = min(place[i], first.get(each, place[i]))
-            last[each] = max(place[i], last.get(each, place[i]))
-    for i, piece in enumerate(pieces):
-        for each in piece.program.outvars:
-            root = step.root(each)
-            made.setdefault(root, place[i])
-        for each in (*piece.program.invars, *piece.program.outvars):
-            size[step.root(each)] = max(size[step.root(each)], sizes.of(each))
-    change = [0.0] * (len(pieces) + 2)
-    for each, i in made.items():
-        if each not in free:
-            change[i] += size[each]
-            change[max(i, last.get(each, i)) + 1] -= size[each]
-    own = [found.priced[id(piece)].temporaries if id(piece) in found.priced else 0.0 for piece in pieces]
-    live = itertools.accumulate(change)
-    return max(now + temporary for now, temporary in zip(live, own, strict=False))
 
 
 def times(found: Estimate, model_flops: int) -> Report:

@@ -25,7 +25,7 @@ def _of(equation: JaxprEqn, tile: int) -> int:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         shape = _shape(equation.invars[0])
-        padding = _padding(_shape(equation.outvars[0])[-1:], tile) if equation.outvars[0].aval.ndim else 1
+        padding = _padding(_shape(equation.outvars[0])[-1:], tile)
         inner = math.prod(shape[axis] for axis in contracted)
         return round(2 * _size(equation.outvars[0]) * inner * padding * _padding((inner,), tile))
     if name == "conv_general_dilated":

@@ -59,16 +59,26 @@ class Piece:
         """Equal for pieces that compile to the same program."""
         return self.local, str(self.program)
 
+    @property
+    def inputs(self) -> list[Any]:
+        """The variables that it reads."""
+        return list(self.program.invars)
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The variables that it returns."""
+        return list(self.program.outvars)
+
     def __call__(self, *args: Any) -> list[Any]:
         """Computes the piece: what its program returns for these inputs."""
-        values: dict[Var, Any] = dict(zip(self.program.invars, args, strict=True))
+        values: dict[Any, Any] = dict(zip(self.inputs, args, strict=True))
         for line in self.program.eqns:
             given = [each.val if isinstance(each, Literal) else values[each] for each in line.invars]
             with jax.named_scope(str(line.source_info.name_stack)):
                 found = line.primitive.bind(*given, **line.primitive.get_bind_params(line.params))
             found = found if line.primitive.multiple_results else [found]
             values.update(zip(line.outvars, found, strict=True))
-        return [values[each] for each in self.program.outvars]
+        return [values[each] for each in self.outputs]
 
 
 class Step:
@@ -85,8 +95,8 @@ class Step:
     def __init__(self, traced: Jaxpr) -> None:
         """Cuts a trace, as of `Program.trace().jaxpr`, into pieces."""
         self.specs: dict[Var, P] = {}
-        self.same: dict[Var, Var] = {}
-        values: dict[Var, Any] = {each: each for each in (*traced.constvars, *traced.invars)}
+        self.same: dict[Any, Any] = {}
+        values: dict[Any, Any] = {each: each for each in (*traced.constvars, *traced.invars)}
         self.arguments = list(traced.invars)
         self.inputs = {*traced.constvars, *traced.invars}
         lines = list(self._flat(traced, values, "", 1, False))
@@ -96,7 +106,7 @@ class Step:
         self.pieces = list(cutter.pieces())
         self.root = cutter.root
 
-    def _flat(self, jaxpr: Any, values: dict[Var, Any], path: str, times: int, local: bool) -> Iterator[Line]:
+    def _flat(self, jaxpr: Any, values: dict[Any, Any], path: str, times: int, local: bool) -> Iterator[Line]:
         """Yields the equations of a jaxpr; `values` has its inputs, and gets what it computes."""
         for equation in jaxpr.eqns:
             name, params = equation.primitive.name, equation.params
@@ -147,7 +157,7 @@ class Step:
         self, equation: JaxprEqn, given: Sequence[Any], values: dict, path: str, times: int
     ) -> Iterator[Line]:
         inner, params = equation.params["jaxpr"], equation.params
-        inside: dict[Var, Any] = {}
+        inside: dict[Any, Any] = {}
         for each, outer, spec in zip(inner.invars, given, params["in_specs"], strict=True):
             inside[each] = outer if isinstance(outer, Literal) else Var(each.aval)
             if isinstance(outer, Var):
@@ -163,7 +173,7 @@ class Step:
         """A loop over micro-batches: its body counts with all rounds, its carry lives throughout."""
         path, times, local = rest
         inner, params = equation.params["jaxpr"].jaxpr, equation.params
-        inside = dict(zip(inner.constvars, map(self._input, inner.constvars), strict=True))
+        inside: dict[Any, Any] = dict(zip(inner.constvars, map(self._input, inner.constvars), strict=True))
         for each, outer in zip(inner.invars, given, strict=True):
             inside[each] = (
                 outer if isinstance(outer, Literal) or outer.aval.shape == each.aval.shape else Var(each.aval)
@@ -186,7 +196,7 @@ def _is_large(body: Any) -> bool:
 class _Cutter:
     """Groups the lines of a step into pieces."""
 
-    def __init__(self, lines: Sequence[Line], outputs: Sequence[Var], same: Mapping[Var, Var]) -> None:
+    def __init__(self, lines: Sequence[Line], outputs: Sequence[Var], same: Mapping[Any, Any]) -> None:
         self._same = same
         self._lines = _needed(_once(lines), {self.root(each) for each in outputs}, self.root)
         self._readers: dict[Var, list[int]] = {self.root(each): [len(lines)] for each in outputs}
@@ -284,7 +294,7 @@ class _Cutter:
 def _once(lines: Sequence[Line]) -> list[Line]:
     """Replaces repeated equations outside of `shard_map` by the first, as XLA does."""
     first: dict[Any, JaxprEqn] = {}
-    instead: dict[Var, Var] = {}
+    instead: dict[Any, Any] = {}
     kept = []
     for line in lines:
         equation = line.equation
