@@ -98,7 +98,7 @@ class Prices:
         file = self._file(lowered.as_text())
         if file and file.is_file():
             return Price(**json.loads(file.read_text()))
-        with topology.quiet():
+        with topology.quiet(), compile_cache.off():
             price = self._priced(lowered.compile())
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
