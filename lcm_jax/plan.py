@@ -3,7 +3,7 @@
 Compiles the training step of `train` without the hardware and prints its cost: memory, FLOPs, communication, time, and
 a profile. Topologies are products (v4-64, v5e-64, v5p-256, v6e-64) or shapes (v5p:4x4x8); `local` stands for this
 machine's devices. A published model's weights are not needed. Compiling a full-size step takes about 15 minutes on two
-cores. `--fast` compiles each kind of layer once and adds them up, which needs less memory; docs/pods.md compares the two.
+cores. `--fast` compiles each kind of layer once and adds them up, which needs less memory; docs/pods.md compares both.
 Requires the extra `plan`, except for `local`.
 """
 
