@@ -3,7 +3,8 @@
 Compiles the training step of `train` without the hardware and prints its cost: memory, FLOPs, communication, time, and
 a profile. Topologies are products (v4-64, v5e-64, v5p-256, v6e-64) or shapes (v5p:4x4x8); `local` stands for this
 machine's devices. A published model's weights are not needed. Compiling a full-size step takes about 15 minutes on two
-cores. Requires the extra `plan`, except for `local`.
+cores. `--fast` compiles each kind of layer once and adds them up, which needs less memory; docs/pods.md compares both.
+Requires the extra `plan`, except for `local`.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from lcm_jax.config import Config
 from lcm_jax.errors import UserError, is_out_of_memory
 from lcm_jax.host import compile_cache, files
 from lcm_jax.parallel.mesh import found_devices, make_mesh, split_cpu
-from lcm_jax.planning import estimate, flops, topology
+from lcm_jax.planning import estimate, fast, flops, topology
 from lcm_jax.planning.blueprint import blueprint
 from lcm_jax.planning.compiled import HloProgram
 from lcm_jax.planning.estimate import Compiled, Report
@@ -103,6 +104,31 @@ def report(config: Config, compiled: Compiled) -> Report:
     }
 
 
+def fast_report(config: Config, where: Topology, prices: fast.Prices) -> Report:
+    """Returns the figures of a step from its pieces: those of `report`, but for what only a complete program has."""
+    step = make_program(config, blueprint(config), make_mesh(config.mesh, topology.devices(where)))
+    found = fast.Estimate(step, where, prices)
+    needed = model_flops(config)
+    memory, times = fast.memory(found), fast.times(found, needed // step.mesh.size)
+    return {
+        "fast": True,
+        **described(config, step, where),
+        "fits": memory["total"] <= where.chip.memory,
+        "memory_bytes": memory,
+        "flops_a_chip": {"model": needed // step.mesh.size, "xla": found.total("flops")},
+        "bytes_a_chip": found.total("moved"),
+        "collectives": estimate.sums(found.collectives),
+        "to_explain": [],
+        "seconds": times,
+        "images_per_second": estimate.images_a_second(config.batch_size, times),
+        "profile": fast.profile(found)[:40],
+        "compile_seconds": found.seconds,
+    }
+
+
+_counted: dict[str, int] = {}  # the FLOPs of a config; a search changes only what they do not depend on
+
+
 def model_flops(config: Config) -> int:
     """Returns the FLOPs of a step over the global batch, without recomputation."""
     plain = dataclasses.replace(
@@ -111,19 +137,21 @@ def model_flops(config: Config) -> int:
         mesh=type(config.mesh)(),
         model=dataclasses.replace(config.model, remat="none", attention="xla"),
     )
-    step = make_program(plain, blueprint(plain), make_mesh(plain.mesh, jax.devices()[:1]))
-    return flops.count(step.trace().jaxpr)
+    if repr(plain) not in _counted:
+        step = make_program(plain, blueprint(plain), make_mesh(plain.mesh, jax.devices()[:1]))
+        _counted[repr(plain)] = flops.count(step.trace().jaxpr)
+    return _counted[repr(plain)]
 
 
-def search(config: Config, where: Topology | None, batches: Sequence[int]) -> list[Report]:
+def search(config: Config, where: Topology | None, batches: Sequence[int], prices: fast.Prices | None) -> list[Report]:
     """Compiles combinations of batch per chip, remat and fsdp; returns a report or an error for each, fastest first.
 
-    Skips larger batches if a smaller one does not fit.
+    Skips larger batches if a smaller one does not fit. With `prices` the reports are those of `--fast`.
     """
     chips = where.chips if where else jax.device_count()
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if chips % size == 0]
     found: list[Report] = []
-    for fsdp, remat in itertools.product(sizes, ("block", "block_save_attention", "none")):
+    for fsdp, remat in itertools.product(sizes, ("layer", "block", "block_save_attention", "none")):
         for batch in sorted(batches):
             tried = dataclasses.replace(
                 config,
@@ -134,7 +162,10 @@ def search(config: Config, where: Topology | None, batches: Sequence[int]) -> li
             what = {"batch_a_chip": batch, "remat": remat, "fsdp": fsdp}
             print(f"trying batch {batch} per chip, remat {remat}, fsdp {fsdp}", file=sys.stderr)
             try:
-                result = report(tried, compile_step(tried, where))
+                if where and prices:
+                    result = fast_report(tried, where, prices)
+                else:
+                    result = report(tried, compile_step(tried, where))
                 why = "" if result["fits"] is not False else estimate.too_much(result)
                 too_large = bool(why)
             except (NoFit, UserError) as error:
@@ -173,6 +204,7 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="tries batch sizes, remat and fsdp sizes, and recommends the fastest combination that fits",
     )
+    parser.add_argument("--fast", action="store_true", help="adds up the step's layers, each compiled once")
     args, overrides = parser.parse_with_config(argv)
     config = config_file.load(args.config, overrides)
     local = args.topology == "local"
@@ -180,6 +212,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--batch-a-chip={args.batch_a_chip}; it must be at least 1")
     if local and (args.search or args.slices != 1):
         raise UserError("--search and --slices need a TPU topology; local has no time estimates")
+    if args.fast and (local or args.save):
+        other = f"--topology={args.topology}" if local else f"--save={args.save}"
+        raise UserError(f"--fast does not go with {other}: it estimates a step for a TPU and compiles no complete one")
     for option, path in (("--json", args.json), ("--save", args.save)):
         if path is not None and path.is_dir():
             raise UserError(f"{option}={path} is a folder; give a file name")
@@ -195,17 +230,23 @@ def main(argv: Sequence[str]) -> int:
     attention = config.model.attention_on((topology.devices(where) if where else found_devices())[0])
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
     chips = where.chips if where else jax.device_count()
+    prices = fast.Prices(where) if where and args.fast else None
     if args.search:
         if args.save:
             raise UserError(
                 "--save writes one step; run it without --search, with the options that --search recommends"
             )
         first = args.batch_a_chip
-        found = search(config, where, [first] if first else [1, 2, 4, 8, 16, 32])
+        found = search(config, where, [first] if first else [1, 2, 4, 8, 16, 32], prices)
         print(search_table(found))
         _write_json(args.json, found)
         return int(bool(found[0]["why_not"]))
     config = with_batch(config, args.batch_a_chip, chips)
+    if where and prices:
+        figures = fast_report(config, where, prices)
+        print(table(figures))
+        _write_json(args.json, figures)
+        return int(not figures["fits"])
     try:
         with compile_cache.off() if args.save else contextlib.nullcontext():
             compiled = compile_step(config, where)

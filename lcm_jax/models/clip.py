@@ -133,8 +133,9 @@ class CLIPTextModel(nnx.Module):
         if length > most:  # an out-of-range position would give NaN, not an error
             raise UserError(f"the prompt has {length} tokens; this text encoder takes {most}")
         states = [self.embeddings(input_ids).astype(self.policy.compute)]
-        for layer in self.encoder.layers:
-            states.append(layer(states[-1]))
+        for i, layer in enumerate(self.encoder.layers):
+            with jax.named_scope(f"layers.{i}"):
+                states.append(layer(states[-1]))
         return states
 
     def _project(self, pooled: Float[Array, "b d"]) -> Float[Array, "b p"]:

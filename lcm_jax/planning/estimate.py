@@ -67,8 +67,13 @@ def _product(shape: tuple[int, ...]) -> int:
 
 def exchange(program: HloProgram) -> Report:
     """Returns {kind: count and bytes} of the collectives per step on one device, including loop repetitions."""
+    return sums(program.collectives())
+
+
+def sums(collectives: Sequence[Collective]) -> Report:
+    """Returns {kind: count and bytes} of these collectives."""
     found: Report = {kind: {"count": 0, "bytes": 0} for kind in COLLECTIVES}
-    for collective in program.collectives():
+    for collective in collectives:
         found[collective.kind]["count"] += collective.times
         found[collective.kind]["bytes"] += collective.times * collective.bytes
     return found
@@ -167,7 +172,7 @@ _TRANSFORMED = re.compile(r"\b(?:jvp|transpose|vmap|remat\d*|checkpoint)\(([^()]
 _FUNCTION = re.compile(r"\bjit\([^()]*\)")
 _INNER = re.compile(
     r"(pjit|shard_map|checkpoint|remat\d*|rematted_computation|while|body|cond|scan|closed_call|"
-    r"custom_\w+|branch_\d+\w*|[a-z]+,[a-z]+->[a-z]*)?"  # the last: an einsum
+    r"custom_\w+|branch_\d+\w*|[A-Za-z]+,[A-Za-z]+->[A-Za-z]*)?"  # the last: an einsum
 )
 
 

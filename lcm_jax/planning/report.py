@@ -55,6 +55,8 @@ def _head(figures: Figures) -> list[str]:
     name = figures["topology"] + (f" ({figures['product']})" if figures["product"] else "")
     if figures["slices"] > 1:
         name = f"{figures['slices']} slices of {name}"
+    if figures.get("fast"):
+        name += ", fast: added up from layers"
     mesh = " × ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
     return [
         f"{name}: {figures['chips']} chips, mesh {mesh}",

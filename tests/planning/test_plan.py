@@ -10,6 +10,7 @@ from fixtures_folders import write_little
 
 from lcm_jax import cli, config_file, plan
 from lcm_jax.parallel.mesh import make_mesh
+from lcm_jax.planning import fast, topology
 from lcm_jax.planning.blueprint import blueprint
 from lcm_jax.planning.compiled import COLLECTIVES
 from lcm_jax.planning.report import table
@@ -54,17 +55,12 @@ def used(figures):
     return {kind for kind, found in figures["collectives"].items() if found["count"]}
 
 
+DIVIDED = ["--topology=v5p-16", "--batch-a-chip=2", "--config.mesh.fsdp=8"]
+
+
 def test_weights_divided_over_a_v5p(denoising, tmp_path, capsys):
     """Only weights and gradients are communicated; anything else here is a bug."""
-    figures, output = planned(
-        denoising,
-        tmp_path,
-        capsys,
-        "--topology=v5p-16",
-        "--batch-a-chip=2",
-        "--config.mesh.fsdp=8",
-        f"--save={tmp_path}/x",
-    )
+    figures, output = planned(denoising, tmp_path, capsys, *DIVIDED, f"--save={tmp_path}/x")
     assert used(figures) <= {"all-gather", "all-reduce", "reduce-scatter"}
     assert figures["to_explain"] == []
     parameters = 8 * figures["memory_bytes"]["parameters"] // 4  # of the whole, in number; some are not divided
@@ -92,6 +88,40 @@ def test_weights_divided_over_a_v5p(denoising, tmp_path, capsys):
     made = json.loads(header)
     assert made["made_for"]["devices"] == "8 x TPU v5"
     assert 10_000 < made["step"] < len(content)
+    layers, output = planned(denoising, tmp_path, capsys, *DIVIDED, "--fast")
+    assert layers["fast"] is True
+    assert "fast: added up from layers" in output.out
+    assert layers.keys() == {"fast", *figures}
+    for part in ("compute", "exchange"):  # the gradient alone is half of it
+        assert layers["seconds"][part] == pytest.approx(seconds[part], rel=0.25)
+    assert layers["seconds"]["step"] == pytest.approx(seconds["compute"] + layers["seconds"]["exposed"], rel=0.25)
+    exact = ("parameters", "ema", "optimizer", "frozen", "batch")
+    assert [layers["memory_bytes"][part] for part in exact] == [memory[part] for part in exact]
+    assert layers["collectives"]["all-gather"]["bytes"] == pytest.approx(gathered["bytes"], rel=0.01)
+
+
+class Free:
+    """Prices of layers that cost nothing, so that nothing is compiled."""
+
+    def of(self, piece, step):
+        return fast.Price({}, 0.0, 0.0, 0.0, 0.0)
+
+
+def test_temporaries_of_layers(denoising):
+    """What lives between the layers: with twice the images twice the activations, with recomputation fewer."""
+
+    def temporaries(*changes):
+        config = config_file.load(denoising[0].removeprefix("--config="), [*denoising[1:], *changes])
+        step = make_program(config, blueprint(config), make_mesh(config.mesh, jax.devices()[:1]))
+        return fast.memory(fast.Estimate(step, topology.parse("v5p-8"), Free()))["temporaries"]
+
+    one, two, recomputed = (
+        temporaries("--config.batch_size=8", "--config.model.remat=none"),
+        temporaries("--config.batch_size=16", "--config.model.remat=none"),
+        temporaries("--config.batch_size=16", "--config.model.remat=block"),
+    )
+    assert 1.5 * one < two < 2.2 * one
+    assert recomputed < 0.8 * two
 
 
 def test_weights_whole_on_a_v4(autoencoder, tmp_path, capsys):
@@ -151,6 +181,8 @@ def test_a_batch_that_is_too_small_is_raised_and_said(options, capsys):
         (["--topology=v5p-16", "--slices=0"], "--slices=0; it must be at least 1"),
         (["--topology=v5p-16", "--search", "--batch-a-chip=0"], "--batch-a-chip=0; it must be at least 1"),
         (["--topology=v5p-16", "--json=/"], "--json=/ is a folder"),
+        (["--topology=local", "--fast"], "--fast does not go with --topology=local"),
+        (["--topology=v5p-16", "--fast", "--save=x"], "--fast does not go with --save=x"),
         (["--topology=local", "--search"], "local has no time estimates"),
         (["--topology=v5p-16", "--search", "--save=x"], "--save writes one step"),
         (["--topology=v5p-16", "--jsn=x"], "there is no option --jsn=x; did you mean '--json'?"),
