@@ -2,7 +2,7 @@
 
 python -m lcm_jax.train --config=configs/digits.py --workdir=runs/digits      # minutes on two cores
 python -m lcm_jax.train --config=configs/digits.py:full --workdir=runs/full   # seven times as long
-python -m lcm_jax.train --config=configs/digits.py:smoke --workdir=runs/smoke # seconds: does it run here?
+python -m lcm_jax.train --config=configs/digits.py:smoke --workdir=runs/smoke # a minute or two: does it run here?
 """
 
 import pathlib

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections.abc import Sequence
 
 from lcm_jax import cli
 from lcm_jax.errors import UserError, nearest
@@ -32,7 +33,11 @@ def main() -> int:
         error = UserError(f"there is no command {command!r}{nearest(command, COMMANDS)}")
         print(f"lcm-jax: error: {error}", file=sys.stderr)
         return 2
-    return cli.run(importlib.import_module(f"lcm_jax.{command}").main, argv, command)
+
+    def run(argv: Sequence[str]) -> int:  # imports within `cli.run`, which ends them soon at Ctrl-C
+        return importlib.import_module(f"lcm_jax.{command}").main(argv)
+
+    return cli.run(run, argv, command)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from lcm_jax import cli
 from lcm_jax.digits.presets import PRESETS, write_blank
 from lcm_jax.errors import UserError, say
 from lcm_jax.host import compile_cache
+from lcm_jax.parallel.mesh import found_devices
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,6 +23,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed is {args.seed}; it must be in 0..{2**32 - 1}")
+    found_devices()
     compile_cache.enable()
     out = write_blank(args.preset, args.out, args.seed)
     say(f"Wrote an untrained model to {out}")

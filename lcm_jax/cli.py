@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import sys
@@ -35,6 +36,10 @@ OTHER_NAMES = {
     "--max-train-steps": "--config.steps",
     "--learning-rate": "--config.optimizer.learning_rate",
     "--resolution": "--config.data.image_size",
+    "--steps": "--config.steps",
+    "--batch-size": "--config.batch_size",
+    "--seed": "--config.seed",
+    "--lr": "--config.optimizer.learning_rate",
 }
 
 
@@ -44,8 +49,12 @@ class Parser(argparse.ArgumentParser):
     Options are spelled with hyphens; underscores are accepted ("--guidance_scale").
     """
 
+    _of_a_run = False  # whether the command takes --config.<name>=<value>
+
     def error(self, message: str) -> NoReturn:
-        """Raises UserError with argparse's message."""
+        """Raises UserError with argparse's message, that of a wrong type in our own words."""
+        if wrong := re.fullmatch(r"argument (\S+): invalid (int|float) value: '(.*)'", message):
+            message = f"{wrong[1]}={wrong[3]}: it must be {'a whole number' if wrong[2] == 'int' else 'a number'}"
         raise UserError(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -57,6 +66,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_with_config(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """Parses the command's options; returns them and the remaining --config.<name>=<value> arguments."""
+        self._of_a_run = True
         values, overrides = self.parse_known_args(self._checked(args))
         self._refuse([text for text in overrides if text.startswith("--") and not text.startswith("--config.")])
         return values, overrides
@@ -81,7 +91,8 @@ class Parser(argparse.ArgumentParser):
             options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
             name = unknown[0].split("=")[0]
             ours = OTHER_NAMES.get(name, "")
-            hint = f"; it is {ours} here" if ours in options or ours.startswith("--config.") else nearest(name, options)
+            known = ours in options or (self._of_a_run and ours.startswith("--config."))
+            hint = f"; it is {ours} here" if known else nearest(name, options)
             raise UserError(f"there is no option {unknown[0]}{hint}")
 
 
@@ -185,15 +196,15 @@ def run(main: Main, argv: Sequence[str] | None = None, command: str | None = Non
     gc.set_threshold(50_000, 10, 10)  # tracing creates many objects, few of them garbage: a fifth faster
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold undecodable bytes: print them escaped
         sys.stdout.reconfigure(errors="backslashreplace")
-    from lcm_jax.host import platforms  # late: it imports jax, which `lcm-jax --help` need not
-
-    platforms.skip_absent_tpu()
 
     def interrupted(error: KeyboardInterrupt) -> None:
         print(f"lcm-jax {command}: {interrupts.word(error)}", file=sys.stderr, flush=True)
 
     try:
         with one_line_warnings(command), interrupts.ends_soon(interrupted):
+            from lcm_jax.host import platforms  # late: it imports jax, which `lcm-jax --help` need not
+
+            platforms.skip_absent_tpu()
             return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"lcm-jax {command}: error: {error}", file=sys.stderr)

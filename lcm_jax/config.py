@@ -303,7 +303,8 @@ def check_same_run(config: Config, stored: Config, workdir: epath.PathLike, *, p
         )
         for key, now, then in pairs:
             if now != then and key not in free:
+                why = ", and its learning rate falls to zero over them" if key == "steps" else ""
                 raise UserError(
-                    f"{workdir} holds a run with config.{key}={then!r}, not {now!r}; "
+                    f"{workdir} holds a run with config.{key}={then!r}, not {now!r}{why}; "
                     "choose another --workdir, or delete this one to start over"
                 )

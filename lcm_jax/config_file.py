@@ -1,5 +1,6 @@
 """Reads a config file (`configs/*.py`) and the command line's overrides into a `Config`."""
 
+import difflib
 import functools
 import os
 import pathlib
@@ -72,9 +73,11 @@ def _found(file: str) -> str:
     own = own_configs()
     if path in own:
         return own[path] + colon + variant
-    raise UserError(
-        f"--config={plain(file, 100)}: there is no file {plain(path, 200)}; lcm_jax's own are {', '.join(own)}"
+    stem = os.path.basename(path).removesuffix(".py")
+    hint = (
+        f"; lcm_jax's own config of that name is --config={stem}{colon}{variant}" if stem in own else nearest(stem, own)
     )
+    raise UserError(f"--config={plain(file, 100)}: there is no file {plain(path, 200)}{hint}")
 
 
 def _parse(file: str, overrides: Sequence[str], before: ConfigDict | None = None) -> ConfigDict:
@@ -113,9 +116,14 @@ def _check_type(file: str, override: str, before: Any) -> None:
 
 
 def _nearest_option(key: str, known: list[str]) -> str:
-    """The closest option by its whole name, else by its last part."""
-    hint = nearest(f"config.{key}", [f"config.{name}" for name in known])
-    if "did you mean" in hint:
-        return hint
-    by_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    return f"; did you mean 'config.{by_leaf[0]}'?" if by_leaf else hint
+    """The option of this last part; else of the same section, by its initials or spelling; else by the whole name."""
+    section, _, last = key.rpartition(".")
+    parts = {name: name.rpartition(".") for name in known}
+    same = {part[2]: name for name, part in parts.items() if part[0] == section}
+    initials = {"".join(word[0] for word in leaf.split("_")): name for leaf, name in same.items() if "_" in leaf}
+    close = [name for name, part in parts.items() if part[2] == last]
+    close += [initials[last]] if last in initials else []
+    close += [same[leaf] for leaf in difflib.get_close_matches(last, same, n=1)]
+    if close:
+        return f"; did you mean 'config.{close[0]}'?"
+    return nearest(f"config.{key}", [f"config.{name}" for name in known])

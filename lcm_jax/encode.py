@@ -6,15 +6,15 @@ files. Images are resized and cropped as configured; random crops and flips are 
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from rich.console import Console
-from rich.progress import track
 
 from lcm_jax import cli, config_file
 from lcm_jax.config import Config
@@ -28,7 +28,10 @@ from lcm_jax.host import compile_cache, files
 from lcm_jax.host.images import to_signed
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.models import Policy
-from lcm_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, split_cpu
+from lcm_jax.monitor.progress import Sampling
+from lcm_jax.parallel.mesh import BATCH, MeshConfig, found_devices, make_mesh, split_cpu
+
+_T = TypeVar("_T")
 
 
 def prepared_images(
@@ -87,6 +90,13 @@ def encode(
         yield from zip(found, captions, strict=True)
 
 
+def _counted(items: Iterable[_T], done: Callable[[int], None]) -> Iterator[_T]:
+    """Yields the items, and calls `done` with how many there were so far."""
+    for number, item in enumerate(items, 1):
+        yield item
+        done(number)
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     parser = cli.parser("encode", __doc__)
@@ -100,15 +110,16 @@ def main(argv: Sequence[str]) -> int:
     if config.data.latents:
         raise UserError("config.data.latents is true; pass the data set that holds the images")
     split_cpu(config.mesh.cpu_devices)
+    found_devices()
     compile_cache.enable()
     files.make_folder("--out", args.out)
     folder = read_folder(config.model.folder, only=("vae",))
     source = open_data(config.data)
     vae, size = folder.components["vae"], config.data.image_size
     height, width, channels = vae.network().config.latent_shape(size)
-    done = encode(config, folder, source, args.batch)
+    progress = Sampling(len(source), Console(stderr=True))
     builder = latents.Encoded(
-        track(done, "encoding", total=len(source), console=Console(stderr=True)),
+        _counted(encode(config, folder, source, args.batch), progress.series("", len(source))),
         shape=(height, width, 2 * channels),
         made={
             "vae": latents.fingerprint(vae.params),
@@ -121,7 +132,8 @@ def main(argv: Sequence[str]) -> int:
     )
     if builder.data_path.exists():
         raise UserError(f"--out: {builder.data_path} already exists; delete it, or choose another folder")
-    prepare(builder)
+    with progress:
+        prepare(builder)
     if not builder.written:
         raise UserError(f"--out: {builder.data_path} was written by another run in the meantime; choose another folder")
     say(f"Done: {len(source)} images in {builder.data_path}. To train from it, add")

@@ -44,6 +44,7 @@ from lcm_jax.inference import verify
 from lcm_jax.inference.pipeline import Pipeline, load_pipeline
 from lcm_jax.interop.lora.file import find
 from lcm_jax.monitor.progress import Sampling
+from lcm_jax.parallel.mesh import found_devices
 
 STEPS = (1, 2, 4, 8)
 
@@ -147,6 +148,7 @@ def main(argv: Sequence[str]) -> int:
     if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
         raise UserError(f"--guidance-scale={args.guidance_scale} is not a finite number")
     out = args.out or (_beside(args.model) if args.model else pathlib.Path()) / "evaluation"
+    found_devices()
     compile_cache.enable()
     figure_class()  # fails before the long computation if matplotlib is missing
     if args.lora:

@@ -43,6 +43,7 @@ def compile_step(config: Config, where: Topology | None) -> Compiled:
     devices = topology.devices(where) if where else found_devices()
     step = make_program(config, blueprint(config), make_mesh(config.mesh, devices))
     lowered = step.lower()
+    print("Compiling the step; for Stable Diffusion it takes 10 to 90 minutes ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
     with topology.quiet():
         try:

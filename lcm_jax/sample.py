@@ -27,6 +27,7 @@ from lcm_jax.inference.pipeline import Pipeline, load_pipeline
 from lcm_jax.inference.request import at_least_one
 from lcm_jax.inference.rules import SAMPLERS, Settings
 from lcm_jax.monitor.progress import Sampling
+from lcm_jax.parallel.mesh import found_devices
 
 IN_A_GRID = 256  # images; a grid is held in memory
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
         )
     if args.scale < 1:
         raise UserError(f"--scale={args.scale} must be at least 1")
+    found_devices()
     compile_cache.enable()
     pipe = load_pipeline(args.model, loras=cli.loras(args.lora), dtype=args.dtype)
     with cli.each_warning_once():

@@ -58,10 +58,9 @@ def test_other_errors_keep_their_traceback():
     [
         (["--steps=1", "--step=1"], "there is no option --step=1; did you mean '--steps'?"),
         (["--step=1"], "there is no option --step=1; did you mean '--steps'?"),
-        (["--steps=four"], "argument --steps: invalid int value: 'four'"),
+        (["--steps=four"], "--steps=four: it must be a whole number"),
         (["--steps=--"], "--steps=--: -- is not a value of an option"),
         (["--num_inference_steps=4"], "there is no option --num-inference-steps=4; it is --steps here"),
-        (["--max_train_steps=4"], "there is no option --max-train-steps=4; it is --config.steps here"),
         ([], "the following arguments are required: --steps"),
     ],
 )
@@ -71,6 +70,17 @@ def test_parser(argv, message):
     with pytest.raises(UserError) as error:
         parser.parse_args(argv)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("option", "ours"), [("--max_train_steps=4", "--config.steps"), ("--lr=1", "--config.optimizer.learning_rate")]
+)
+def test_an_option_of_the_run_without_config(option, ours):
+    parser = cli.parser("train", "doc")
+    with pytest.raises(UserError, match=f"there is no option .*; it is {ours} here"):
+        parser.parse_with_config([option])
+    with pytest.raises(UserError, match="there is no option .*; did you mean|there is no option .*; choose from"):
+        cli.parser("sample", "doc").parse_args([option])  # which has no such options
 
 
 @pytest.mark.parametrize("spelling", ["--guidance-scale", "--guidance_scale"])

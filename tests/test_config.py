@@ -64,6 +64,9 @@ def test_the_command_line_overrides(override, path, value):
     [
         ("--config.lcd.sovler=dpmpp", "lcd.solver"),
         ("--config.learning_rate=1e-4", "optimizer.learning_rate"),
+        ("--config.optimizer.lr=1", "did you mean 'config.optimizer.learning_rate'?"),
+        ("--config.image_size=8", "did you mean 'config.data.image_size'?"),
+        ("--config.ema_decay=1", "did you mean 'config.ema.decay'?"),
         ("--config.lcd.solver=dpm++", "One of ddim, dpm, dpmpp"),
         ("--config.steps=many", "--config.steps is 'many'; it must be a whole number, as in 32"),
         ("--config.optimizer.b1=x", "--config.optimizer.b1 is 'x'; it must be a number, as in 1e-5"),
@@ -102,6 +105,8 @@ def test_adamws_options_have_no_effect_on_adafactor(option):
         ("nowhere.py", "there is no file"),
         ("x" * 300, "there is no file"),
         ("digits.py:smok", "digits.py has :full and :smoke"),
+        ("digitz", "there is no file .*digitz; did you mean 'digits'?"),
+        ("x/sd15.py:a", "there is no file .*sd15.py; lcm_jax's own config of that name is --config=sd15:a"),
     ],
 )
 def test_a_wrong_file_or_variant_is_named(name, said):

@@ -1,5 +1,6 @@
 """Image to image: latents of the images that sampling starts from."""
 
+import os
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ def image_array(image: Any, channels: int) -> np.ndarray:
     Raises:
       UserError: neither of them, or values out of range.
     """
+    if isinstance(image, str | os.PathLike):
+        raise UserError('image is a path; open it: np.asarray(PIL.Image.open(path).convert("RGB"))')
     try:
         array = np.asarray(image)
     except (TypeError, ValueError):

@@ -16,7 +16,7 @@ import inspect
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +44,8 @@ from lcm_jax.models import Policy
 
 DIFFUSERS_NAMES = {  # argument of diffusers' pipelines → ours
     "prompt": "prompts",
+    "torch_dtype": "dtype",
+    "cross_attention_kwargs": "pipe.set_loras({file: weight})",
     "num_inference_steps": "steps",
     "generator": "seed=0, a whole number",
     "output_type": "output",
@@ -51,6 +53,13 @@ DIFFUSERS_NAMES = {  # argument of diffusers' pipelines → ours
     "num_images": "images_per_prompt",
     "crops_coords_top_left": "crop",
     "negative_crops_coords_top_left": "negative_crop",
+}
+DIFFUSERS_METHODS = {  # methods of diffusers' pipelines → ours
+    "to": "JAX_PLATFORMS=cuda, tpu or cpu, before the process starts",
+    "load_lora_weights": "set_loras({file: weight})",
+    "unload_lora_weights": "set_loras({})",
+    "save_pretrained": "save(folder)",
+    "enable_vae_tiling": "pipe(…, decode_in_strips=True)",
 }
 OUTPUTS = ("uint8", "float", "latents")
 IN_STRIPS = 2**20  # pixels of an image, from which on the VAE decodes in strips
@@ -84,11 +93,12 @@ class Pipeline:
         """Returns the network of the component `name`."""
         if name in (networks := self.__dict__.get("networks", {})):
             return networks[name]
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        hint = f"; use {DIFFUSERS_METHODS[name]}" if name in DIFFUSERS_METHODS else ""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] = (),
         steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int | None = 0,
@@ -164,10 +174,7 @@ class Pipeline:
           UserError: a value of the wrong type, out of range, or not supported by this kind of model; a token without an
             embedding in the text encoder.
         """
-        for name in others:
-            ours = DIFFUSERS_NAMES.get(name, "")
-            hint = f"; use {ours}" if ours else nearest(name, inspect.signature(self.__call__).parameters)
-            raise TypeError(f"there is no argument {name}{hint}")
+        _refuse(others, self.__call__)
         prompts = arguments.texts("prompts", prompts)
         if not prompts:
             raise UserError("prompts is empty; give at least one prompt")
@@ -359,6 +366,7 @@ def load_pipeline(
     loras: Loras | None = None,
     dtype: str = "float32",
     quiet: bool = False,
+    **others: Any,
 ) -> Pipeline:
     """Loads a folder written by a diffusers pipeline in `interop.layouts.LAYOUTS`.
 
@@ -369,11 +377,14 @@ def load_pipeline(
       loras: LoRA file → weight; see `Pipeline.set_loras`.
       dtype: compute dtype of the networks, "float32" or "bfloat16".
       quiet: whether to print nothing. Otherwise one line on stderr says when a program is compiled.
+      others: none; an argument of diffusers' `from_pretrained` is answered with its name here.
 
     Raises:
+      TypeError: an unknown argument.
       UserError: the folder does not exist; a file is missing, damaged or a pickle; a class or configuration is not
         supported; tensors are missing, unexpected or of the wrong shape; a LoRA cannot be read or is for another base.
     """
+    _refuse(others, load_pipeline)
     policy = Policy.named(dtype)
     check(loras or {})
     folder = read_folder(arguments.path("path_or_hub_id", path_or_hub_id))
@@ -382,6 +393,14 @@ def load_pipeline(
     pipe = Pipeline(folder, load_tokenizer(folder), policy, quiet=quiet)
     pipe.set_loras(loras or {})
     return pipe
+
+
+def _refuse(others: Iterable[str], of: Callable[..., Any]) -> None:
+    """Raises TypeError for arguments that `of` does not have, with the name that they have here."""
+    for name in others:
+        ours = DIFFUSERS_NAMES.get(name, "")
+        hint = f"; use {ours}" if ours else nearest(name, inspect.signature(of).parameters)
+        raise TypeError(f"there is no argument {name}{hint}")
 
 
 def _short(prompt: str) -> str:

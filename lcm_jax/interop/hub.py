@@ -51,7 +51,7 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
             folder = pathlib.Path(snapshot_download(name, allow_patterns=_ALLOW))
         return folder
     except Exception as error:  # hub errors, and those of an HTTP library that depends on the hub's version
-        reason = " ".join(str(error).split()).split(". ")[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].removeprefix("Got: ")
         raise UserError(
             f"there is no folder {path.absolute()}, and no model {name} could be downloaded from the hub: {reason}"
         ) from None

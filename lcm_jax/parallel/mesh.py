@@ -74,8 +74,9 @@ def found_devices() -> list[Any]:
     hint = f"does its driver run, and is lcm_jax installed with the extra {extra!r}?" if extra else "is it installed?"
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        raise Unavailable(f"JAX finds no {wanted or 'device'}: {str(error).splitlines()[0]}; {hint}") from None
+    except (RuntimeError, AssertionError) as error:  # the latter, without text, for a GPU where libtpu is installed
+        why = (str(error) or "no such platform").splitlines()[0]
+        raise Unavailable(f"JAX finds no {wanted or 'device'}: {why}; {hint}") from None
     if extra and devices[0].platform != {"cuda": "gpu"}.get(wanted, wanted):
         found = devices[0].platform.upper()
         raise Unavailable(f"JAX_PLATFORMS requests {wanted}, but JAX finds only a {found}; {hint}")

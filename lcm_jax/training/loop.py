@@ -17,7 +17,7 @@ from lcm_jax import config as config_lib
 from lcm_jax.config import Config
 from lcm_jax.data.batches import batches
 from lcm_jax.data.sources import Source, open_data
-from lcm_jax.errors import UserError, is_out_of_memory, plain
+from lcm_jax.errors import UserError, is_out_of_memory, plain, say
 from lcm_jax.host import compile_cache, files, interrupts
 from lcm_jax.host.images import write_png
 from lcm_jax.interop.folder import Folder
@@ -114,6 +114,8 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
     restored = checkpoints.restore_newest(program.state)
     if restored:
         state, data_state, start = restored
+        if is_first() and start < config.steps:
+            say(f"Resuming after step {start}")
     else:
         params = place(initial_params(config, parts, folder), program.state["params"])
         state, data_state, start = program.start(params), None, 0
@@ -186,7 +188,7 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
         meet("step compiled")  # it may take one longer than the devices wait for each other
         # until here there was nothing to save, and a signal ended the run at once
         stop = steps_run.enter_context(interrupts.as_flag())
-        pending, received, last, done = None, 0, False, start
+        pending, received, last, done, shown_before = None, 0, False, start, False
         while not last:
             before = time.perf_counter()
             batch = program.put(next(data))
@@ -214,6 +216,9 @@ def _train(config: Config, workdir: epath.Path, compiled: str | None, mesh: Mesh
                     metrics.flush()
                 checkpoints.save(done, state, data.get_state())
             if show:
+                if not shown_before:
+                    progress.say("Compiling the samples ...")
+                shown_before = True
                 images = preview(*program.whole((state["ema"] or state["params"], frozen)))
                 held.check()
                 if metrics:

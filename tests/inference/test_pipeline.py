@@ -163,6 +163,17 @@ def test_arguments_of_diffusers_are_answered_with_ours(lcm, given, said):
         lcm("red", **given)
 
 
+def test_names_of_diffusers_are_answered_with_ours(lcm):
+    with pytest.raises(TypeError, match="there is no argument prompt; use prompts"):
+        lcm(prompt="red")
+    with pytest.raises(TypeError, match="there is no argument torch_dtype; use dtype"):
+        lcm_jax.load_pipeline("nowhere", torch_dtype="float16")
+    with pytest.raises(AttributeError, match=r"no attribute 'save_pretrained'; use save\(folder\)"):
+        lcm.save_pretrained("x")
+    with pytest.raises(UserError, match="image is a path; open it"):
+        lcm("red", image="seven.png")
+
+
 def test_seed_decides_the_image(lcm):
     first, again, other = (lcm(PROMPTS, steps=1, seed=seed, output="latents") for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)

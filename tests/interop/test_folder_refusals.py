@@ -374,6 +374,14 @@ def test_hub_id_without_network():
     )
 
 
+def test_hub_that_is_not_reached_is_one_sentence(monkeypatch):
+    def download(*_, **__):
+        raise OSError("Got: ConnectError: no such host\nAn error happened while trying to locate the files.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    fails("someone/no-such-model", "could be downloaded from the hub: ConnectError: no such host$")
+
+
 def test_hub_never_fetches_pickles(monkeypatch, copy):
     asked = []
 

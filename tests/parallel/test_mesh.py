@@ -67,6 +67,10 @@ def test_an_accelerator_that_is_asked_for_and_not_found_is_one_line(asking, monk
     monkeypatch.setattr("jax.devices", lambda: (_ for _ in ()).throw(RuntimeError("no TPU\nat length")))
     with pytest.raises(Unavailable, match="JAX finds no tpu: no TPU; does its driver run, .* with the extra 'tpu'"):
         make_mesh(MeshConfig())
+    asking("cuda")
+    monkeypatch.setattr("jax.devices", lambda: (_ for _ in ()).throw(AssertionError))  # as JAX does beside libtpu
+    with pytest.raises(Unavailable, match="JAX finds no cuda: no such platform; does its driver run"):
+        make_mesh(MeshConfig())
 
 
 def test_a_batch_divides_by_devices_and_micro_batches():

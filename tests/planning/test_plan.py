@@ -200,8 +200,14 @@ def test_search_recommends_the_fastest_that_fits(options, monkeypatch, capsys, t
 
     def report(config, compiled):
         batch, fsdp = config.batch_size // 4, config.mesh.fsdp
-        memory = batch * {"block": 1, "block_save_attention": 2, "none": 4}[config.model.remat] + 8 // fsdp
-        rate = batch**0.5 * {"block": 3, "block_save_attention": 3.5, "none": 4}[config.model.remat] / fsdp**0.1
+        memory = (
+            batch * {"layer": 0.5, "block": 1, "block_save_attention": 2, "none": 4}[config.model.remat] + 8 // fsdp
+        )
+        rate = (
+            batch**0.5
+            * {"layer": 2, "block": 3, "block_save_attention": 3.5, "none": 4}[config.model.remat]
+            / fsdp**0.1
+        )
         return {
             "batch_size": config.batch_size,
             "fits": memory <= 14,
