@@ -214,6 +214,8 @@ class Pipeline:
             self.family, sizes, settings.guided, negative_original_size, negative_crop, negative_target_size
         )
         negative = bool(self.family.null) and negative_prompt is not None
+        if not isinstance(decode_in_strips, bool | np.bool_ | None):
+            raise UserError(f"decode_in_strips is {plain(repr(decode_in_strips), 100)}; it must be True, False or None")
         in_strips = pixels[0] * pixels[1] >= IN_STRIPS if decode_in_strips is None else bool(decode_in_strips)
         program = self._program(settings.sampler, settings.guided, output != "latents", negative, in_strips)
         sampled = np.concatenate([*self._sample(request, program, prompts, null_prompts, sizes, negative_sizes)])

@@ -122,8 +122,8 @@ def pipe(micro):
     """A pipeline that samples zeros: what it is given is checked and converted, nothing is compiled."""
     pipe = load_pipeline(micro)
 
-    def program(kind, guided, decode, negative):
-        return lambda params, ids, negative, sizes, w, grid, z_T, between: np.zeros(
+    def program(kind, guided, decode, negative, in_strips):
+        return lambda params, ids, negative, sizes, null_sizes, w, grid, z_T, between: np.zeros(
             (len(z_T), 32, 32, 3) if decode else z_T.shape
         )
 

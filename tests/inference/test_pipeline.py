@@ -172,6 +172,8 @@ def test_names_of_diffusers_are_answered_with_ours(lcm):
         lcm.save_pretrained("x")
     with pytest.raises(UserError, match="image is a path; open it"):
         lcm("red", image="seven.png")
+    with pytest.raises(UserError, match="decode_in_strips is 'no'; it must be True, False or None"):
+        lcm("red", decode_in_strips="no")
 
 
 def test_seed_decides_the_image(lcm):
