@@ -93,6 +93,7 @@ def entries(tmp_path, monkeypatch):
     """Sets up JAX's cache like `enable`, in a folder that does not exist yet; returns the folder."""
     folder, before = tmp_path / "entries", jax.config.jax_compilation_cache_dir
     monkeypatch.setattr(cache_entries, "_warned", False)
+    monkeypatch.setattr(compile_cache, "_counts", None)  # another test's run must not find this folder
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
     compile_cache.enable()
     compilation_cache.reset_cache()
