@@ -83,9 +83,8 @@ def test_weights_divided_over_a_v5p(denoising, tmp_path, capsys):
     assert "2 per chip and micro-batch" in output.out
     assert "per chip and micro-batch" in table({**figures, "batch_a_chip": 8, "accumulate": 2})
     assert "per chip and micro-batch" not in table({**figures, "batch_a_chip": 8})
-    assert (
-        output.err == "Compiling the step; for Stable Diffusion it takes 10 to 90 minutes ...\n"
-    )  # libtpu keeps quiet
+    # and libtpu keeps quiet
+    assert output.err == "Compiling the step; for Stable Diffusion it takes 10 to 90 minutes ...\n"
     _, header, content = (tmp_path / "x").read_bytes().split(b"\n", 2)
     made = json.loads(header)
     assert made["made_for"]["devices"] == "8 x TPU v5"
