@@ -135,7 +135,7 @@ def test_command(tmp_path, monkeypatch, classifier, capsys):
     ("arguments", "message"),
     [
         (["--out=x", "--steps=0"], "--steps=0 must be at least 1"),
-        (["--out=x", "--steps=many"], "argument --steps: invalid int value: 'many'"),
+        (["--out=x", "--steps=many"], "--steps=many: it must be a whole number"),
         ([], "the following arguments are required: --out"),
         (["--out=."], r"--out=\. is a folder; give a file name"),
         (["--out=/proc/nowhere/x"], "--out: /proc/nowhere can't be written: No such file or directory"),

@@ -227,7 +227,7 @@ def nothing_is_drawn(monkeypatch):
         (["--model=STUDENT", "--steps=4,-1"], "argument --steps: '4,-1' has -1; each must be at least 1"),
         (["--model=STUDENT", "--steps=x"], "argument --steps: 'x' is not a list of whole numbers like 1,2,4"),
         (["--model=STUDENT", "--steps=4,60"], "steps is 60; it must be in 1 … 50, the steps of the trained grid"),
-        (["--model=STUDENT", "--guidance_scale=much"], "argument --guidance-scale: invalid float value: 'much'"),
+        (["--model=STUDENT", "--guidance_scale=much"], "--guidance-scale=much: it must be a number"),
         (["--model=STUDENT", "--guidance_scale=nan"], "--guidance-scale=nan is not a finite number"),
         (["--model=STUDENT", "--step=4"], "there is no option --step=4; did you mean '--steps'.*"),
         (["--model=STUDENT", "--out=file"], "--out: file is a file; choose a folder"),

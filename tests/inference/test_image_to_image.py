@@ -95,7 +95,7 @@ def test_images_become_latents():
         (np.zeros((4, 4, 3), np.int64), "image has the dtype int64"),
         (np.full((4, 4, 3), 2.0), r"image has values outside \[0, 1\]"),
         (np.full((4, 4, 4), np.nan), "image has values that are not finite"),
-        ("sketch.png", r"image has the shape \(\)"),
+        ("sketch.png", "image is a path; open it"),
     ],
     ids=["gray", "int64", "range", "nan", "path"],
 )

@@ -112,7 +112,7 @@ def ended(quick, other_model, other_data, other_file, tmp_path_factory):
         ("file", "config.seed differs: process 1 on .* has 7, process 0 on .* has 0;"),
         ("no file", "process 1 on .*: --config=/nowhere.py: there is no file /nowhere.py; "),
         ("no option", "process 1 on .*: there is no option --nothing=1"),
-        ("no number", "process 1 on .*: argument --wait: invalid float value: 'long'$"),
+        ("no number", "process 1 on .*: --wait=long: it must be a number$"),
         ("no step", "process 1 on .*: --compiled=/nowhere: the file does not exist"),
         ("held", "process 0 on .*: --workdir=.*: process .* is training in it; wait until it ends, stop it"),
         ("model", r"unet weights differs: process 1 on .* has \w{32}, process 0 on .* has \w{32};"),
