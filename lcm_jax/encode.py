@@ -29,7 +29,7 @@ from lcm_jax.host.images import to_signed
 from lcm_jax.interop.folder import Folder, read_folder
 from lcm_jax.models import Policy
 from lcm_jax.monitor.progress import Sampling
-from lcm_jax.parallel.mesh import BATCH, MeshConfig, found_devices, make_mesh, split_cpu
+from lcm_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, split_cpu
 
 _T = TypeVar("_T")
 
@@ -110,7 +110,6 @@ def main(argv: Sequence[str]) -> int:
     if config.data.latents:
         raise UserError("config.data.latents is true; pass the data set that holds the images")
     split_cpu(config.mesh.cpu_devices)
-    found_devices()
     compile_cache.enable()
     files.make_folder("--out", args.out)
     folder = read_folder(config.model.folder, only=("vae",))

@@ -12,22 +12,21 @@ an LCM-LoRA trained by lcm_jax; other LoRA files do not record that they are one
 """
 
 import dataclasses
-import inspect
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from lcm_jax.errors import UserError, is_out_of_memory, nearest, one_of, plain
+from lcm_jax.errors import UserError, is_out_of_memory, one_of, plain
 from lcm_jax.families import family_of
 from lcm_jax.host import arguments, compile_cache, platforms
 from lcm_jax.host.images import to_uint8, to_unit
-from lcm_jax.inference import batches
+from lcm_jax.inference import batches, diffusers_names
 from lcm_jax.inference.bound import Bound, bind, put
 from lcm_jax.inference.generate import Sampler
 from lcm_jax.inference.image_to_image import image_array, image_size, initial_latents
@@ -42,25 +41,6 @@ from lcm_jax.interop.recipe import Recipe
 from lcm_jax.interop.tokenizer import Tokenizer, Tokenizers, load_tokenizer
 from lcm_jax.models import Policy
 
-DIFFUSERS_NAMES = {  # argument of diffusers' pipelines → ours
-    "prompt": "prompts",
-    "torch_dtype": "dtype",
-    "cross_attention_kwargs": "pipe.set_loras({file: weight})",
-    "num_inference_steps": "steps",
-    "generator": "seed=0, a whole number",
-    "output_type": "output",
-    "num_images_per_prompt": "images_per_prompt",
-    "num_images": "images_per_prompt",
-    "crops_coords_top_left": "crop",
-    "negative_crops_coords_top_left": "negative_crop",
-}
-DIFFUSERS_METHODS = {  # methods of diffusers' pipelines → ours
-    "to": "JAX_PLATFORMS=cuda, tpu or cpu, before the process starts",
-    "load_lora_weights": "set_loras({file: weight})",
-    "unload_lora_weights": "set_loras({})",
-    "save_pretrained": "save(folder)",
-    "enable_vae_tiling": "pipe(…, decode_in_strips=True)",
-}
 OUTPUTS = ("uint8", "float", "latents")
 IN_STRIPS = 2**20  # pixels of an image, from which on the VAE decodes in strips
 LARGEST = 2**14  # pixels per side; far above, XLA aborts the process
@@ -93,8 +73,7 @@ class Pipeline:
         """Returns the network of the component `name`."""
         if name in (networks := self.__dict__.get("networks", {})):
             return networks[name]
-        hint = f"; use {DIFFUSERS_METHODS[name]}" if name in DIFFUSERS_METHODS else ""
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{diffusers_names.method(name)}")
 
     def __call__(
         self,
@@ -174,7 +153,7 @@ class Pipeline:
           UserError: a value of the wrong type, out of range, or not supported by this kind of model; a token without an
             embedding in the text encoder.
         """
-        _refuse(others, self.__call__)
+        diffusers_names.refuse(others, self.__call__)
         prompts = arguments.texts("prompts", prompts)
         if not prompts:
             raise UserError("prompts is empty; give at least one prompt")
@@ -386,7 +365,7 @@ def load_pipeline(
       UserError: the folder does not exist; a file is missing, damaged or a pickle; a class or configuration is not
         supported; tensors are missing, unexpected or of the wrong shape; a LoRA cannot be read or is for another base.
     """
-    _refuse(others, load_pipeline)
+    diffusers_names.refuse(others, load_pipeline)
     policy = Policy.named(dtype)
     check(loras or {})
     folder = read_folder(arguments.path("path_or_hub_id", path_or_hub_id))
@@ -395,14 +374,6 @@ def load_pipeline(
     pipe = Pipeline(folder, load_tokenizer(folder), policy, quiet=quiet)
     pipe.set_loras(loras or {})
     return pipe
-
-
-def _refuse(others: Iterable[str], of: Callable[..., Any]) -> None:
-    """Raises TypeError for arguments that `of` does not have, with the name that they have here."""
-    for name in others:
-        ours = DIFFUSERS_NAMES.get(name, "")
-        hint = f"; use {ours}" if ours else nearest(name, inspect.signature(of).parameters)
-        raise TypeError(f"there is no argument {name}{hint}")
 
 
 def _short(prompt: str) -> str:

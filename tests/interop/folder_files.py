@@ -4,8 +4,12 @@ import json
 import pathlib
 
 import numpy as np
+import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+
+from lcm_jax.errors import UserError
+from lcm_jax.interop.folder import read_folder
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
@@ -14,6 +18,13 @@ TEXT_FILE = "text_encoder/model.safetensors"
 
 def files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def fails(folder, message: str) -> None:
+    """Reading the folder ends in one line that holds `message`."""
+    with pytest.raises(UserError, match=message) as error:
+        read_folder(folder)
+    assert "\n" not in str(error.value)
 
 
 def raw(path: pathlib.Path) -> dict:

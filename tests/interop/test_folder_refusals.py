@@ -6,18 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from folder_files import TEXT_FILE, UNET_FILE, VAE_FILE, edit, files, rewrite
+from folder_files import TEXT_FILE, UNET_FILE, VAE_FILE, edit, fails, files, rewrite
 
-from lcm_jax.errors import UserError
-from lcm_jax.interop import hub, weights
 from lcm_jax.interop.folder import read_folder
 from lcm_jax.interop.folder_writing import write_folder
-
-
-def fails(folder, message: str) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        read_folder(folder)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -365,38 +357,3 @@ def test_file_in_place_of_a_folder(tmp_path):
 def test_the_workdir_of_a_run_is_not_a_model(tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     fails(tmp_path / "run", f"is the workdir of a run, not a model: python -m lcm_jax.export --workdir={tmp_path}/run ")
-
-
-def test_hub_id_without_network():
-    fails(
-        "someone/no-such-model",
-        "someone/no-such-model, and no model someone/no-such-model could be downloaded from the hub: ",
-    )
-
-
-def test_hub_that_is_not_reached_is_one_sentence(monkeypatch):
-    def download(*_, **__):
-        raise OSError("Got: ConnectError: no such host\nAn error happened while trying to locate the files.")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    fails("someone/no-such-model", "could be downloaded from the hub: ConnectError: no such host$")
-
-
-def test_hub_never_fetches_pickles(monkeypatch, copy):
-    asked = []
-
-    def download(name, allow_patterns, ignore_patterns=None):
-        asked.append((name, allow_patterns, ignore_patterns))
-        return str(copy)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert hub.local_folder("someone/model") == copy
-    ((name, allowed, _),) = asked
-    assert name == "someone/model"
-    assert not any(pickle in pattern for pattern in allowed for pickle in weights.PICKLES)
-    assert "*" not in allowed
-
-    assert {"*.fp16.*", "*.bf16.*", "*.fp32-*"} <= set(asked[0][2])
-    (copy / VAE_FILE).unlink()  # a model with a part in half precision only is asked for again
-    hub.local_folder("someone/model")
-    assert [ignored for *_, ignored in asked[1:]] == [asked[0][2], None]
